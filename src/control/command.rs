@@ -1,0 +1,146 @@
+//! What can be asked of the controller.
+
+use std::time::Duration;
+
+use tokio::sync::oneshot;
+
+use super::{Lease, Refusal, Skip};
+use crate::clock::Timestamp;
+use crate::model::{Bytes, Domain, ModelName, WorkerId};
+
+/// Where the answer to a command goes.
+pub type Reply<T> = oneshot::Sender<Result<T, Refusal>>;
+
+/// A wish with an answer.
+#[derive(Debug)]
+#[expect(
+    missing_docs,
+    reason = "the fields are those of the `Controller` method of the same name"
+)]
+pub enum Command {
+    /// See [`super::Controller::acquire`].
+    Acquire {
+        ticket: u64,
+        model: ModelName,
+        deadline: Timestamp,
+        reply: Reply<Lease>,
+    },
+    /// See [`super::Controller::load`].
+    Load {
+        ticket: u64,
+        model: ModelName,
+        deadline: Timestamp,
+        reply: Reply<()>,
+    },
+    /// See [`super::Controller::unload`].
+    Unload {
+        ticket: u64,
+        model: ModelName,
+        reply: Reply<()>,
+    },
+    /// See [`super::Controller::pin`].
+    Pin {
+        model: ModelName,
+        pinned: bool,
+        reply: Reply<()>,
+    },
+    /// See [`super::Controller::limit`].
+    Limit {
+        request: LimitRequest,
+        reply: Reply<LimitReport>,
+    },
+    /// See [`super::Controller::cleanup`].
+    Cleanup {
+        ticket: u64,
+        request: CleanupRequest,
+        reply: Reply<CleanupReport>,
+    },
+    /// See [`super::Controller::tail`].
+    Tail {
+        model: ModelName,
+        lines: usize,
+        reply: Reply<Vec<String>>,
+    },
+    /// See [`super::Controller::shutdown`].
+    Shutdown { grace: Duration, reply: Reply<()> },
+}
+
+/// What is told without waiting. Their number is bounded by what runs: one
+/// cancel per waiting ask, one idle per watched gate.
+#[derive(Debug)]
+pub enum Signal {
+    /// Whoever asked under this ticket left.
+    Cancel {
+        /// The ticket of the command.
+        ticket: u64,
+    },
+    /// The last request left a gate that the controller watches.
+    Idle {
+        /// The gate's worker.
+        worker: WorkerId,
+    },
+}
+
+/// Sets a limit, or reports it when `limit` is absent.
+#[derive(Clone, Copy, Debug)]
+pub struct LimitRequest {
+    /// Host RAM or a GPU.
+    pub domain: Domain,
+    /// The new limit.
+    pub limit: Option<Bytes>,
+    /// Keep it over restarts.
+    pub persist: bool,
+}
+
+/// What a limit is now.
+#[derive(Clone, Copy, Debug)]
+pub struct LimitReport {
+    /// The limit as set.
+    pub limit: Bytes,
+    /// What it comes to on this machine: the smaller of the limit and the
+    /// domain's size less the reserve.
+    pub effective: Bytes,
+    /// Measured usage against it.
+    pub usage: Bytes,
+}
+
+/// Which models to unload, and how long to wait for their bytes.
+#[derive(Clone, Debug, Default)]
+pub struct CleanupRequest {
+    /// Free at least this much.
+    pub target: Option<Bytes>,
+    /// Exactly these.
+    pub models: Option<Vec<ModelName>>,
+    /// Every idle one.
+    pub all: bool,
+    /// Also busy ones, after they drained, and pinned ones that are named.
+    pub force: bool,
+    /// Answer after this long even if bytes are still outstanding.
+    pub timeout: Option<Duration>,
+    /// Say what would be done and do nothing.
+    pub dry_run: bool,
+}
+
+/// What a cleanup did.
+#[derive(Clone, Debug, Default)]
+pub struct CleanupReport {
+    /// Models unloaded (or, in a dry run, that would be), in that order.
+    pub unloaded: Vec<ModelName>,
+    /// Bytes measured to be back; in a dry run, bytes expected.
+    pub freed: Bytes,
+    /// Models that were named or idle and stay, with why.
+    pub skipped: Vec<Skipped>,
+    /// What is missing to the target, or to the end of pressure.
+    pub shortfall: Bytes,
+    /// The deadline passed before all bytes were back.
+    pub timed_out: bool,
+}
+
+/// A model that a cleanup left alone.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Skipped {
+    /// Which.
+    pub model: ModelName,
+    /// Why.
+    pub why: Skip,
+}

@@ -1,0 +1,235 @@
+//! The controller: one task that owns the policy, and the handle everyone else
+//! talks to it through.
+//!
+//! Requests that find their model ready take a [`Lease`] from the routes
+//! without a message. Everything else is a [`Command`] on a bounded channel.
+//! Readers take the published [`Snapshot`] and never queue here.
+
+mod command;
+mod lease;
+mod snapshot;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+pub use command::{
+    CleanupReport, CleanupRequest, Command, LimitReport, LimitRequest, Reply, Signal, Skipped,
+};
+pub use lease::{Lease, ModelRoute, ReadyWorker, Routes};
+pub use snapshot::{
+    Candidate, Counters, DomainView, LastEviction, LimitSource, MemoryView, ModelView, Snapshot,
+};
+use tokio::sync::{mpsc, oneshot, watch};
+
+use crate::clock::{Clock, Timestamp};
+use crate::model::ModelName;
+pub use crate::policy::{
+    EvictReason, Expected, ExpectedSource, Phase, PressureLevel, Protection, Refusal, Skip,
+};
+
+/// Commands waiting at most. A full queue is answered with `503 overloaded`:
+/// the controller handles a command in microseconds, so thousands waiting
+/// means that something is wrong, and more would only wait longer.
+pub const COMMAND_QUEUE: usize = 4096;
+
+/// Everyone's way to the controller. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct Controller {
+    routes: Arc<Routes>,
+    commands: mpsc::Sender<Command>,
+    signals: mpsc::UnboundedSender<Signal>,
+    snapshots: watch::Receiver<Arc<Snapshot>>,
+    clock: Clock,
+    next_ticket: Arc<AtomicU64>,
+}
+
+impl Controller {
+    /// Builds a handle from its parts. Whoever holds the other ends of the
+    /// channels is the controller: the task in this module, or a test.
+    #[must_use]
+    pub fn from_parts(
+        routes: Arc<Routes>,
+        commands: mpsc::Sender<Command>,
+        signals: mpsc::UnboundedSender<Signal>,
+        snapshots: watch::Receiver<Arc<Snapshot>>,
+        clock: Clock,
+    ) -> Self {
+        Self {
+            routes,
+            commands,
+            signals,
+            snapshots,
+            clock,
+            next_ticket: Arc::new(AtomicU64::new(1)),
+        }
+    }
+
+    /// Returns which models there are, and the ready worker of each.
+    #[must_use]
+    pub fn routes(&self) -> &Routes {
+        &self.routes
+    }
+
+    /// Returns the clock that deadlines are counted in.
+    #[must_use]
+    pub fn clock(&self) -> Clock {
+        self.clock
+    }
+
+    /// Takes a lease on the model's worker, waiting for room and for the load
+    /// until `deadline`. Dropping the future gives up the place in the queue.
+    ///
+    /// # Errors
+    /// Why there is no lease; each refusal has one status and code.
+    pub async fn acquire(&self, route: &ModelRoute, deadline: Timestamp) -> Result<Lease, Refusal> {
+        if let Some(lease) = route.try_lease(self.clock, &self.signals) {
+            return Ok(lease);
+        }
+        let model = route.name().clone();
+        self.ask(|ticket, reply| Command::Acquire {
+            ticket,
+            model,
+            deadline,
+            reply,
+        })
+        .await
+    }
+
+    /// Makes the model ready, waiting for it until `deadline`.
+    ///
+    /// # Errors
+    /// Why it is not ready.
+    pub async fn load(&self, model: &ModelName, deadline: Timestamp) -> Result<(), Refusal> {
+        let model = model.clone();
+        self.ask(|ticket, reply| Command::Load {
+            ticket,
+            model,
+            deadline,
+            reply,
+        })
+        .await
+    }
+
+    /// Makes the model be gone: new requests wait for its next life, those
+    /// inside finish, then its tree ends. Answers when it is gone.
+    ///
+    /// # Errors
+    /// [`Refusal::UnknownModel`], or that the controller is gone.
+    pub async fn unload(&self, model: &ModelName) -> Result<(), Refusal> {
+        let model = model.clone();
+        self.ask(|ticket, reply| Command::Unload {
+            ticket,
+            model,
+            reply,
+        })
+        .await
+    }
+
+    /// Pins or unpins the model until the next restart.
+    ///
+    /// # Errors
+    /// [`Refusal::UnknownModel`], or that the controller is gone.
+    pub async fn pin(&self, model: &ModelName, pinned: bool) -> Result<(), Refusal> {
+        let model = model.clone();
+        self.ask(|_, reply| Command::Pin {
+            model,
+            pinned,
+            reply,
+        })
+        .await
+    }
+
+    /// Sets or reports a limit.
+    ///
+    /// # Errors
+    /// That the domain is unknown, or that the controller is gone.
+    pub async fn limit(&self, request: LimitRequest) -> Result<LimitReport, Refusal> {
+        self.ask(|_, reply| Command::Limit { request, reply }).await
+    }
+
+    /// Unloads idle models and answers with what came back, measured.
+    ///
+    /// # Errors
+    /// [`Refusal::UnknownModel`] for a name in the request, or that the
+    /// controller is gone.
+    pub async fn cleanup(&self, request: CleanupRequest) -> Result<CleanupReport, Refusal> {
+        self.ask(|ticket, reply| Command::Cleanup {
+            ticket,
+            request,
+            reply,
+        })
+        .await
+    }
+
+    /// Returns the last lines of the model's current or last worker.
+    ///
+    /// # Errors
+    /// [`Refusal::UnknownModel`], or that the controller is gone.
+    pub async fn tail(&self, model: &ModelName, lines: usize) -> Result<Vec<String>, Refusal> {
+        let model = model.clone();
+        self.ask(|_, reply| Command::Tail {
+            model,
+            lines,
+            reply,
+        })
+        .await
+    }
+
+    /// Refuses new work, lets requests inside finish until `grace` is over,
+    /// ends every worker, and answers when all are gone. A second call with a
+    /// shorter grace shortens the first.
+    pub async fn shutdown(&self, grace: std::time::Duration) {
+        // An error means that the controller has gone already.
+        let _: Result<(), Refusal> = self
+            .ask(|_, reply| Command::Shutdown { grace, reply })
+            .await;
+    }
+
+    /// Returns the newest published view. Never waits.
+    #[must_use]
+    pub fn snapshot(&self) -> Arc<Snapshot> {
+        self.snapshots.borrow().clone()
+    }
+
+    /// Returns the channel of views, for those who wait for a change.
+    #[must_use]
+    pub fn watch(&self) -> watch::Receiver<Arc<Snapshot>> {
+        self.snapshots.clone()
+    }
+
+    async fn ask<T>(
+        &self,
+        command: impl FnOnce(u64, oneshot::Sender<Result<T, Refusal>>) -> Command,
+    ) -> Result<T, Refusal> {
+        let ticket = self.next_ticket.fetch_add(1, Ordering::Relaxed);
+        let (reply, answer) = oneshot::channel();
+        self.commands
+            .try_send(command(ticket, reply))
+            .map_err(|error| match error {
+                mpsc::error::TrySendError::Full(_) => Refusal::Overloaded,
+                mpsc::error::TrySendError::Closed(_) => Refusal::ShuttingDown,
+            })?;
+        let mut cancel = CancelOnDrop {
+            ticket: Some(ticket),
+            signals: &self.signals,
+        };
+        let answer = answer.await;
+        cancel.ticket = None;
+        answer.unwrap_or(Err(Refusal::ShuttingDown))
+    }
+}
+
+/// Gives up a place in a queue when the one who waits leaves.
+struct CancelOnDrop<'a> {
+    ticket: Option<u64>,
+    signals: &'a mpsc::UnboundedSender<Signal>,
+}
+
+impl Drop for CancelOnDrop<'_> {
+    fn drop(&mut self) {
+        if let Some(ticket) = self.ticket {
+            // A closed channel means that the controller has gone already.
+            let _ = self.signals.send(Signal::Cancel { ticket });
+        }
+    }
+}

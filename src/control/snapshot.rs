@@ -1,0 +1,252 @@
+//! The published read-only view: what `GET` routes, metrics and the command
+//! line show.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::{EvictReason, Expected, Phase, PressureLevel, Protection, ReadyWorker};
+use crate::clock::Timestamp;
+use crate::memory::{Reading, Usage};
+use crate::model::{Bytes, Domain, ModelName, ModelSpec};
+
+/// Everything there is to see after one step. `seq` only grows.
+#[derive(Clone, Debug)]
+pub struct Snapshot {
+    /// Counts the published views.
+    pub seq: u64,
+    /// When it was made.
+    pub at: Timestamp,
+    /// Each model, by name.
+    pub models: BTreeMap<ModelName, ModelView>,
+    /// Usage, limits and pressure.
+    pub memory: MemoryView,
+    /// What happened since the start.
+    pub counters: Counters,
+    /// Shutting down: no new work is taken.
+    pub draining: bool,
+}
+
+/// One model.
+#[derive(Clone, Debug)]
+pub struct ModelView {
+    /// What the configuration says.
+    pub spec: Arc<ModelSpec>,
+    /// Where its worker is in its life.
+    pub phase: Phase,
+    /// Which life this is; 0 before the first.
+    pub generation: u64,
+    /// Leader of the worker's tree, while it lives.
+    pub pid: Option<i32>,
+    /// The ready worker; its gate has the live number of requests.
+    pub ready: Option<Arc<ReadyWorker>>,
+    /// Never evicted to make room, by configuration or by an operator.
+    pub pinned: bool,
+    /// Requests waiting for it.
+    pub queued: usize,
+    /// Measured, while a worker lives.
+    pub usage: Option<Usage>,
+    /// What a load is expected to need.
+    pub expected: Expected,
+    /// The most any life has used of host RAM.
+    pub peak: Bytes,
+    /// When the last request before this life left; see [`ModelView::last_used`].
+    pub last_used_before: Option<Timestamp>,
+    /// Requests before this life; see [`ModelView::access_count`].
+    pub accesses_before: u64,
+    /// Lives that became ready.
+    pub loads: u64,
+    /// Lives ended to make room, under pressure, by cleanup or for idleness.
+    pub evictions: u64,
+    /// The last of those.
+    pub last_eviction: Option<LastEviction>,
+    /// Spawn to ready of the last life.
+    pub last_load: Option<Duration>,
+    /// Lives that ended by themselves.
+    pub restarts: u64,
+    /// Why the last life failed.
+    pub last_error: Option<String>,
+    /// When it may be tried again, while it backs off.
+    pub retry_at: Option<Timestamp>,
+    /// Size of its weight files; zero when none is found.
+    pub file_size: Bytes,
+}
+
+/// When and why a model was last evicted.
+#[derive(Clone, Debug)]
+pub struct LastEviction {
+    /// Why.
+    pub reason: EvictReason,
+    /// When.
+    pub at: Timestamp,
+}
+
+impl ModelView {
+    /// Returns the requests inside the worker now.
+    #[must_use]
+    pub fn in_flight(&self) -> u32 {
+        self.ready
+            .as_ref()
+            .map_or(0, |worker| worker.gate.read().inside)
+    }
+
+    /// Returns when a request last left a worker of this model.
+    #[must_use]
+    pub fn last_used(&self) -> Option<Timestamp> {
+        let current = self.ready.as_ref().map(|worker| worker.gate.read());
+        match current {
+            Some(read) if read.entered > 0 => Some(read.last_left),
+            _ => self.last_used_before,
+        }
+    }
+
+    /// Returns how many requests workers of this model have admitted.
+    #[must_use]
+    pub fn access_count(&self) -> u64 {
+        let current = self
+            .ready
+            .as_ref()
+            .map_or(0, |worker| worker.gate.read().entered);
+        self.accesses_before + current
+    }
+
+    /// Returns whether a worker lives for it, ready or not.
+    #[must_use]
+    pub fn is_live(&self) -> bool {
+        self.pid.is_some()
+    }
+}
+
+/// Usage, limits and pressure.
+#[derive(Clone, Debug)]
+pub struct MemoryView {
+    /// The newest reading.
+    pub reading: Arc<Reading>,
+    /// Resident memory of all workers, shared pages once.
+    pub usage: Bytes,
+    /// The user's limit on it.
+    pub limit: Bytes,
+    /// Who set the limit.
+    pub limit_source: LimitSource,
+    /// The worst level of all domains.
+    pub level: PressureLevel,
+    /// Each domain.
+    pub domains: Vec<DomainView>,
+    /// Idle models in the order they would be unloaded, whatever the pressure.
+    pub candidates: Vec<Candidate>,
+    /// Of those, as many as it takes to end the pressure there is now.
+    pub recommended: Vec<ModelName>,
+    /// Live models that are no candidates, with why.
+    pub protected: Vec<(ModelName, Protection)>,
+    /// Idle models are unloaded under pressure without being asked.
+    pub auto_cleanup: bool,
+}
+
+/// One domain.
+#[derive(Clone, Debug)]
+pub struct DomainView {
+    /// Which.
+    pub domain: Domain,
+    /// Workers' measured use of it.
+    pub usage: Bytes,
+    /// The limit on that.
+    pub limit: Bytes,
+    /// What physics still gives.
+    pub headroom: Bytes,
+    /// Reservations and usage, the larger of both for each worker.
+    pub charged: Bytes,
+    /// How tight it is.
+    pub level: PressureLevel,
+}
+
+/// An idle model that could be unloaded.
+#[derive(Clone, Debug)]
+pub struct Candidate {
+    /// Which.
+    pub model: ModelName,
+    /// Resident bytes that its end gives back.
+    pub would_free: Bytes,
+    /// When it was last used, or became ready.
+    pub idle_since: Timestamp,
+}
+
+/// Who set a limit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LimitSource {
+    /// The configuration file or a flag.
+    Config,
+    /// `MAX_MEMORY_USAGE`.
+    Env,
+    /// `POST /limit`.
+    Api,
+    /// 80 % of what the cgroup left at start.
+    Cgroup,
+    /// 80 % of what was available at start.
+    Default,
+}
+
+impl LimitSource {
+    /// Returns the word used in the API.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Config => "config",
+            Self::Env => "env",
+            Self::Api => "api",
+            Self::Cgroup => "cgroup",
+            Self::Default => "default",
+        }
+    }
+}
+
+/// What happened since the start.
+#[derive(Clone, Debug, Default)]
+pub struct Counters {
+    /// Requests that found their model ready.
+    pub hits: u64,
+    /// Requests that had to wait for a load, or were refused one.
+    pub misses: u64,
+    /// Loads of a model that had been evicted before.
+    pub reloads: u64,
+    /// Lives that became ready.
+    pub loads: u64,
+    /// Lives that failed before they were ready.
+    pub load_failures: u64,
+    /// Lives that ended by themselves after they were ready.
+    pub crashes: u64,
+    /// Evictions by reason.
+    pub evictions: BTreeMap<&'static str, u64>,
+    /// Refusals by code.
+    pub refusals: BTreeMap<&'static str, u64>,
+    /// Bytes that did not come back after an eviction.
+    pub reclaim_shortfall: Bytes,
+}
+
+impl Counters {
+    /// Returns evictions of every reason.
+    #[must_use]
+    pub fn evictions_total(&self) -> u64 {
+        self.evictions.values().sum()
+    }
+
+    /// Returns requests that found their model ready, of all; 0 with none.
+    #[must_use]
+    pub fn hit_ratio(&self) -> f64 {
+        ratio(self.hits, self.hits + self.misses)
+    }
+
+    /// Returns loads of models that had been evicted, of all requests; 0 with
+    /// none.
+    #[must_use]
+    pub fn reload_ratio(&self) -> f64 {
+        ratio(self.reloads, self.hits + self.misses)
+    }
+}
+
+fn ratio(part: u64, whole: u64) -> f64 {
+    if whole == 0 {
+        0.0
+    } else {
+        Bytes(part).as_f64() / Bytes(whole).as_f64()
+    }
+}

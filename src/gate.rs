@@ -1,0 +1,219 @@
+//! A ready worker's admission gate.
+//!
+//! One atomic word holds an open bit, a watched bit and the number of requests
+//! inside. The proxy enters and leaves without a message or a lock; the
+//! controller closes the gate to evict, which succeeds only when nobody is
+//! inside. The gate decides nothing: the controller copies it into the policy
+//! as data.
+//!
+//! ```text
+//! bit 63  open     requests may enter
+//! bit 62  watched  the controller wants to hear when the last one leaves
+//! 31..0            requests inside
+//! ```
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use crate::clock::Timestamp;
+
+const OPEN: u64 = 1 << 63;
+const WATCHED: u64 = 1 << 62;
+const INSIDE: u64 = (1 << 32) - 1;
+
+/// Admits requests to one ready worker.
+#[derive(Debug)]
+pub struct Gate {
+    word: AtomicU64,
+    entered: AtomicU64,
+    last_left_micros: AtomicU64,
+}
+
+/// A copy of a gate's numbers.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct GateReading {
+    /// Requests inside now.
+    pub inside: u32,
+    /// Requests that ever entered.
+    pub entered: u64,
+    /// When a request last left; the time of opening when none has.
+    pub last_left: Timestamp,
+}
+
+/// What leaving did.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Left {
+    /// Nobody needs to know.
+    Quiet,
+    /// The last request left a gate that the controller watches.
+    LastOfWatched,
+}
+
+impl Gate {
+    /// Returns an open gate with nobody inside.
+    #[must_use]
+    pub fn open(now: Timestamp) -> Self {
+        Self {
+            word: AtomicU64::new(OPEN),
+            entered: AtomicU64::new(0),
+            last_left_micros: AtomicU64::new(now.as_micros()),
+        }
+    }
+
+    /// Enters when the gate is open. Returns whether it was.
+    #[must_use]
+    pub fn try_enter(&self) -> bool {
+        let mut word = self.word.load(Ordering::Relaxed);
+        loop {
+            if word & OPEN == 0 {
+                return false;
+            }
+            match self.word.compare_exchange_weak(
+                word,
+                word + 1,
+                Ordering::AcqRel,
+                Ordering::Relaxed,
+            ) {
+                Ok(_) => break,
+                Err(now) => word = now,
+            }
+        }
+        self.entered.fetch_add(1, Ordering::Relaxed);
+        true
+    }
+
+    /// Leaves after a successful [`Gate::try_enter`], at `now`.
+    pub fn leave(&self, now: Timestamp) -> Left {
+        // Written before the count falls, so that whoever sees zero inside
+        // also sees when it became so.
+        self.last_left_micros
+            .fetch_max(now.as_micros(), Ordering::AcqRel);
+        let before = self.word.fetch_sub(1, Ordering::AcqRel);
+        debug_assert_ne!(before & INSIDE, 0, "left a gate nobody was inside");
+        if before & INSIDE == 1 && before & WATCHED != 0 {
+            Left::LastOfWatched
+        } else {
+            Left::Quiet
+        }
+    }
+
+    /// Closes the gate only if nobody is inside. Returns whether it closed.
+    #[must_use]
+    pub fn close_if_empty(&self) -> bool {
+        let mut word = self.word.load(Ordering::Acquire);
+        loop {
+            if word & INSIDE != 0 {
+                return false;
+            }
+            match self.word.compare_exchange_weak(
+                word,
+                word & !OPEN,
+                Ordering::AcqRel,
+                Ordering::Acquire,
+            ) {
+                Ok(_) => return true,
+                Err(now) => word = now,
+            }
+        }
+    }
+
+    /// Closes the gate whoever is inside: no new request enters.
+    pub fn close(&self) {
+        self.word.fetch_and(!OPEN, Ordering::AcqRel);
+    }
+
+    /// Opens the gate again.
+    pub fn reopen(&self) {
+        self.word.fetch_or(OPEN, Ordering::AcqRel);
+    }
+
+    /// Sets whether the controller wants to hear when the last request leaves.
+    /// Returns the number inside at that moment: with zero there is nobody
+    /// left to tell it.
+    pub fn watch(&self, watched: bool) -> u32 {
+        let before = if watched {
+            self.word.fetch_or(WATCHED, Ordering::AcqRel)
+        } else {
+            self.word.fetch_and(!WATCHED, Ordering::AcqRel)
+        };
+        inside(before)
+    }
+
+    /// Returns a copy of the gate's numbers.
+    #[must_use]
+    pub fn read(&self) -> GateReading {
+        let word = self.word.load(Ordering::Acquire);
+        GateReading {
+            inside: inside(word),
+            entered: self.entered.load(Ordering::Relaxed),
+            last_left: Timestamp::from_start(std::time::Duration::from_micros(
+                self.last_left_micros.load(Ordering::Acquire),
+            )),
+        }
+    }
+}
+
+fn inside(word: u64) -> u32 {
+    u32::try_from(word & INSIDE).unwrap_or(u32::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+
+    #[test]
+    fn an_empty_gate_closes_and_a_busy_one_does_not() {
+        let gate = Gate::open(Timestamp::START);
+        assert!(gate.try_enter());
+        assert!(!gate.close_if_empty());
+        assert_eq!(gate.leave(Timestamp::from_millis(7)), Left::Quiet);
+        assert!(gate.close_if_empty());
+        assert!(!gate.try_enter());
+        let read = gate.read();
+        assert_eq!(
+            (read.inside, read.entered, read.last_left),
+            (0, 1, Timestamp::from_millis(7))
+        );
+    }
+
+    #[test]
+    fn the_last_to_leave_a_watched_gate_says_so() {
+        let gate = Gate::open(Timestamp::START);
+        assert!(gate.try_enter() && gate.try_enter());
+        assert_eq!(gate.watch(true), 2);
+        assert_eq!(gate.leave(Timestamp::START), Left::Quiet);
+        assert_eq!(gate.leave(Timestamp::START), Left::LastOfWatched);
+    }
+
+    #[test]
+    fn no_request_is_inside_a_gate_that_closed_empty() {
+        // Eight threads enter and leave while one closes: after the close has
+        // succeeded nobody may be or come inside.
+        for _ in 0..50 {
+            let gate = Arc::new(Gate::open(Timestamp::START));
+            let threads: Vec<_> = (0..8)
+                .map(|_| {
+                    let gate = Arc::clone(&gate);
+                    std::thread::spawn(move || {
+                        let mut entered = 0_u64;
+                        while gate.try_enter() {
+                            entered += 1;
+                            gate.leave(Timestamp::START);
+                        }
+                        entered
+                    })
+                })
+                .collect();
+            while !gate.close_if_empty() {
+                std::hint::spin_loop();
+            }
+            assert_eq!(gate.read().inside, 0);
+            let entered: u64 = threads
+                .into_iter()
+                .map(|t| t.join().expect("a thread without panics"))
+                .sum();
+            assert_eq!(gate.read().entered, entered);
+        }
+    }
+}

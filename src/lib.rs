@@ -1,0 +1,11 @@
+//! residentd decides which models are resident in memory. See ARCHITECTURE.md.
+
+pub mod clock;
+pub mod control;
+pub mod gate;
+pub mod memory;
+pub mod model;
+pub mod policy;
+pub mod procfs;
+pub mod telemetry;
+pub mod worker;

@@ -1,0 +1,2 @@
+//! Built with the modules it runs; see ARCHITECTURE.md.
+fn main() {}

@@ -1,0 +1,220 @@
+//! Measures: the process tree of every worker, the host and its cgroups, the
+//! GPUs. Owns the instruments; decides nothing.
+//!
+//! The sampler runs on its own threads because the instruments block. It
+//! publishes the newest [`Reading`] on a `watch` channel; nobody waits for it.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::sync::Arc;
+
+use tokio::sync::watch;
+
+use crate::clock::Timestamp;
+use crate::model::{Bytes, WorkerId};
+use crate::procfs::ProcessTree;
+
+/// Where readings come from. The seam along which tests put a fake and a
+/// worker host in another container will plug in.
+pub trait MemorySource: fmt::Debug + Send + Sync + 'static {
+    /// Measures this worker's tree from now on.
+    fn follow(&self, worker: WorkerId, tree: Arc<ProcessTree>);
+    /// Stops measuring it.
+    fn forget(&self, worker: &WorkerId);
+    /// Asks for a reading at once; it is taken after this call.
+    fn sample_now(&self);
+    /// Sets how often readings are taken.
+    fn pace(&self, pace: Pace);
+    /// Returns the channel that holds the newest reading.
+    fn readings(&self) -> watch::Receiver<Arc<Reading>>;
+}
+
+/// How often readings are taken.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Pace {
+    /// Nothing is happening: sizes each second, a full pass each
+    /// `check_interval`.
+    #[default]
+    Calm,
+    /// Something loads or dies, or headroom shrinks: every 100 ms.
+    Busy,
+}
+
+/// Everything measured in one pass.
+#[derive(Clone, Debug, Default)]
+pub struct Reading {
+    /// Counts the readings of this process, from 1; 0 is "none yet".
+    pub seq: u64,
+    /// When the pass began. What ended before this moment is not in it.
+    pub at: Timestamp,
+    /// The host or container.
+    pub host: HostReading,
+    /// Each followed worker's tree.
+    pub workers: BTreeMap<WorkerId, Usage>,
+    /// Bytes that the sum of the workers' `rss` counts more than once, because
+    /// several workers map the same pages.
+    pub counted_twice: Bytes,
+    /// GPUs and MIG instances; empty without a driver.
+    pub devices: Vec<DeviceReading>,
+    /// What is wrong with the GPU driver, when it is there but does not answer.
+    pub device_error: Option<String>,
+}
+
+impl Reading {
+    /// Returns the resident memory of all workers, each shared page counted
+    /// once.
+    #[must_use]
+    pub fn total_rss(&self) -> Bytes {
+        self.workers.values().map(|usage| usage.rss).sum::<Bytes>() - self.counted_twice
+    }
+}
+
+/// What one worker's process tree holds.
+///
+/// Sums over the tree of `/proc/<pid>/status`; pages that several processes of
+/// the tree map are counted once where that is known.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Usage {
+    /// Processes in the tree; 0 when it is gone.
+    pub processes: u32,
+    /// `RssAnon + RssFile + RssShmem`.
+    pub rss: Bytes,
+    /// Anonymous pages: heap, stacks, copied weights.
+    pub anon: Bytes,
+    /// Mapped file pages, most of them weights; the kernel can drop them.
+    pub file: Bytes,
+    /// Shared memory.
+    pub shmem: Bytes,
+    /// Swapped out.
+    pub swap: Bytes,
+    /// Huge pages from the reserved pool; not part of `rss`.
+    pub hugetlb: Bytes,
+    /// Locked into memory.
+    pub locked: Bytes,
+    /// Proportional share by `smaps_rollup`, at the time of `pss_at`.
+    pub pss: Option<Bytes>,
+    /// When `pss` was read.
+    pub pss_at: Option<Timestamp>,
+    /// GPU memory by device, with where the number comes from.
+    pub vram: Vec<VramUsage>,
+}
+
+impl Usage {
+    /// Returns what the kernel cannot take back without killing or swapping:
+    /// `anon + shmem + swap + hugetlb + min(locked, file)`.
+    #[must_use]
+    pub fn unreclaimable(&self) -> Bytes {
+        self.anon + self.shmem + self.swap + self.hugetlb + self.locked.min(self.file)
+    }
+}
+
+/// One worker's memory on one device.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct VramUsage {
+    /// Index of the device in [`Reading::devices`]' order, as in `gpu:<index>`.
+    pub device: u32,
+    /// Bytes held; `None` is unknown, never zero.
+    pub bytes: Option<Bytes>,
+    /// Where the number comes from.
+    pub source: VramSource,
+}
+
+/// Where a worker's VRAM figure comes from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum VramSource {
+    /// NVML's process list, by pid.
+    NvmlProcess,
+    /// The driver lists the process without a number.
+    Unknown,
+}
+
+impl VramSource {
+    /// Returns the word used in the API.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::NvmlProcess => "nvml_pid",
+            Self::Unknown => "unknown",
+        }
+    }
+}
+
+/// The host, or the container when a cgroup limits it.
+#[derive(Clone, Debug, Default)]
+pub struct HostReading {
+    /// `MemTotal`.
+    pub total: Bytes,
+    /// `MemAvailable`.
+    pub available: Bytes,
+    /// `SwapTotal`.
+    pub swap_total: Bytes,
+    /// `SwapFree`.
+    pub swap_free: Bytes,
+    /// What physics still gives: the least of `MemAvailable` and the margin of
+    /// every visible cgroup ancestor.
+    pub headroom: Bytes,
+    /// The cgroup that limits us most, when one does.
+    pub cgroup: Option<CgroupReading>,
+    /// Memory pressure stall information, when the kernel offers it.
+    pub psi: Option<PsiReading>,
+}
+
+impl HostReading {
+    /// Returns the size of the domain: the smaller of the host's memory and
+    /// the cgroup's limit.
+    #[must_use]
+    pub fn domain_total(&self) -> Bytes {
+        match self.cgroup.as_ref().and_then(|c| c.limit) {
+            Some(limit) => limit.min(self.total),
+            None => self.total,
+        }
+    }
+}
+
+/// The tightest memory cgroup above us.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CgroupReading {
+    /// 1 or 2.
+    pub version: u8,
+    /// Its path below the mount.
+    pub path: String,
+    /// `memory.max` or `memory.limit_in_bytes`; absent when there is no limit.
+    pub limit: Option<Bytes>,
+    /// `memory.current` or `memory.usage_in_bytes`.
+    pub current: Bytes,
+    /// Current less what can be dropped: active and inactive file pages and
+    /// reclaimable slab.
+    pub working_set: Bytes,
+}
+
+/// `/proc/pressure/memory`, averages in percent.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct PsiReading {
+    /// Share of the last 10 s in which some task waited for memory.
+    pub some_avg10: f64,
+    /// Over 60 s.
+    pub some_avg60: f64,
+    /// Share of the last 10 s in which all tasks waited.
+    pub full_avg10: f64,
+    /// Over 60 s.
+    pub full_avg60: f64,
+}
+
+/// One GPU or MIG instance.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DeviceReading {
+    /// Index, as in `gpu:<index>`.
+    pub index: u32,
+    /// The driver's UUID.
+    pub uuid: String,
+    /// The product's name.
+    pub name: String,
+    /// Size of its memory.
+    pub total: Option<Bytes>,
+    /// In use, by anyone.
+    pub used: Option<Bytes>,
+    /// Not in use.
+    pub free: Option<Bytes>,
+    /// Where the numbers come from: `nvml`.
+    pub source: &'static str,
+}

@@ -1,0 +1,319 @@
+//! The vocabulary every other module speaks: names, sizes, domains, and what
+//! the configuration says of a model. Plain data without I/O.
+
+use std::borrow::Borrow;
+use std::collections::BTreeMap;
+use std::fmt;
+use std::iter::Sum;
+use std::ops::{Add, AddAssign, Sub, SubAssign};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// What a client asks for: 1 to 128 of letters, digits and `._-/:@+`.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ModelName(Arc<str>);
+
+/// Why a text is not a model's name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("a model's name is 1 to 128 of letters, digits and ._-/:@+")]
+pub struct InvalidName;
+
+impl ModelName {
+    /// Checks and takes a name.
+    ///
+    /// # Errors
+    /// [`InvalidName`] when the text is empty, longer than 128 bytes or holds
+    /// another character than letters, digits and `._-/:@+`.
+    pub fn new(text: &str) -> Result<Self, InvalidName> {
+        let good = |c: char| c.is_ascii_alphanumeric() || "._-/:@+".contains(c);
+        if text.is_empty() || text.len() > 128 || !text.chars().all(good) {
+            return Err(InvalidName);
+        }
+        Ok(Self(Arc::from(text)))
+    }
+
+    /// Returns the name as text.
+    #[must_use]
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl Borrow<str> for ModelName {
+    fn borrow(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Display for ModelName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// One life of a model: its name and a generation that only grows.
+///
+/// An event of an older generation changes nothing.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct WorkerId {
+    /// The model the worker serves.
+    pub model: ModelName,
+    /// Which life of the model this is, from 1.
+    pub generation: u64,
+}
+
+impl fmt::Display for WorkerId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}#{}", self.model, self.generation)
+    }
+}
+
+/// A place bytes come from: host RAM or one GPU.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Domain {
+    /// The RAM of this host or container.
+    Host,
+    /// The GPU (or MIG instance) with this index.
+    Gpu(u32),
+}
+
+impl fmt::Display for Domain {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Host => f.write_str("host"),
+            Self::Gpu(index) => write!(f, "gpu:{index}"),
+        }
+    }
+}
+
+/// An amount of memory in bytes. Arithmetic saturates.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Bytes(pub u64);
+
+impl Bytes {
+    /// No bytes.
+    pub const ZERO: Self = Self(0);
+    /// More than any machine has.
+    pub const MAX: Self = Self(u64::MAX);
+
+    /// Returns `n` KiB.
+    #[must_use]
+    pub const fn kib(n: u64) -> Self {
+        Self(n.saturating_mul(1 << 10))
+    }
+
+    /// Returns `n` MiB.
+    #[must_use]
+    pub const fn mib(n: u64) -> Self {
+        Self(n.saturating_mul(1 << 20))
+    }
+
+    /// Returns `n` GiB.
+    #[must_use]
+    pub const fn gib(n: u64) -> Self {
+        Self(n.saturating_mul(1 << 30))
+    }
+
+    /// Returns the number of bytes.
+    #[must_use]
+    pub const fn get(self) -> u64 {
+        self.0
+    }
+
+    /// Returns the number of bytes as a float, for ratios and metrics.
+    #[must_use]
+    #[expect(
+        clippy::cast_precision_loss,
+        reason = "a ratio or a gauge needs no more than 53 bits"
+    )]
+    pub const fn as_f64(self) -> f64 {
+        self.0 as f64
+    }
+
+    /// Returns `percent` hundredths of this, rounded down.
+    #[must_use]
+    pub fn percent(self, percent: u64) -> Self {
+        let scaled = u128::from(self.0) * u128::from(percent) / 100;
+        Self(u64::try_from(scaled).unwrap_or(u64::MAX))
+    }
+
+    /// Returns the text of `formatted_*` in the memory API: divided by 1024
+    /// until under 1024, two decimals, unit `B KB MB GB TB PB`.
+    #[must_use]
+    pub fn formatted(self) -> String {
+        self.scaled(["B", "KB", "MB", "GB", "TB", "PB"])
+    }
+
+    fn scaled(self, units: [&str; 6]) -> String {
+        let mut value = self.as_f64();
+        let mut unit = 0;
+        while value >= 1024.0 && unit + 1 < units.len() {
+            value /= 1024.0;
+            unit += 1;
+        }
+        format!("{value:.2} {}", units[unit])
+    }
+}
+
+impl Add for Bytes {
+    type Output = Self;
+    fn add(self, rhs: Self) -> Self {
+        Self(self.0.saturating_add(rhs.0))
+    }
+}
+
+impl Sub for Bytes {
+    type Output = Self;
+    fn sub(self, rhs: Self) -> Self {
+        Self(self.0.saturating_sub(rhs.0))
+    }
+}
+
+impl AddAssign for Bytes {
+    fn add_assign(&mut self, rhs: Self) {
+        *self = *self + rhs;
+    }
+}
+
+impl SubAssign for Bytes {
+    fn sub_assign(&mut self, rhs: Self) {
+        *self = *self - rhs;
+    }
+}
+
+impl Sum for Bytes {
+    fn sum<I: Iterator<Item = Self>>(iter: I) -> Self {
+        iter.fold(Self::ZERO, Add::add)
+    }
+}
+
+/// Shows the amount in binary units: `1.50 GiB`.
+impl fmt::Display for Bytes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.scaled(["B", "KiB", "MiB", "GiB", "TiB", "PiB"]))
+    }
+}
+
+/// How a worker shows that it can answer.
+#[derive(Clone, Debug)]
+pub enum ReadyCheck {
+    /// `GET path` answers `status`, or any 2xx when no status is named.
+    Http {
+        /// Path of the probe, `/health` unless configured.
+        path: String,
+        /// The one status that counts; any 2xx when absent.
+        status: Option<u16>,
+    },
+    /// The port accepts a connection.
+    Tcp,
+    /// A line of the worker's output matches.
+    Log(regex::Regex),
+}
+
+/// Where a worker listens, as configured; `${PORT}` and `${SOCKET}` are
+/// filled in at spawn.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum UpstreamSpec {
+    /// `http://HOST:PORT`, both templates.
+    Tcp(String),
+    /// `unix:PATH`, a template.
+    Unix(String),
+}
+
+/// Where a ready worker answers HTTP.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum Upstream {
+    /// A TCP address, on loopback unless configured otherwise.
+    Tcp(std::net::SocketAddr),
+    /// A Unix socket.
+    Unix(PathBuf),
+}
+
+impl fmt::Display for Upstream {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Tcp(addr) => write!(f, "http://{addr}"),
+            Self::Unix(path) => write!(f, "unix:{}", path.display()),
+        }
+    }
+}
+
+/// Everything the configuration says of one model, checked.
+///
+/// Texts that may hold `${…}` are kept as templates and filled in at spawn.
+#[derive(Clone, Debug)]
+pub struct ModelSpec {
+    /// The name clients ask for.
+    pub name: ModelName,
+    /// Other names for the same model.
+    pub aliases: Vec<ModelName>,
+    /// Shown as `type`; free text.
+    pub kind: String,
+    /// Program and arguments, templates. Never run by a shell.
+    pub command: Vec<String>,
+    /// Working directory of the worker, a template.
+    pub cwd: Option<String>,
+    /// Environment added to residentd's own, values are templates.
+    pub env: BTreeMap<String, String>,
+    /// The user's own variables (`[variables]`), already checked for cycles.
+    pub variables: Arc<BTreeMap<String, String>>,
+    /// Where the worker listens.
+    pub upstream: UpstreamSpec,
+    /// How it shows that it can answer.
+    pub ready: ReadyCheck,
+    /// Longest time from spawn to ready.
+    pub start_timeout: Duration,
+    /// Grace between the stop signal and SIGKILL of the tree.
+    pub stop_timeout: Duration,
+    /// The signal that asks the worker to end, as its number.
+    pub stop_signal: i32,
+    /// Unload after this long without a request.
+    pub idle_timeout: Option<Duration>,
+    /// Never evicted to make room.
+    pub pinned: bool,
+    /// Loaded at start.
+    pub preload: bool,
+    /// Expected need of host RAM, as declared.
+    pub memory: Option<Bytes>,
+    /// Weight files: declared, else found among the command's arguments.
+    pub weights: Vec<PathBuf>,
+    /// Most requests waiting at once; more are turned away.
+    pub max_queue: usize,
+    /// Longest a request waits for room and for the load.
+    pub queue_timeout: Duration,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn formatted_text_is_the_memory_apis() {
+        assert_eq!(Bytes(2_147_483_648).formatted(), "2.00 GB");
+        assert_eq!(Bytes(0).formatted(), "0.00 B");
+        assert_eq!(Bytes(1023).formatted(), "1023.00 B");
+        assert_eq!(Bytes(1536).formatted(), "1.50 KB");
+        assert_eq!(Bytes::gib(3_000_000).formatted(), "2.86 PB");
+        assert_eq!(Bytes::gib(1).to_string(), "1.00 GiB");
+    }
+
+    #[test]
+    fn arithmetic_saturates_instead_of_wrapping() {
+        assert_eq!(Bytes(1) - Bytes(2), Bytes::ZERO);
+        assert_eq!(Bytes::MAX + Bytes(1), Bytes::MAX);
+        assert_eq!(
+            [Bytes::MAX, Bytes(5)].into_iter().sum::<Bytes>(),
+            Bytes::MAX
+        );
+        assert_eq!(Bytes::MAX.percent(50).0, u64::MAX / 2);
+    }
+
+    #[test]
+    fn a_name_is_letters_digits_and_a_few_signs() {
+        assert!(ModelName::new("meta/Llama-3.1:8b@q4+x_y").is_ok());
+        for bad in ["", "a b", "a,b", "ä", &"x".repeat(129)] {
+            assert_eq!(ModelName::new(bad), Err(InvalidName), "{bad:?}");
+        }
+    }
+}

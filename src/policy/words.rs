@@ -1,0 +1,357 @@
+//! The words the policy answers with: phases, reasons, refusals. They reach
+//! log, metrics, API and dashboard unchanged.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::time::Duration;
+
+use crate::model::{Bytes, Domain, ModelName};
+
+/// Where a model's worker is in its life.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Phase {
+    /// No worker, and nothing against one.
+    #[default]
+    Stopped,
+    /// Spawned, not ready yet.
+    Starting,
+    /// Answers requests.
+    Ready,
+    /// Takes no new requests; those inside finish.
+    Draining,
+    /// Told to end; its tree is not gone yet.
+    Stopping,
+    /// Failed; waits before the next try.
+    Backoff,
+    /// Failed too often; waits for an operator.
+    Failed,
+}
+
+impl Phase {
+    /// Every phase, in the order of a life.
+    pub const ALL: [Self; 7] = [
+        Self::Stopped,
+        Self::Starting,
+        Self::Ready,
+        Self::Draining,
+        Self::Stopping,
+        Self::Backoff,
+        Self::Failed,
+    ];
+
+    /// Returns the word used in the API.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Stopped => "stopped",
+            Self::Starting => "starting",
+            Self::Ready => "ready",
+            Self::Draining => "draining",
+            Self::Stopping => "stopping",
+            Self::Backoff => "backoff",
+            Self::Failed => "failed",
+        }
+    }
+}
+
+/// Why a worker is ended, with the numbers that decided.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum EvictReason {
+    /// Another model needs its bytes.
+    MakeRoom {
+        /// Who needs them.
+        for_model: ModelName,
+        /// How much that model is expected to need.
+        need: Bytes,
+        /// How much room there was.
+        room: Bytes,
+    },
+    /// Nobody used it for as long as its `idle_timeout`.
+    Idle {
+        /// How long nobody used it.
+        after: Duration,
+    },
+    /// Usage over the limit, or headroom too small.
+    Pressure {
+        /// How tight it was.
+        level: PressureLevel,
+        /// Where.
+        domain: Domain,
+        /// Workers' usage there.
+        usage: Bytes,
+        /// What physics still gave.
+        headroom: Bytes,
+    },
+    /// An operator's cleanup.
+    Cleanup,
+    /// An operator's unload.
+    Unload,
+    /// residentd itself ends.
+    Shutdown,
+}
+
+impl EvictReason {
+    /// Returns the word used in metrics and the API.
+    #[must_use]
+    pub const fn as_str(&self) -> &'static str {
+        match self {
+            Self::MakeRoom { .. } => "make_room",
+            Self::Idle { .. } => "idle",
+            Self::Pressure { .. } => "pressure",
+            Self::Cleanup => "cleanup",
+            Self::Unload => "unload",
+            Self::Shutdown => "shutdown",
+        }
+    }
+}
+
+impl fmt::Display for EvictReason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::MakeRoom {
+                for_model,
+                need,
+                room,
+            } => {
+                write!(
+                    f,
+                    "make room for {for_model}: it needs {need}, there was room for {room}"
+                )
+            }
+            Self::Idle { after } => write!(f, "idle for {:.0} s", after.as_secs_f64()),
+            Self::Pressure {
+                level,
+                domain,
+                usage,
+                headroom,
+            } => write!(
+                f,
+                "{} pressure on {domain}: usage {usage}, headroom {headroom}",
+                level.as_str()
+            ),
+            Self::Cleanup => f.write_str("cleanup by an operator"),
+            Self::Unload => f.write_str("unload by an operator"),
+            Self::Shutdown => f.write_str("residentd ends"),
+        }
+    }
+}
+
+/// How tight memory is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub enum PressureLevel {
+    /// Enough is left.
+    #[default]
+    None,
+    /// Idle workers go, one at a time.
+    Soft,
+    /// The least valuable worker goes at once.
+    Hard,
+}
+
+impl PressureLevel {
+    /// Returns the word used in the API.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::None => "none",
+            Self::Soft => "soft",
+            Self::Hard => "hard",
+        }
+    }
+}
+
+/// Why a live model is no candidate for eviction.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Protection {
+    /// Requests are inside.
+    Busy,
+    /// Pinned by configuration or an operator.
+    Pinned,
+    /// Not ready yet.
+    Loading,
+    /// On its way out already.
+    Draining,
+}
+
+impl Protection {
+    /// Returns the word used in the API.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Busy => "busy",
+            Self::Pinned => "pinned",
+            Self::Loading => "loading",
+            Self::Draining => "draining",
+        }
+    }
+}
+
+/// Why a cleanup left a model alone.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Skip {
+    /// It is protected.
+    Protected(Protection),
+    /// It has no worker.
+    NotLoaded,
+    /// Enough was freed without it.
+    NotNeeded,
+}
+
+impl Skip {
+    /// Returns the word used in the API.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Protected(why) => why.as_str(),
+            Self::NotLoaded => "not_loaded",
+            Self::NotNeeded => "not_needed",
+        }
+    }
+}
+
+/// What a load is expected to need.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Expected {
+    /// Bytes in each domain; a domain that is absent is unknown.
+    pub bytes: BTreeMap<Domain, Bytes>,
+    /// Where the numbers come from.
+    pub source: ExpectedSource,
+}
+
+/// Where an expectation comes from.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum ExpectedSource {
+    /// The configuration says so.
+    Declared,
+    /// The peak of past lives.
+    Learned,
+    /// The size of the weight files.
+    Weights,
+    /// Nothing is known: such a model loads alone.
+    #[default]
+    Unknown,
+}
+
+impl ExpectedSource {
+    /// Returns the word used in the API.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Declared => "declared",
+            Self::Learned => "learned",
+            Self::Weights => "weights",
+            Self::Unknown => "unknown",
+        }
+    }
+}
+
+/// Why a request or an operator's wish is turned away.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Refusal {
+    /// No such model is configured.
+    #[error("model {0} is not configured")]
+    UnknownModel(ModelName),
+    /// No such domain, as in `device=gpu:7`.
+    #[error("there is no domain {0}")]
+    UnknownDomain(Domain),
+    /// The model's queue is full.
+    #[error("the queue of {model} is full: {queued} requests wait")]
+    QueueFull {
+        /// Which model.
+        model: ModelName,
+        /// How many wait.
+        queued: usize,
+    },
+    /// It could never fit, whatever goes.
+    #[error("{model} needs {need} on {domain}, more than its budget of {budget}")]
+    TooLarge {
+        /// Which model.
+        model: ModelName,
+        /// Where it does not fit.
+        domain: Domain,
+        /// What it is expected to need.
+        need: Bytes,
+        /// The most the domain gives to workers.
+        budget: Bytes,
+    },
+    /// No room came free in time, or none can come free by itself.
+    #[error("no room for {model} on {domain}: it needs {need}, {room} can be had")]
+    NoRoom {
+        /// Which model.
+        model: ModelName,
+        /// Where there is no room.
+        domain: Domain,
+        /// What it is expected to need.
+        need: Bytes,
+        /// What there was, with every idle worker gone.
+        room: Bytes,
+    },
+    /// The model failed and waits before the next try.
+    #[error("{model} failed and is tried again in {:.0} s: {cause}", retry_in.as_secs_f64().ceil())]
+    BackingOff {
+        /// Which model.
+        model: ModelName,
+        /// When the next try is.
+        retry_in: Duration,
+        /// Why it failed.
+        cause: String,
+    },
+    /// The worker ended before it could answer.
+    #[error("the worker of {model} failed: {cause}")]
+    WorkerFailed {
+        /// Which model.
+        model: ModelName,
+        /// How it ended.
+        cause: String,
+        /// The last lines it printed.
+        last_lines: Vec<String>,
+    },
+    /// The worker was not ready before its start deadline.
+    #[error("{model} was not ready within {:.0} s", after.as_secs_f64())]
+    StartTimeout {
+        /// Which model.
+        model: ModelName,
+        /// How long it was waited for.
+        after: Duration,
+        /// The last lines it printed.
+        last_lines: Vec<String>,
+    },
+    /// The request waited as long as it may.
+    #[error("{model} was not ready in time: waited {:.0} s", waited.as_secs_f64())]
+    QueueTimeout {
+        /// Which model.
+        model: ModelName,
+        /// How long it waited.
+        waited: Duration,
+    },
+    /// An operator unloaded the model while this waited for it.
+    #[error("{0} was unloaded while it loaded")]
+    Unloaded(ModelName),
+    /// Too many commands wait for the controller.
+    #[error("too many requests wait for a decision")]
+    Overloaded,
+    /// residentd ends.
+    #[error("residentd is shutting down")]
+    ShuttingDown,
+}
+
+impl Refusal {
+    /// Returns the stable code of the error body and of the metrics.
+    #[must_use]
+    pub const fn code(&self) -> &'static str {
+        match self {
+            Self::UnknownModel(_) => "model_not_found",
+            Self::UnknownDomain(_) => "device_not_found",
+            Self::QueueFull { .. } => "queue_full",
+            Self::TooLarge { .. } => "model_too_large",
+            Self::NoRoom { .. } => "no_room",
+            Self::BackingOff { .. } => "backing_off",
+            Self::WorkerFailed { .. } => "worker_failed",
+            Self::StartTimeout { .. } => "start_timeout",
+            Self::QueueTimeout { .. } => "queue_timeout",
+            Self::Unloaded(_) => "unloaded",
+            Self::Overloaded => "overloaded",
+            Self::ShuttingDown => "draining",
+        }
+    }
+}

@@ -1,0 +1,156 @@
+//! Which processes belong to one worker.
+//!
+//! A process belongs when it is the leader, is in a known process group or
+//! session led by a member, has a member as its parent, or was seen to belong
+//! before: whoever re-parents to us after a double fork stays in the tree.
+//! Identity is always pid and start time.
+
+use std::collections::BTreeSet;
+use std::sync::{Mutex, PoisonError};
+
+use super::{ProcessKey, ProcessTable};
+
+/// One worker's processes. Shared by the worker task, which signals them, and
+/// the sampler, which measures them; the lock is held for one pass over a
+/// table that was read before.
+#[derive(Debug)]
+pub struct ProcessTree {
+    leader: ProcessKey,
+    members: Mutex<BTreeSet<ProcessKey>>,
+}
+
+impl ProcessTree {
+    /// Returns the tree that so far holds its leader, which leads its own
+    /// process group.
+    #[must_use]
+    pub fn new(leader: ProcessKey) -> Self {
+        Self {
+            leader,
+            members: Mutex::new(BTreeSet::from([leader])),
+        }
+    }
+
+    /// Returns the process that was spawned.
+    #[must_use]
+    pub fn leader(&self) -> ProcessKey {
+        self.leader
+    }
+
+    /// Takes in new descendants and forgets processes that are gone or
+    /// zombies. Returns the members that live.
+    pub fn refresh(&self, table: &ProcessTable) -> Vec<ProcessKey> {
+        let mut members = self.members.lock().unwrap_or_else(PoisonError::into_inner);
+        let known = members.clone();
+        let mut pids: BTreeSet<i32> = known
+            .iter()
+            .filter(|key| table.get(key.pid).is_some_and(|stat| stat.key == **key))
+            .map(|key| key.pid)
+            .collect();
+        // The group outlives its leader; its number cannot be given away while
+        // the group has a member, and a group without one matches nobody.
+        let leader_reused = table
+            .get(self.leader.pid)
+            .is_some_and(|stat| stat.key != self.leader);
+        loop {
+            let before = pids.len();
+            for stat in table.iter() {
+                let by_parent = pids.contains(&stat.ppid);
+                let by_group =
+                    pids.contains(&stat.pgrp) || (stat.pgrp == self.leader.pid && !leader_reused);
+                let by_session = pids.contains(&stat.session);
+                if by_parent || by_group || by_session {
+                    pids.insert(stat.key.pid);
+                }
+            }
+            if pids.len() == before {
+                break;
+            }
+        }
+        let live: Vec<ProcessKey> = pids
+            .iter()
+            .filter_map(|pid| table.get(*pid))
+            .filter(|stat| !stat.is_zombie())
+            .map(|stat| stat.key)
+            .collect();
+        // Zombies are kept as known: a child forked before the end may only
+        // be found through them in the next pass.
+        *members = pids
+            .iter()
+            .filter_map(|pid| table.get(*pid))
+            .map(|stat| stat.key)
+            .collect();
+        members.insert(self.leader);
+        live
+    }
+
+    /// Returns the processes known to belong, living or not yet reaped, as of
+    /// the last refresh.
+    #[must_use]
+    pub fn known(&self) -> Vec<ProcessKey> {
+        self.members
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .iter()
+            .copied()
+            .collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::ProcessStat;
+    use super::*;
+
+    fn process(pid: i32, ppid: i32, pgrp: i32, session: i32) -> ProcessStat {
+        ProcessStat {
+            key: ProcessKey {
+                pid,
+                start_time: u64::try_from(pid).expect("positive"),
+            },
+            state: 'S',
+            ppid,
+            pgrp,
+            session,
+            rss_pages: 1,
+        }
+    }
+
+    fn pids(keys: &[ProcessKey]) -> Vec<i32> {
+        keys.iter().map(|k| k.pid).collect()
+    }
+
+    #[test]
+    fn children_groups_and_sessions_belong_and_strangers_do_not() {
+        let tree = ProcessTree::new(process(10, 1, 10, 1).key);
+        let table = ProcessTable::of([
+            process(1, 0, 1, 1),
+            process(10, 1, 10, 1),
+            process(11, 10, 10, 1),
+            process(12, 11, 12, 12),
+            process(13, 1, 12, 12),
+            process(20, 1, 20, 1),
+        ]);
+        assert_eq!(pids(&tree.refresh(&table)), [10, 11, 12, 13]);
+    }
+
+    #[test]
+    fn a_double_forked_daemon_seen_once_stays_in_the_tree() {
+        let tree = ProcessTree::new(process(10, 1, 10, 1).key);
+        tree.refresh(&ProcessTable::of([
+            process(10, 1, 10, 1),
+            process(11, 10, 11, 11),
+            process(12, 11, 11, 11),
+        ]));
+        // The middle process died; its child re-parented and leads nothing.
+        let later = ProcessTable::of([process(10, 1, 10, 1), process(12, 1, 99, 99)]);
+        assert_eq!(pids(&tree.refresh(&later)), [10, 12]);
+    }
+
+    #[test]
+    fn a_reused_pid_is_a_stranger() {
+        let tree = ProcessTree::new(process(10, 1, 10, 1).key);
+        let mut reused = process(10, 1, 10, 1);
+        reused.key.start_time = 999;
+        assert!(tree.refresh(&ProcessTable::of([reused])).is_empty());
+    }
+}

@@ -1,0 +1,1 @@
+//! Integration tests: the app with real stub workers.
