@@ -7,5 +7,6 @@ pub mod memory;
 pub mod model;
 pub mod policy;
 pub mod procfs;
+pub mod store;
 pub mod telemetry;
 pub mod worker;

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use tokio::sync::oneshot;
 
-use super::{Lease, Refusal, Skip};
+use super::{CleanupReport, Lease, Refusal};
 use crate::clock::Timestamp;
 use crate::model::{Bytes, Domain, ModelName, WorkerId};
 
@@ -119,28 +119,4 @@ pub struct CleanupRequest {
     pub timeout: Option<Duration>,
     /// Say what would be done and do nothing.
     pub dry_run: bool,
-}
-
-/// What a cleanup did.
-#[derive(Clone, Debug, Default)]
-pub struct CleanupReport {
-    /// Models unloaded (or, in a dry run, that would be), in that order.
-    pub unloaded: Vec<ModelName>,
-    /// Bytes measured to be back; in a dry run, bytes expected.
-    pub freed: Bytes,
-    /// Models that were named or idle and stay, with why.
-    pub skipped: Vec<Skipped>,
-    /// What is missing to the target, or to the end of pressure.
-    pub shortfall: Bytes,
-    /// The deadline passed before all bytes were back.
-    pub timed_out: bool,
-}
-
-/// A model that a cleanup left alone.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Skipped {
-    /// Which.
-    pub model: ModelName,
-    /// Why.
-    pub why: Skip,
 }

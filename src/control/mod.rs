@@ -6,25 +6,29 @@
 //! Readers take the published [`Snapshot`] and never queue here.
 
 mod command;
+mod deeds;
 mod lease;
+mod obey;
 mod snapshot;
+mod task;
+mod view;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-pub use command::{
-    CleanupReport, CleanupRequest, Command, LimitReport, LimitRequest, Reply, Signal, Skipped,
-};
+pub use command::{CleanupRequest, Command, LimitReport, LimitRequest, Reply, Signal};
 pub use lease::{Lease, ModelRoute, ReadyWorker, Routes};
 pub use snapshot::{
     Candidate, Counters, DomainView, LastEviction, LimitSource, MemoryView, ModelView, Snapshot,
 };
+pub use task::{Parts, start};
 use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::clock::{Clock, Timestamp};
 use crate::model::ModelName;
 pub use crate::policy::{
-    EvictReason, Expected, ExpectedSource, Phase, PressureLevel, Protection, Refusal, Skip,
+    CleanupReport, EvictReason, Expected, ExpectedSource, Phase, PressureLevel, Protection,
+    Refusal, Skip, Skipped,
 };
 
 /// Commands waiting at most. A full queue is answered with `503 overloaded`:

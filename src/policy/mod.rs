@@ -1,7 +1,369 @@
 //! The pure core: which workers run.
+//!
+//! [`Policy::step`] takes one [`Event`] at a given time and answers with
+//! [`Effect`]s. There is no clock, task, channel, file, log line or chance in
+//! here: the same events give the same effects. Deadlines go out through
+//! [`Policy::next_wake`].
+//!
+//! | file | decides |
+//! | --- | --- |
+//! | `admission` | who waits, who is granted, who is turned away, what is loaded next |
+//! | `lifecycle` | one model's phases, backoff and breaker |
+//! | `ledger` | is there room, and when are bytes back |
+//! | `footprint` | what a load is expected to need |
+//! | `eviction` | who goes to make room |
+//! | `pressure` | how tight memory is |
+//! | `relief` | who goes for idleness, pressure, or an operator's cleanup |
+//! | `departure` | unload, drain, exit, shutdown |
 
+#![warn(clippy::wildcard_enum_match_arm)]
+
+mod admission;
+mod departure;
+mod event;
+mod eviction;
+mod footprint;
+mod ledger;
+mod lifecycle;
+mod pressure;
+mod relief;
 mod words;
 
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+pub use event::{
+    Activity, CleanupOrder, CleanupReport, DomainMeasure, Effect, Event, Measure, Measured,
+    Skipped, Ticket,
+};
+pub use footprint::from_weights;
+pub use ledger::DomainBooks;
+use ledger::Ledger;
+pub use lifecycle::{History, ModelState};
+pub use pressure::Threshold;
+use pressure::{Levels, Look, Thresholds};
+use relief::Cleanup;
 pub use words::{
     EvictReason, Expected, ExpectedSource, Phase, PressureLevel, Protection, Refusal, Skip,
 };
+
+use crate::clock::Timestamp;
+use crate::model::{Bytes, Domain, ModelName, ModelSpec, WorkerId};
+
+/// What the configuration says of the policy as a whole.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// The user's limit on host RAM.
+    pub limit: Bytes,
+    /// Headroom never given to workers.
+    pub reserve: Bytes,
+    /// Headroom under this is soft pressure.
+    pub soft: Threshold,
+    /// Headroom under this is hard pressure.
+    pub hard: Threshold,
+    /// Unload idle models under soft pressure without being asked.
+    pub auto_cleanup: bool,
+    /// End workers at once under hard pressure.
+    pub emergency: bool,
+    /// How long a drain may take.
+    pub drain_timeout: Duration,
+}
+
+/// One model as the policy gets it.
+#[derive(Clone, Debug)]
+pub struct Setup {
+    /// What the configuration says.
+    pub spec: Arc<ModelSpec>,
+    /// Size of its weight files.
+    pub weights: Bytes,
+    /// Peak use of past lives, kept over restarts.
+    pub peak: BTreeMap<Domain, Bytes>,
+}
+
+/// Everything that decides. Cloned to branch from one state into many.
+#[derive(Clone, Debug)]
+pub struct Policy {
+    settings: Settings,
+    models: BTreeMap<ModelName, ModelState>,
+    ledger: Ledger,
+    levels: Levels,
+    cleanups: Vec<Cleanup>,
+    shutdown: Option<Timestamp>,
+    finished: bool,
+    blocked: bool,
+}
+
+impl Policy {
+    /// Returns the policy over these models, all stopped.
+    #[must_use]
+    pub fn new(settings: Settings, models: impl IntoIterator<Item = Setup>) -> Self {
+        let books = DomainBooks {
+            limit: settings.limit,
+            reserve: settings.reserve,
+            ..DomainBooks::default()
+        };
+        Self {
+            models: models
+                .into_iter()
+                .map(|setup| {
+                    (
+                        setup.spec.name.clone(),
+                        ModelState::new(setup.spec, setup.weights, setup.peak),
+                    )
+                })
+                .collect(),
+            ledger: Ledger::new(books),
+            settings,
+            levels: Levels::default(),
+            cleanups: Vec::new(),
+            shutdown: None,
+            finished: false,
+            blocked: false,
+        }
+    }
+
+    /// Takes in one event and returns what is to be done, in order.
+    pub fn step(&mut self, now: Timestamp, event: Event) -> Vec<Effect> {
+        let mut out = Vec::new();
+        match event {
+            Event::Tick => {}
+            Event::Acquire {
+                ticket,
+                model,
+                deadline,
+            } => {
+                self.acquire(now, (ticket, deadline, true), &model, &mut out);
+            }
+            Event::Load {
+                ticket,
+                model,
+                deadline,
+            } => {
+                self.clear_failures(&model);
+                self.acquire(now, (ticket, deadline, false), &model, &mut out);
+            }
+            Event::Cancel { ticket } => self.cancel(ticket),
+            Event::Unload { ticket, model } => self.unload(now, ticket, &model, &mut out),
+            Event::Pin { model, pinned } => {
+                if let Some(state) = self.models.get_mut(&model) {
+                    state.pinned = pinned;
+                }
+            }
+            Event::Limit { domain, limit } => self.set_limit(domain, limit),
+            Event::Cleanup {
+                ticket,
+                order,
+                deadline,
+            } => {
+                self.cleanup(now, ticket, &order, deadline, &mut out);
+            }
+            Event::EvictRefused { worker, inside } => self.evict_refused(&worker, inside),
+            Event::Ready { worker } => self.ready(now, &worker, &mut out),
+            Event::NeverReady {
+                worker,
+                after,
+                last_lines,
+            } => {
+                self.never_ready(now, &worker, after, &last_lines, &mut out);
+            }
+            Event::Exited {
+                worker,
+                status,
+                last_lines,
+            } => {
+                self.exited(now, &worker, &status, &last_lines, &mut out);
+            }
+            Event::Measured(measured) => self.measure(&measured),
+            Event::Shutdown { until } => self.begin_shutdown(until, &mut out),
+        }
+        self.follow_up(now, &mut out);
+        debug_assert_eq!(self.check(), Ok(()), "a law of the policy is broken");
+        out
+    }
+
+    /// Takes in copies of gates, before a step that may evict. Changes nothing
+    /// by itself.
+    pub fn observe<'a>(&mut self, gates: impl IntoIterator<Item = (&'a WorkerId, Activity)>) {
+        for (worker, activity) in gates {
+            if let Some(model) = self.current(worker) {
+                model.activity = activity;
+            }
+        }
+    }
+
+    /// What any event may have made possible or due.
+    fn follow_up(&mut self, now: Timestamp, out: &mut Vec<Effect>) {
+        self.settle(now, out);
+        self.expire_waiters(now, out);
+        self.finish_drains(now, out);
+        self.finish_cleanups(now, out);
+        if self.shutdown.is_some() {
+            self.proceed_shutdown(now, out);
+            return;
+        }
+        self.end_idle(now, out);
+        self.relieve(now, out);
+        self.plan(now, out);
+    }
+
+    /// Returns when to send a [`Event::Tick`] at the latest.
+    #[must_use]
+    pub fn next_wake(&self) -> Option<Timestamp> {
+        let of_models = self.models.values().flat_map(|m| {
+            let waiters = m.queue.iter().map(|w| w.deadline);
+            let drain = (m.phase == Phase::Draining).then_some(m.drain_until);
+            let idle = self.idle_deadline(m);
+            let retry = (m.wanted && matches!(m.phase, Phase::Backoff | Phase::Failed))
+                .then_some(m.failures.retry_at);
+            waiters.chain(drain).chain(idle).chain(retry.flatten())
+        });
+        of_models
+            .chain(self.cleanups.iter().map(|c| c.deadline))
+            .chain(self.ledger.next_deadline())
+            .chain(
+                self.shutdown
+                    .filter(|_| self.models.values().any(ModelState::is_live)),
+            )
+            .min()
+    }
+
+    /// Returns each model's state.
+    #[must_use]
+    pub fn models(&self) -> &BTreeMap<ModelName, ModelState> {
+        &self.models
+    }
+
+    /// Returns one domain's books: limit, reserve and the newest measurement.
+    #[must_use]
+    pub fn domains(&self) -> &BTreeMap<Domain, DomainBooks> {
+        &self.ledger.domains
+    }
+
+    /// Returns measured use by all workers, shared pages once.
+    #[must_use]
+    pub fn usage(&self, domain: Domain) -> Bytes {
+        self.ledger.usage(&self.models, domain)
+    }
+
+    /// Returns what counts against the limit.
+    #[must_use]
+    pub fn charged(&self, domain: Domain) -> Bytes {
+        self.ledger.charged(&self.models, domain)
+    }
+
+    /// Returns how tight a domain is.
+    #[must_use]
+    pub fn level(&self, domain: Domain) -> PressureLevel {
+        self.levels.of(domain)
+    }
+
+    /// Returns whether something loads, dies or presses, so that measurements
+    /// should come quickly.
+    #[must_use]
+    pub fn is_restless(&self) -> bool {
+        self.models
+            .values()
+            .any(|m| matches!(m.phase, Phase::Starting | Phase::Draining | Phase::Stopping))
+            || self
+                .ledger
+                .domains
+                .keys()
+                .any(|domain| self.ledger.is_settling(*domain))
+            || self.levels.worst().0 != PressureLevel::None
+    }
+
+    /// Returns whether somebody waits for busy workers to become idle, so that
+    /// their gates should be watched.
+    #[must_use]
+    pub fn awaits_idle(&self) -> bool {
+        self.blocked
+            || self.models.values().any(|m| m.phase == Phase::Draining)
+            || self.levels.worst().0 != PressureLevel::None
+    }
+
+    /// Returns whether new work is refused.
+    #[must_use]
+    pub fn is_draining(&self) -> bool {
+        self.shutdown.is_some()
+    }
+
+    fn measure(&mut self, measured: &Measured) {
+        self.ledger.measure(measured);
+        for (worker, usage) in &measured.workers {
+            if let Some(model) = self.current(worker).filter(|m| m.is_live()) {
+                model.measure(usage);
+            }
+        }
+        let thresholds = self.thresholds();
+        for domain in measured.domains.keys() {
+            let look = self.look(*domain);
+            self.levels.update(*domain, look, thresholds);
+        }
+    }
+
+    fn set_limit(&mut self, domain: Domain, limit: Bytes) {
+        if let Some(books) = self.ledger.domains.get_mut(&domain) {
+            books.limit = limit;
+            let over = self.usage(domain) > limit;
+            self.levels.set_over_limit(domain, over);
+        }
+    }
+
+    fn thresholds(&self) -> Thresholds {
+        Thresholds {
+            soft: self.settings.soft,
+            hard: self.settings.hard,
+        }
+    }
+
+    fn look(&self, domain: Domain) -> Look {
+        let books = self
+            .ledger
+            .domains
+            .get(&domain)
+            .copied()
+            .unwrap_or_default();
+        Look {
+            total: books.measured.total,
+            headroom: books.measured.headroom,
+            usage: self.usage(domain),
+            limit: books.limit,
+        }
+    }
+
+    /// Returns the model whose current life this is; an event of an older life
+    /// finds nobody.
+    fn current(&mut self, worker: &WorkerId) -> Option<&mut ModelState> {
+        self.models
+            .get_mut(&worker.model)
+            .filter(|m| m.generation == worker.generation)
+    }
+
+    /// Checks the laws that hold between any two steps.
+    ///
+    /// # Errors
+    /// The law that is broken.
+    pub fn check(&self) -> Result<(), String> {
+        let mut tickets = std::collections::BTreeSet::new();
+        for model in self.models.values() {
+            let name = model.name();
+            if model.phase == Phase::Ready && !model.queue.is_empty() {
+                return Err(format!("{name} is ready and requests wait for it"));
+            }
+            if matches!(model.phase, Phase::Backoff | Phase::Failed) && !model.queue.is_empty() {
+                return Err(format!("{name} backs off and requests wait for it"));
+            }
+            if model.leaving.is_some() && !model.is_leaving() {
+                return Err(format!("{name} stays but has a reason to leave"));
+            }
+            if !model.is_live() && !model.usage.is_empty() {
+                return Err(format!("{name} has no worker but memory"));
+            }
+            if !model.queue.iter().all(|w| tickets.insert(w.ticket)) {
+                return Err(format!("{name} has a ticket that waits twice"));
+            }
+        }
+        Ok(())
+    }
+}

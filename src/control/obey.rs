@@ -1,0 +1,169 @@
+//! What is done on each command.
+
+use std::time::Duration;
+
+use tracing::info;
+
+use super::command::{LimitReport, LimitRequest, Reply};
+use super::task::{Pending, Task};
+use super::{CleanupReport, CleanupRequest, Command, LimitSource, Refusal};
+use crate::model::{Domain, ModelName};
+use crate::policy::{CleanupOrder, Event, Ticket};
+
+/// How long a cleanup waits for bytes unless the request says otherwise.
+const CLEANUP_TIMEOUT: Duration = Duration::from_secs(30);
+
+impl Task {
+    pub(super) fn obey(&mut self, command: Command) {
+        let now = self.clock.now();
+        match command {
+            Command::Acquire {
+                ticket,
+                model,
+                deadline,
+                reply,
+            } => {
+                if !reply.is_closed() {
+                    self.waiting
+                        .insert(ticket, Pending::Lease { reply, late: false });
+                    self.feed(Event::Acquire {
+                        ticket,
+                        model,
+                        deadline,
+                    });
+                    self.count_wait(ticket);
+                }
+            }
+            Command::Load {
+                ticket,
+                model,
+                deadline,
+                reply,
+            } => {
+                self.waiting.insert(ticket, Pending::Done(reply));
+                self.feed(Event::Load {
+                    ticket,
+                    model,
+                    deadline,
+                });
+            }
+            Command::Unload {
+                ticket,
+                model,
+                reply,
+            } => {
+                self.waiting.insert(ticket, Pending::Done(reply));
+                self.feed(Event::Unload { ticket, model });
+            }
+            Command::Cleanup {
+                ticket,
+                request,
+                reply,
+            } => self.clean_up(ticket, request, reply),
+            // Whoever asked may have left: then the answer goes nowhere.
+            Command::Pin {
+                model,
+                pinned,
+                reply,
+            } => {
+                let _ = reply.send(self.pin(model, pinned));
+            }
+            Command::Limit { request, reply } => {
+                let _ = reply.send(self.set_limit(request));
+            }
+            Command::Tail {
+                model,
+                lines,
+                reply,
+            } => {
+                let known = self.policy.models().contains_key(&model);
+                let answer = if known {
+                    Ok(self.tail_of(&model, lines))
+                } else {
+                    Err(Refusal::UnknownModel(model))
+                };
+                let _ = reply.send(answer);
+            }
+            Command::Shutdown { grace, reply } => {
+                info!(grace_s = grace.as_secs_f64(), "shutting down");
+                self.finishing.push(reply);
+                if grace.is_zero() {
+                    self.kill_all();
+                }
+                self.feed(Event::Shutdown { until: now + grace });
+            }
+        }
+    }
+
+    fn pin(&mut self, model: ModelName, pinned: bool) -> Result<(), Refusal> {
+        if !self.policy.models().contains_key(&model) {
+            return Err(Refusal::UnknownModel(model));
+        }
+        info!(%model, pinned, "pinning model");
+        self.feed(Event::Pin { model, pinned });
+        Ok(())
+    }
+
+    fn clean_up(&mut self, ticket: Ticket, request: CleanupRequest, reply: Reply<CleanupReport>) {
+        let unknown = request
+            .models
+            .iter()
+            .flatten()
+            .find(|name| !self.policy.models().contains_key(*name));
+        if let Some(name) = unknown {
+            // Whoever asked may have left.
+            let _ = reply.send(Err(Refusal::UnknownModel(name.clone())));
+            return;
+        }
+        self.waiting.insert(ticket, Pending::Cleanup(reply));
+        let deadline = self.clock.now() + request.timeout.unwrap_or(CLEANUP_TIMEOUT);
+        let order = CleanupOrder {
+            target: request.target,
+            models: request.models,
+            all: request.all,
+            force: request.force,
+            dry_run: request.dry_run,
+        };
+        self.feed(Event::Cleanup {
+            ticket,
+            order,
+            deadline,
+        });
+    }
+
+    /// Counts a request that was not answered in the step it came with.
+    fn count_wait(&mut self, ticket: Ticket) {
+        if let Some(Pending::Lease { late, .. }) = self.waiting.get_mut(&ticket) {
+            *late = true;
+            self.counters.misses += 1;
+        }
+    }
+
+    fn set_limit(&mut self, request: LimitRequest) -> Result<LimitReport, Refusal> {
+        let domain = request.domain;
+        if !self.policy.domains().contains_key(&domain) {
+            return Err(Refusal::UnknownDomain(domain));
+        }
+        if let Some(limit) = request.limit {
+            info!(%domain, %limit, persist = request.persist, "setting limit");
+            if domain == Domain::Host {
+                self.limit_source = LimitSource::Api;
+            }
+            if request.persist {
+                self.store.keep_limit(domain, limit);
+            }
+            self.feed(Event::Limit { domain, limit });
+        }
+        let books = self
+            .policy
+            .domains()
+            .get(&domain)
+            .copied()
+            .unwrap_or_default();
+        Ok(LimitReport {
+            limit: books.limit,
+            effective: books.budget(),
+            usage: self.policy.usage(domain),
+        })
+    }
+}

@@ -1,0 +1,411 @@
+//! The controller task: turns what arrives into policy events, and effects
+//! into deeds. The only place where decisions are logged and counted.
+
+use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::sync::Arc;
+
+use tokio::sync::{mpsc, watch};
+use tokio_util::sync::CancellationToken;
+use tracing::{info, warn};
+
+use super::command::Reply;
+use super::{
+    CleanupReport, Command, Controller, Counters, Lease, LimitSource, ReadyWorker, Refusal, Routes,
+    Signal, Snapshot, view,
+};
+use crate::clock::{Clock, Timestamp};
+use crate::gate::Gate;
+use crate::memory::{MemorySource, Pace, Reading};
+use crate::model::{ModelName, Upstream, WorkerId};
+use crate::policy::{Activity, Event, Phase, Policy, Ticket};
+use crate::procfs::ProcessTree;
+use crate::store::Store;
+use crate::telemetry;
+use crate::worker::{Spawner, Stop, Tail, WorkerEvent, WorkerHandle};
+
+/// Arrivals handled before the next snapshot is published, so that a burst
+/// costs one snapshot and a quiet moment shows each step.
+const BATCH: usize = 64;
+
+/// What the controller is built from.
+#[derive(Debug)]
+pub struct Parts {
+    /// The policy, with every model in it.
+    pub policy: Policy,
+    /// Every model's route.
+    pub routes: Arc<Routes>,
+    /// Starts workers.
+    pub spawner: Arc<dyn Spawner>,
+    /// Measures.
+    pub memory: Arc<dyn MemorySource>,
+    /// Keeps what is learned.
+    pub store: Store,
+    /// Reads the time.
+    pub clock: Clock,
+    /// Who set the host's limit.
+    pub limit_source: LimitSource,
+    /// Idle models are unloaded under pressure without being asked.
+    pub auto_cleanup: bool,
+}
+
+/// Starts the controller task and returns the handle to it.
+#[must_use]
+pub fn start(parts: Parts) -> Controller {
+    let (commands_in, commands) = mpsc::channel(super::COMMAND_QUEUE);
+    #[expect(
+        clippy::disallowed_methods,
+        reason = "a lease's drop cannot wait; at most one signal per waiting ask and watched gate"
+    )]
+    let (signals_in, signals) = mpsc::unbounded_channel();
+    #[expect(
+        clippy::disallowed_methods,
+        reason = "a worker task that reaps cannot wait; four events at most each"
+    )]
+    let (events_in, events) = mpsc::unbounded_channel();
+    let readings = parts.memory.readings();
+    let reading = readings.borrow().clone();
+    let mut task = Task {
+        policy: parts.policy,
+        clock: parts.clock,
+        routes: Arc::clone(&parts.routes),
+        spawner: parts.spawner,
+        memory: parts.memory,
+        store: parts.store,
+        events: events_in,
+        signals: signals_in.clone(),
+        workers: BTreeMap::new(),
+        records: BTreeMap::new(),
+        waiting: HashMap::new(),
+        finishing: Vec::new(),
+        finished: false,
+        reading,
+        pace: Pace::Calm,
+        limit_source: parts.limit_source,
+        auto_cleanup: parts.auto_cleanup,
+        counters: Counters::default(),
+        granted_late: 0,
+        next_serial: 0,
+        seq: 0,
+    };
+    task.take_reading();
+    let (publish, snapshots) = watch::channel(Arc::new(task.snapshot()));
+    let handle = Controller::from_parts(
+        parts.routes,
+        commands_in,
+        signals_in,
+        snapshots,
+        parts.clock,
+    );
+    telemetry::spawn(
+        "controller",
+        run(
+            task,
+            Arrivals {
+                commands,
+                signals,
+                events,
+                readings,
+            },
+            publish,
+        ),
+    );
+    handle
+}
+
+struct Arrivals {
+    commands: mpsc::Receiver<Command>,
+    pub(super) signals: mpsc::UnboundedReceiver<Signal>,
+    pub(super) events: mpsc::UnboundedReceiver<WorkerEvent>,
+    readings: watch::Receiver<Arc<Reading>>,
+}
+
+enum Arrival {
+    Command(Command),
+    Signal(Signal),
+    Worker(WorkerEvent),
+    Reading,
+    Wake,
+    /// Every handle is gone: nobody can ask any more.
+    Abandoned,
+}
+
+impl Arrivals {
+    async fn next(&mut self, clock: Clock, wake: Option<Timestamp>) -> Arrival {
+        let wake = async {
+            match wake {
+                Some(at) => tokio::time::sleep_until(clock.instant(at)).await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            Some(event) = self.events.recv() => Arrival::Worker(event),
+            Some(signal) = self.signals.recv() => Arrival::Signal(signal),
+            Ok(()) = self.readings.changed() => Arrival::Reading,
+            command = self.commands.recv() => command.map_or(Arrival::Abandoned, Arrival::Command),
+            () = wake => Arrival::Wake,
+        }
+    }
+
+    fn ready_now(&mut self) -> Option<Arrival> {
+        let event = self.events.try_recv().ok().map(Arrival::Worker);
+        let signal = || self.signals.try_recv().ok().map(Arrival::Signal);
+        let command = || self.commands.try_recv().ok().map(Arrival::Command);
+        event.or_else(signal).or_else(command)
+    }
+}
+
+async fn run(mut task: Task, mut arrivals: Arrivals, publish: watch::Sender<Arc<Snapshot>>) {
+    task.feed(Event::Tick);
+    loop {
+        publish.send_replace(Arc::new(task.snapshot()));
+        if task.finished {
+            break;
+        }
+        let wake = task.policy.next_wake();
+        let mut arrival = Some(arrivals.next(task.clock, wake).await);
+        for _ in 0..BATCH {
+            let Some(next) = arrival else { break };
+            if matches!(next, Arrival::Reading) {
+                task.reading = arrivals.readings.borrow_and_update().clone();
+            }
+            task.handle(next);
+            arrival = arrivals.ready_now();
+        }
+        if let Some(rest) = arrival {
+            task.handle(rest);
+        }
+    }
+    task.answer_the_rest();
+}
+
+/// One live worker, as the controller holds it.
+#[derive(Debug)]
+pub(super) struct Live {
+    pub(super) handle: WorkerHandle,
+    pub(super) tree: Option<Arc<ProcessTree>>,
+    pub(super) ready: Option<Arc<ReadyWorker>>,
+}
+
+impl Live {
+    pub(super) fn pid(&self) -> Option<i32> {
+        self.tree.as_ref().map(|tree| tree.leader().pid)
+    }
+}
+
+/// What is kept of a model's past lives.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Record {
+    pub(super) tail: Option<Arc<Tail>>,
+    pub(super) accesses: u64,
+    pub(super) last_used: Option<Timestamp>,
+}
+
+/// Who waits under a ticket.
+pub(super) enum Pending {
+    Lease { reply: Reply<Lease>, late: bool },
+    Done(Reply<()>),
+    Cleanup(Reply<CleanupReport>),
+}
+
+pub(super) struct Task {
+    pub(super) policy: Policy,
+    pub(super) clock: Clock,
+    pub(super) routes: Arc<Routes>,
+    pub(super) spawner: Arc<dyn Spawner>,
+    pub(super) memory: Arc<dyn MemorySource>,
+    pub(super) store: Store,
+    pub(super) events: mpsc::UnboundedSender<WorkerEvent>,
+    pub(super) signals: mpsc::UnboundedSender<Signal>,
+    pub(super) workers: BTreeMap<WorkerId, Live>,
+    pub(super) records: BTreeMap<ModelName, Record>,
+    pub(super) waiting: HashMap<Ticket, Pending>,
+    pub(super) finishing: Vec<Reply<()>>,
+    pub(super) finished: bool,
+    pub(super) reading: Arc<Reading>,
+    pace: Pace,
+    pub(super) limit_source: LimitSource,
+    pub(super) auto_cleanup: bool,
+    pub(super) counters: Counters,
+    /// Requests that were granted after they had waited.
+    pub(super) granted_late: u64,
+    next_serial: u64,
+    pub(super) seq: u64,
+}
+
+impl Task {
+    fn handle(&mut self, arrival: Arrival) {
+        match arrival {
+            Arrival::Command(command) => self.obey(command),
+            Arrival::Signal(Signal::Cancel { ticket }) => {
+                self.waiting.remove(&ticket);
+                self.feed(Event::Cancel { ticket });
+            }
+            // The gates are read before every step: the step itself is enough.
+            Arrival::Signal(Signal::Idle { .. }) | Arrival::Wake => self.feed(Event::Tick),
+            Arrival::Worker(event) => self.hear(event),
+            Arrival::Reading => self.take_reading(),
+            Arrival::Abandoned => {
+                self.kill_all();
+                self.feed(Event::Shutdown {
+                    until: self.clock.now(),
+                });
+            }
+        }
+    }
+
+    fn hear(&mut self, event: WorkerEvent) {
+        match event {
+            WorkerEvent::Spawned { worker, tree } => {
+                if let Some(live) = self.workers.get_mut(&worker) {
+                    info!(%worker, pid = tree.leader().pid, "worker spawned");
+                    live.tree = Some(Arc::clone(&tree));
+                    self.memory.follow(worker, tree);
+                    self.memory.sample_now();
+                }
+            }
+            WorkerEvent::Ready { worker, upstream } => self.worker_ready(&worker, upstream),
+            WorkerEvent::NeverReady { worker, after } => {
+                warn!(%worker, after_s = after.as_secs_f64(), "worker missed its start deadline");
+                let last_lines = self.tail_of(&worker.model, ERROR_LINES);
+                self.feed(Event::NeverReady {
+                    worker,
+                    after,
+                    last_lines,
+                });
+            }
+            WorkerEvent::Exited {
+                worker,
+                status,
+                mut last_lines,
+            } => {
+                info!(%worker, %status, "worker is gone");
+                self.bury(&worker);
+                self.memory.forget(&worker);
+                self.memory.sample_now();
+                let from = last_lines.len().saturating_sub(ERROR_LINES);
+                last_lines.drain(..from);
+                self.feed(Event::Exited {
+                    worker,
+                    status: status.to_string(),
+                    last_lines,
+                });
+            }
+        }
+    }
+
+    fn worker_ready(&mut self, worker: &WorkerId, upstream: Upstream) {
+        let model = &self.policy.models()[&worker.model];
+        if model.phase != Phase::Starting || model.generation != worker.generation {
+            return;
+        }
+        let Some(live) = self.workers.get_mut(worker) else {
+            return;
+        };
+        let now = self.clock.now();
+        info!(%worker, %upstream, load_s = now.since(model.since).as_secs_f64(), "worker ready");
+        self.next_serial += 1;
+        let ready = Arc::new(ReadyWorker {
+            id: worker.clone(),
+            spec: Arc::clone(&model.spec),
+            upstream,
+            gate: Gate::open(now),
+            closing: CancellationToken::new(),
+            serial: self.next_serial,
+            since: now,
+        });
+        live.ready = Some(Arc::clone(&ready));
+        if let Some(route) = self.routes.get(worker.model.as_str()) {
+            route.set_ready(Some(ready));
+        }
+        self.memory.sample_now();
+        self.feed(Event::Ready {
+            worker: worker.clone(),
+        });
+    }
+
+    /// Steps the policy and carries out what it says, until nothing follows.
+    pub(super) fn feed(&mut self, event: Event) {
+        let mut todo = VecDeque::from([event]);
+        while let Some(event) = todo.pop_front() {
+            let gates: Vec<_> = self
+                .workers
+                .iter()
+                .filter_map(|(id, live)| Some((id, live.ready.as_ref()?.gate.read())))
+                .map(|(id, read)| {
+                    (
+                        id,
+                        Activity {
+                            inside: read.inside,
+                            last_left: read.last_left,
+                        },
+                    )
+                })
+                .collect();
+            self.policy.observe(gates);
+            let effects = self.policy.step(self.clock.now(), event);
+            for effect in effects {
+                todo.extend(self.carry_out(effect));
+            }
+            if self.watch_gates() {
+                todo.push_back(Event::Tick);
+            }
+        }
+        let pace = if self.policy.is_restless() {
+            Pace::Busy
+        } else {
+            Pace::Calm
+        };
+        if pace != self.pace {
+            self.pace = pace;
+            self.memory.pace(pace);
+        }
+    }
+
+    pub(super) fn kill_all(&self) {
+        for live in self.workers.values() {
+            live.handle.stop(Stop::Kill);
+        }
+    }
+
+    /// Watches the gates somebody waits for. Returns whether one became empty
+    /// before it was watched, so that nobody would tell.
+    fn watch_gates(&mut self) -> bool {
+        let wanted = self.policy.awaits_idle();
+        let mut missed = false;
+        for (id, live) in &self.workers {
+            let Some(ready) = &live.ready else { continue };
+            let inside = ready.gate.watch(wanted);
+            let believed = self.policy.models()[&id.model].activity.inside;
+            missed |= wanted && inside == 0 && believed > 0;
+        }
+        missed
+    }
+
+    fn take_reading(&mut self) {
+        let measured = view::measured(&self.reading, &self.workers);
+        self.feed(Event::Measured(measured));
+    }
+
+    pub(super) fn tail_of(&self, model: &ModelName, lines: usize) -> Vec<String> {
+        let tail = self
+            .records
+            .get(model)
+            .and_then(|record| record.tail.as_ref());
+        tail.map(|tail| tail.last(lines)).unwrap_or_default()
+    }
+
+    fn snapshot(&mut self) -> Snapshot {
+        self.seq += 1;
+        view::snapshot(self)
+    }
+
+    fn answer_the_rest(&mut self) {
+        let tickets: Vec<_> = self.waiting.keys().copied().collect();
+        for ticket in tickets {
+            self.reject(ticket, Refusal::ShuttingDown);
+        }
+    }
+}
+
+/// Lines of a worker's output that go into an error.
+const ERROR_LINES: usize = 20;

@@ -1,0 +1,176 @@
+//! Conversions between the policy's terms and everyone else's: readings in,
+//! snapshots out.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use super::task::{Live, Task};
+use super::{Candidate, DomainView, LastEviction, MemoryView, ModelView, Snapshot};
+use crate::memory::Reading;
+use crate::model::{Domain, WorkerId};
+use crate::policy::{DomainMeasure, Measure, Measured, ModelState, PressureLevel};
+
+/// Puts a reading into the policy's terms.
+pub(super) fn measured(reading: &Reading, workers: &BTreeMap<WorkerId, Live>) -> Measured {
+    let host = DomainMeasure {
+        total: reading.host.domain_total(),
+        headroom: reading.host.headroom,
+    };
+    let mut domains = BTreeMap::from([(Domain::Host, host)]);
+    for device in &reading.devices {
+        // A device that does not tell its memory bounds nothing.
+        if let (Some(total), Some(free)) = (device.total, device.free) {
+            domains.insert(
+                Domain::Gpu(device.index),
+                DomainMeasure {
+                    total,
+                    headroom: free,
+                },
+            );
+        }
+    }
+    let measured = reading
+        .workers
+        .iter()
+        .filter(|(id, _)| workers.contains_key(*id));
+    let workers = measured
+        .map(|(id, usage)| {
+            let host = Measure {
+                usage: usage.rss,
+                unreclaimable: usage.unreclaimable(),
+            };
+            let mut by_domain = BTreeMap::from([(Domain::Host, host)]);
+            for vram in &usage.vram {
+                if let Some(bytes) = vram.bytes {
+                    by_domain.insert(
+                        Domain::Gpu(vram.device),
+                        Measure {
+                            usage: bytes,
+                            unreclaimable: bytes,
+                        },
+                    );
+                }
+            }
+            (id.clone(), by_domain)
+        })
+        .collect();
+    Measured {
+        at: reading.at,
+        domains,
+        workers,
+        counted_twice: reading.counted_twice,
+    }
+}
+
+/// Makes the published view.
+pub(super) fn snapshot(task: &Task) -> Snapshot {
+    let models: BTreeMap<_, _> = task
+        .policy
+        .models()
+        .iter()
+        .map(|(name, state)| (name.clone(), model(task, state)))
+        .collect();
+    let mut counters = task.counters.clone();
+    for state in task.policy.models().values() {
+        let history = &state.history;
+        counters.loads += history.loads;
+        counters.reloads += history.reloads;
+        counters.load_failures += history.load_failures;
+        counters.crashes += history.crashes;
+        for (reason, count) in &history.evictions {
+            *counters.evictions.entry(reason).or_default() += count;
+        }
+    }
+    let admitted: u64 = models.values().map(ModelView::access_count).sum();
+    counters.hits = admitted.saturating_sub(task.granted_late);
+    Snapshot {
+        seq: task.seq,
+        at: task.clock.now(),
+        models,
+        memory: memory(task),
+        counters,
+        draining: task.policy.is_draining(),
+    }
+}
+
+fn model(task: &Task, state: &ModelState) -> ModelView {
+    let worker = state.worker();
+    let live = task.workers.get(&worker);
+    let record = task.records.get(state.name()).cloned().unwrap_or_default();
+    ModelView {
+        spec: Arc::clone(&state.spec),
+        phase: state.phase,
+        generation: state.generation,
+        pid: live.and_then(Live::pid),
+        ready: live.and_then(|live| live.ready.clone()),
+        pinned: state.pinned,
+        queued: state.queue.len(),
+        usage: live.and_then(|_| task.reading.workers.get(&worker).cloned()),
+        expected: state.expected(),
+        peak: state.peak.get(&Domain::Host).copied().unwrap_or_default(),
+        last_used_before: record.last_used,
+        accesses_before: record.accesses,
+        loads: state.history.loads,
+        evictions: state.history.evictions.values().sum(),
+        last_eviction: state
+            .history
+            .last_eviction
+            .as_ref()
+            .map(|(reason, at)| LastEviction {
+                reason: reason.clone(),
+                at: *at,
+            }),
+        last_load: state.history.last_load,
+        restarts: state.history.crashes,
+        last_error: state.failures.last.clone(),
+        retry_at: state
+            .failures
+            .retry_at
+            .filter(|_| !state.may_start(task.clock.now()) && !state.is_live()),
+        file_size: state.weights,
+    }
+}
+
+fn memory(task: &Task) -> MemoryView {
+    let policy = &task.policy;
+    let domains: Vec<_> = policy
+        .domains()
+        .iter()
+        .map(|(domain, books)| DomainView {
+            domain: *domain,
+            usage: policy.usage(*domain),
+            limit: books.limit,
+            headroom: books.measured.headroom,
+            charged: policy.charged(*domain),
+            level: policy.level(*domain),
+        })
+        .collect();
+    let candidates = policy.candidates_in_order().into_iter().map(|m| Candidate {
+        model: m.name().clone(),
+        would_free: m.used(Domain::Host),
+        idle_since: m.idle_since(),
+    });
+    let protected = policy.models().values().filter(|m| m.is_live());
+    MemoryView {
+        reading: Arc::clone(&task.reading),
+        usage: policy.usage(Domain::Host),
+        limit: policy
+            .domains()
+            .get(&Domain::Host)
+            .map(|b| b.limit)
+            .unwrap_or_default(),
+        limit_source: task.limit_source,
+        level: domains
+            .iter()
+            .map(|d| d.level)
+            .max()
+            .unwrap_or(PressureLevel::None),
+        candidates: candidates.collect(),
+        recommended: policy.recommended(),
+        protected: protected
+            .filter_map(|m| Some((m.name().clone(), m.protection()?)))
+            .collect(),
+        auto_cleanup: task.auto_cleanup,
+        domains,
+    }
+}

@@ -1,0 +1,322 @@
+//! How workers go: evicted, unloaded, drained, crashed, shut down; and when
+//! their bytes count as back.
+
+use std::time::Duration;
+
+use super::Policy;
+use super::event::{Effect, Ticket};
+use super::lifecycle::ModelState;
+use super::words::{EvictReason, Phase, Refusal};
+use crate::clock::Timestamp;
+use crate::model::{ModelName, WorkerId};
+
+impl Policy {
+    /// Tells an idle worker to go. The gate has the last word: if somebody
+    /// came in meanwhile, `EvictRefused` comes back.
+    pub(super) fn evict(
+        &mut self,
+        now: Timestamp,
+        worker: &WorkerId,
+        reason: EvictReason,
+        kill: bool,
+        out: &mut Vec<Effect>,
+    ) {
+        self.leave(now, worker, (Phase::Stopping, kill), &reason);
+        out.push(Effect::Evict {
+            worker: worker.clone(),
+            reason,
+            kill,
+        });
+    }
+
+    /// Ends a worker whoever is inside.
+    pub(super) fn terminate(
+        &mut self,
+        now: Timestamp,
+        worker: &WorkerId,
+        reason: EvictReason,
+        kill: bool,
+        out: &mut Vec<Effect>,
+    ) {
+        self.leave(now, worker, (Phase::Stopping, kill), &reason);
+        out.push(Effect::Terminate {
+            worker: worker.clone(),
+            reason,
+            kill,
+        });
+    }
+
+    /// Lets those inside finish and nobody new in.
+    pub(super) fn drain(
+        &mut self,
+        now: Timestamp,
+        worker: &WorkerId,
+        reason: EvictReason,
+        out: &mut Vec<Effect>,
+    ) {
+        self.leave(now, worker, (Phase::Draining, false), &reason);
+        let until = now + self.settings.drain_timeout;
+        if let Some(model) = self.current(worker) {
+            model.drain_until = until;
+        }
+        out.push(Effect::Drain {
+            worker: worker.clone(),
+            reason,
+        });
+    }
+
+    fn leave(
+        &mut self,
+        now: Timestamp,
+        worker: &WorkerId,
+        (phase, kill): (Phase, bool),
+        reason: &EvictReason,
+    ) {
+        if let Some(model) = self.models.get(&worker.model) {
+            self.ledger.begin_reclaim(&self.models, model);
+        }
+        if let Some(model) = self.current(worker) {
+            model.leaving.get_or_insert_with(|| reason.clone());
+            model.killed |= kill;
+            model.enter(phase, now);
+        }
+    }
+
+    pub(super) fn evict_refused(&mut self, worker: &WorkerId, inside: u32) {
+        let Some(model) = self.current(worker).filter(|m| m.phase == Phase::Stopping) else {
+            return;
+        };
+        // The worker never left: it keeps the time it became ready, so that
+        // its place in the order stays.
+        model.phase = Phase::Ready;
+        model.leaving = None;
+        model.activity.inside = inside;
+        self.ledger.cancel_reclaim(worker);
+        self.refused_in_cleanups(worker);
+    }
+
+    pub(super) fn unload(
+        &mut self,
+        now: Timestamp,
+        ticket: Ticket,
+        name: &ModelName,
+        out: &mut Vec<Effect>,
+    ) {
+        let Some(model) = self.models.get_mut(name) else {
+            out.push(Effect::Reject {
+                ticket,
+                refusal: Refusal::UnknownModel(name.clone()),
+            });
+            return;
+        };
+        model.wanted = false;
+        let worker = model.worker();
+        match model.phase {
+            Phase::Stopped | Phase::Backoff | Phase::Failed => {
+                self.refuse_all(name, &Refusal::Unloaded(name.clone()), out);
+                self.clear_failures(name);
+                if let Some(model) = self.models.get_mut(name) {
+                    model.enter(Phase::Stopped, now);
+                }
+                out.push(Effect::Done { ticket });
+            }
+            Phase::Starting => {
+                model.unloading.push(ticket);
+                self.refuse_all(name, &Refusal::Unloaded(name.clone()), out);
+                self.terminate(now, &worker, EvictReason::Unload, false, out);
+            }
+            Phase::Ready => {
+                model.unloading.push(ticket);
+                self.drain(now, &worker, EvictReason::Unload, out);
+            }
+            Phase::Draining | Phase::Stopping => model.unloading.push(ticket),
+        }
+    }
+
+    /// Ends drained workers, and those whose drain took too long.
+    pub(super) fn finish_drains(&mut self, now: Timestamp, out: &mut Vec<Effect>) {
+        let done: Vec<_> = self
+            .models
+            .values()
+            .filter(|m| m.phase == Phase::Draining)
+            .filter(|m| m.activity.inside == 0 || m.drain_until <= now)
+            .filter_map(|m| Some((m.worker(), m.leaving.clone()?)))
+            .collect();
+        for (worker, reason) in done {
+            self.terminate(now, &worker, reason, false, out);
+        }
+    }
+
+    pub(super) fn never_ready(
+        &mut self,
+        now: Timestamp,
+        worker: &WorkerId,
+        after: Duration,
+        last_lines: &[String],
+        out: &mut Vec<Effect>,
+    ) {
+        let Some(model) = self.current(worker).filter(|m| m.phase == Phase::Starting) else {
+            return;
+        };
+        let refusal = Refusal::StartTimeout {
+            model: worker.model.clone(),
+            after,
+            last_lines: last_lines.to_vec(),
+        };
+        model.enter(Phase::Stopping, now);
+        model.failures.last = Some(refusal.to_string());
+        self.refuse_all(&worker.model, &refusal, out);
+    }
+
+    pub(super) fn exited(
+        &mut self,
+        now: Timestamp,
+        worker: &WorkerId,
+        status: &str,
+        last_lines: &[String],
+        out: &mut Vec<Effect>,
+    ) {
+        let Some(model) = self
+            .models
+            .get(&worker.model)
+            .filter(|m| m.generation == worker.generation)
+        else {
+            return;
+        };
+        self.ledger.reaped(&self.models, model, now);
+        let model = self.current(worker).expect("looked up a line above");
+        out.push(Effect::Learn {
+            model: worker.model.clone(),
+            peak: model.peak.clone(),
+        });
+        model.usage.clear();
+        model.activity.inside = 0;
+        let leaving = model.leaving.take();
+        match model.phase {
+            Phase::Starting => {
+                model.history.load_failures += 1;
+                let cause = format!("{status} before it was ready");
+                model.fail(cause.clone(), false, now);
+                let refusal = failed(&worker.model, cause, last_lines);
+                self.refuse_all(&worker.model, &refusal, out);
+                self.want_preload(&worker.model);
+            }
+            Phase::Ready => {
+                model.history.crashes += 1;
+                model.fail(format!("{status} while it served"), true, now);
+            }
+            // It was told to go, or never got ready.
+            Phase::Draining | Phase::Stopping => match leaving {
+                Some(reason) => {
+                    book_eviction(model, reason, now);
+                    model.enter(Phase::Stopped, now);
+                }
+                None => {
+                    model.history.load_failures += 1;
+                    let cause = model
+                        .failures
+                        .last
+                        .clone()
+                        .unwrap_or_else(|| status.to_owned());
+                    model.fail(cause.clone(), false, now);
+                    // Whoever came while it was being ended waits no longer.
+                    let refusal = failed(&worker.model, cause, last_lines);
+                    self.refuse_all(&worker.model, &refusal, out);
+                    self.want_preload(&worker.model);
+                }
+            },
+            Phase::Stopped | Phase::Backoff | Phase::Failed => {}
+        }
+    }
+
+    fn want_preload(&mut self, name: &ModelName) {
+        if let Some(model) = self.models.get_mut(name) {
+            model.wanted = model.spec.preload;
+        }
+    }
+
+    /// Counts bytes as back, and answers who waited for that.
+    pub(super) fn settle(&mut self, now: Timestamp, out: &mut Vec<Effect>) {
+        for reclaimed in self.ledger.settle(&self.models, now) {
+            if reclaimed.missing.get() > 0 {
+                out.push(Effect::ReclaimShortfall {
+                    worker: reclaimed.worker.clone(),
+                    domain: reclaimed.domain,
+                    missing: reclaimed.missing,
+                });
+            }
+            self.freed_in_cleanups(&reclaimed);
+        }
+        for model in self.models.values_mut() {
+            let gone = !model.is_live() && !self.ledger.is_reclaiming(&model.worker());
+            if gone {
+                out.extend(
+                    model
+                        .unloading
+                        .drain(..)
+                        .map(|ticket| Effect::Done { ticket }),
+                );
+            }
+        }
+    }
+
+    pub(super) fn begin_shutdown(&mut self, until: Timestamp, out: &mut Vec<Effect>) {
+        self.shutdown = Some(self.shutdown.map_or(until, |earlier| earlier.min(until)));
+        let names: Vec<_> = self.models.keys().cloned().collect();
+        for name in names {
+            self.refuse_all(&name, &Refusal::ShuttingDown, out);
+        }
+    }
+
+    /// Drains what is busy, ends what is idle, and when the grace is over ends
+    /// everything; finished when nothing lives.
+    pub(super) fn proceed_shutdown(&mut self, now: Timestamp, out: &mut Vec<Effect>) {
+        let Some(until) = self.shutdown else { return };
+        let live: Vec<_> = self
+            .models
+            .values()
+            .filter(|m| matches!(m.phase, Phase::Starting | Phase::Ready | Phase::Draining))
+            .map(|m| (m.worker(), m.phase, m.activity.inside))
+            .collect();
+        for (worker, phase, inside) in live {
+            let busy = inside > 0 && now < until;
+            match phase {
+                Phase::Ready => self.drain(now, &worker, EvictReason::Shutdown, out),
+                Phase::Draining if busy => {}
+                Phase::Starting | Phase::Draining => {
+                    self.terminate(now, &worker, EvictReason::Shutdown, false, out);
+                }
+                Phase::Stopped | Phase::Stopping | Phase::Backoff | Phase::Failed => {}
+            }
+        }
+        self.finish_drains(now, out);
+        if !self.finished && !self.models.values().any(ModelState::is_live) {
+            self.finished = true;
+            out.push(Effect::Finished);
+        }
+    }
+}
+
+fn failed(model: &ModelName, cause: String, last_lines: &[String]) -> Refusal {
+    Refusal::WorkerFailed {
+        model: model.clone(),
+        cause,
+        last_lines: last_lines.to_vec(),
+    }
+}
+
+/// Notes why a worker went. What an operator unloads by name, or residentd's
+/// own end takes along, is no eviction.
+fn book_eviction(model: &mut ModelState, reason: EvictReason, now: Timestamp) {
+    match reason {
+        EvictReason::Unload | EvictReason::Shutdown => {}
+        EvictReason::MakeRoom { .. }
+        | EvictReason::Idle { .. }
+        | EvictReason::Pressure { .. }
+        | EvictReason::Cleanup => {
+            *model.history.evictions.entry(reason.as_str()).or_default() += 1;
+            model.history.evicted = true;
+            model.history.last_eviction = Some((reason, now));
+        }
+    }
+}

@@ -1,0 +1,269 @@
+//! What the policy is told, and what it wants done.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use super::words::{EvictReason, Expected, Refusal, Skip};
+use crate::clock::Timestamp;
+use crate::model::{Bytes, Domain, ModelName, WorkerId};
+
+/// Names one wish, so that its answer finds the way back.
+pub type Ticket = u64;
+
+/// Something happened.
+#[derive(Clone, Debug)]
+pub enum Event {
+    /// A deadline named by `next_wake` came, or nothing did: look around.
+    Tick,
+    /// A request wants a lease.
+    Acquire {
+        /// The request.
+        ticket: Ticket,
+        /// Which model it wants.
+        model: ModelName,
+        /// When it gives up.
+        deadline: Timestamp,
+    },
+    /// An operator wants the model ready.
+    Load {
+        /// The wish.
+        ticket: Ticket,
+        /// Which model.
+        model: ModelName,
+        /// When the operator gives up.
+        deadline: Timestamp,
+    },
+    /// Whoever waits under this ticket left.
+    Cancel {
+        /// The wish.
+        ticket: Ticket,
+    },
+    /// An operator wants the model gone.
+    Unload {
+        /// The wish.
+        ticket: Ticket,
+        /// Which model.
+        model: ModelName,
+    },
+    /// An operator pins or unpins.
+    Pin {
+        /// Which model.
+        model: ModelName,
+        /// Whether it is pinned from now on.
+        pinned: bool,
+    },
+    /// A user's limit changes.
+    Limit {
+        /// Where.
+        domain: Domain,
+        /// From now on.
+        limit: Bytes,
+    },
+    /// An operator wants memory back.
+    Cleanup {
+        /// The wish.
+        ticket: Ticket,
+        /// What to unload.
+        order: CleanupOrder,
+        /// When to answer at the latest.
+        deadline: Timestamp,
+    },
+    /// A gate could not be closed: someone is inside.
+    EvictRefused {
+        /// Whose gate.
+        worker: WorkerId,
+        /// How many are inside.
+        inside: u32,
+    },
+    /// The worker answers.
+    Ready {
+        /// Which.
+        worker: WorkerId,
+    },
+    /// The worker missed its start deadline and is being ended.
+    NeverReady {
+        /// Which.
+        worker: WorkerId,
+        /// How long it was waited for.
+        after: Duration,
+        /// The last lines it printed.
+        last_lines: Vec<String>,
+    },
+    /// The worker's whole tree is gone and reaped.
+    Exited {
+        /// Which.
+        worker: WorkerId,
+        /// How its leader ended, as text.
+        status: String,
+        /// The last lines it printed.
+        last_lines: Vec<String>,
+    },
+    /// New measurements.
+    Measured(Measured),
+    /// residentd is to end.
+    Shutdown {
+        /// Until when requests inside may finish. A second, earlier one wins.
+        until: Timestamp,
+    },
+}
+
+/// What is wanted done. Each effect is carried out in order.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Effect {
+    /// Give the request its lease on this ready worker.
+    Grant {
+        /// The request.
+        ticket: Ticket,
+        /// The worker.
+        worker: WorkerId,
+    },
+    /// Tell that the wish came true.
+    Done {
+        /// The wish.
+        ticket: Ticket,
+    },
+    /// Tell why not.
+    Reject {
+        /// The wish.
+        ticket: Ticket,
+        /// Why.
+        refusal: Refusal,
+    },
+    /// Tell what a cleanup did.
+    CleanedUp {
+        /// The wish.
+        ticket: Ticket,
+        /// What it did.
+        report: CleanupReport,
+    },
+    /// Start this worker.
+    Spawn {
+        /// A new life.
+        worker: WorkerId,
+        /// What is promised to it.
+        expected: Expected,
+    },
+    /// Close the gate if nobody is inside, then end the worker; otherwise say
+    /// `EvictRefused`.
+    Evict {
+        /// Which.
+        worker: WorkerId,
+        /// Why.
+        reason: EvictReason,
+        /// Skip the grace.
+        kill: bool,
+    },
+    /// Close the gate whoever is inside, and tell when the last one leaves.
+    Drain {
+        /// Which.
+        worker: WorkerId,
+        /// Why.
+        reason: EvictReason,
+    },
+    /// End the worker, whoever is inside.
+    Terminate {
+        /// Which.
+        worker: WorkerId,
+        /// Why.
+        reason: EvictReason,
+        /// Skip the grace.
+        kill: bool,
+    },
+    /// Bytes of an ended worker did not come back in time.
+    ReclaimShortfall {
+        /// Whose.
+        worker: WorkerId,
+        /// Where.
+        domain: Domain,
+        /// How much is missing.
+        missing: Bytes,
+    },
+    /// A life ended and taught this; keep it over restarts.
+    Learn {
+        /// Which model.
+        model: ModelName,
+        /// Peak use in each domain, over all lives.
+        peak: BTreeMap<Domain, Bytes>,
+    },
+    /// Everything is gone; the shutdown is complete.
+    Finished,
+}
+
+/// A copy of one gate.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Activity {
+    /// Requests inside.
+    pub inside: u32,
+    /// When a request last left; the time of opening when none has.
+    pub last_left: Timestamp,
+}
+
+/// What one reading says, in the policy's terms.
+#[derive(Clone, Debug, Default)]
+pub struct Measured {
+    /// When the reading began; what ended earlier is not in it.
+    pub at: Timestamp,
+    /// Size and headroom of each domain.
+    pub domains: BTreeMap<Domain, DomainMeasure>,
+    /// Each worker's memory in each domain.
+    pub workers: BTreeMap<WorkerId, BTreeMap<Domain, Measure>>,
+    /// Bytes of host RAM that the sum of all workers counts more than once.
+    pub counted_twice: Bytes,
+}
+
+/// One domain, measured.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct DomainMeasure {
+    /// Its size.
+    pub total: Bytes,
+    /// What physics still gives.
+    pub headroom: Bytes,
+}
+
+/// One worker in one domain, measured.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Measure {
+    /// Resident bytes: what counts against the limit.
+    pub usage: Bytes,
+    /// What only comes back when the worker ends.
+    pub unreclaimable: Bytes,
+}
+
+/// What an operator's cleanup is to unload.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct CleanupOrder {
+    /// Free at least this much.
+    pub target: Option<Bytes>,
+    /// Exactly these.
+    pub models: Option<Vec<ModelName>>,
+    /// Every idle one.
+    pub all: bool,
+    /// Also busy ones, after they drained, and pinned ones that are named.
+    pub force: bool,
+    /// Only say what would be done.
+    pub dry_run: bool,
+}
+
+/// What a cleanup did.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct CleanupReport {
+    /// Models unloaded (or, in a dry run, that would be), in that order.
+    pub unloaded: Vec<ModelName>,
+    /// Bytes measured to be back; in a dry run, bytes expected.
+    pub freed: Bytes,
+    /// Models that were named or idle and stay, with why.
+    pub skipped: Vec<Skipped>,
+    /// What is missing to the target, or to the end of pressure.
+    pub shortfall: Bytes,
+    /// The deadline passed before all bytes were back.
+    pub timed_out: bool,
+}
+
+/// A model that a cleanup left alone.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Skipped {
+    /// Which.
+    pub model: ModelName,
+    /// Why.
+    pub why: Skip,
+}

@@ -1,0 +1,364 @@
+//! Reserved and measured bytes in every domain: is there room, and what comes
+//! back when.
+//!
+//! Two constraints hold in each domain. The **limit** is the user's: charges
+//! of all workers, pages mapped by several counted once, stay under it.
+//! **Physics** is what the machine still gives: its measured headroom, less a
+//! reserve, less what was promised to workers and is not measured yet.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use super::event::{DomainMeasure, Measured};
+use super::lifecycle::ModelState;
+use super::words::Phase;
+use crate::clock::Timestamp;
+use crate::model::{Bytes, Domain, ModelName, WorkerId};
+
+/// What bounds a domain.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(super) enum Constraint {
+    /// The number a user set.
+    Limit,
+    /// What the machine has.
+    Physics,
+}
+
+/// Bytes by constraint; signed, since room can be negative.
+pub(super) type Need = BTreeMap<(Domain, Constraint), i128>;
+
+/// Measured bytes have to be back to this many hundredths of what was
+/// expected, as in Ollama's scheduler.
+const BACK_PERCENT: u64 = 75;
+/// How long bytes of a reaped worker are waited for. For host RAM they were
+/// measured to be back when the last process is reaped, so this only covers
+/// memory that a neighbour took at the same moment.
+const BACK_DEADLINE: Duration = Duration::from_secs(2);
+/// Headroom of a whole machine moves by itself; less than this is not missed.
+const BACK_NOISE: Bytes = Bytes::mib(64);
+
+/// One domain's books.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct DomainBooks {
+    /// The user's limit.
+    pub limit: Bytes,
+    /// Physical headroom never given to workers.
+    pub reserve: Bytes,
+    /// The newest measurement.
+    pub measured: DomainMeasure,
+}
+
+impl DomainBooks {
+    /// Returns the most that workers can have here at all.
+    #[must_use]
+    pub fn budget(&self) -> Bytes {
+        self.limit.min(self.measured.total - self.reserve)
+    }
+}
+
+/// Bytes of a reaped worker that are not measured back yet.
+#[derive(Clone, Debug)]
+struct Reclaim {
+    worker: WorkerId,
+    domain: Domain,
+    /// What counts against the limit until it is back.
+    charge: Bytes,
+    /// What physics should get back.
+    expected: Bytes,
+    /// Headroom and the other workers' unreclaimable bytes before the end.
+    before: (Bytes, Bytes),
+    reaped_at: Timestamp,
+}
+
+/// What became of one worker's bytes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Reclaimed {
+    /// Whose they were.
+    pub worker: WorkerId,
+    /// Where.
+    pub domain: Domain,
+    /// Resident bytes that are gone, measured.
+    pub freed: Bytes,
+    /// What did not come back in time.
+    pub missing: Bytes,
+}
+
+/// The books of every domain.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Ledger {
+    /// By domain.
+    pub domains: BTreeMap<Domain, DomainBooks>,
+    counted_twice: Bytes,
+    measured_at: Timestamp,
+    baselines: BTreeMap<(WorkerId, Domain), (Bytes, Bytes)>,
+    reclaims: Vec<Reclaim>,
+}
+
+impl Ledger {
+    /// Returns the books of a machine with host RAM only.
+    pub(super) fn new(host: DomainBooks) -> Self {
+        Self {
+            domains: BTreeMap::from([(Domain::Host, host)]),
+            ..Self::default()
+        }
+    }
+
+    /// Takes in a measurement of the domains.
+    pub(super) fn measure(&mut self, measured: &Measured) {
+        self.measured_at = measured.at;
+        self.counted_twice = measured.counted_twice;
+        for (domain, measure) in &measured.domains {
+            self.domains
+                .entry(*domain)
+                .or_insert_with(|| DomainBooks {
+                    limit: Bytes::MAX,
+                    ..DomainBooks::default()
+                })
+                .measured = *measure;
+        }
+    }
+
+    /// Returns measured use by all workers, shared pages once.
+    #[must_use]
+    pub(super) fn usage(&self, models: &BTreeMap<ModelName, ModelState>, domain: Domain) -> Bytes {
+        models.values().map(|m| m.used(domain)).sum::<Bytes>() - self.shared(domain)
+    }
+
+    /// Returns what counts against the limit: charges of all live workers,
+    /// and of reaped ones until their bytes are back.
+    #[must_use]
+    pub(super) fn charged(
+        &self,
+        models: &BTreeMap<ModelName, ModelState>,
+        domain: Domain,
+    ) -> Bytes {
+        let live: Bytes = models.values().map(|m| m.charge(domain)).sum();
+        let gone: Bytes = self
+            .reclaims
+            .iter()
+            .filter(|r| r.domain == domain)
+            .map(|r| r.charge)
+            .sum();
+        live + gone - self.shared(domain)
+    }
+
+    /// Returns the room there is now, by constraint.
+    #[must_use]
+    pub(super) fn room(&self, models: &BTreeMap<ModelName, ModelState>, domain: Domain) -> Need {
+        let Some(books) = self.domains.get(&domain) else {
+            return Need::new();
+        };
+        let outstanding: Bytes = models.values().map(|m| m.outstanding(domain)).sum();
+        let limit = signed(books.limit) - signed(self.charged(models, domain));
+        let physics = signed(books.measured.headroom) - signed(books.reserve) - signed(outstanding);
+        Need::from([
+            ((domain, Constraint::Limit), limit),
+            ((domain, Constraint::Physics), physics),
+        ])
+    }
+
+    /// Returns what is on its way back: workers that are told to go, and
+    /// reaped ones whose bytes are not measured back.
+    #[must_use]
+    pub(super) fn incoming(
+        &self,
+        models: &BTreeMap<ModelName, ModelState>,
+        domain: Domain,
+    ) -> Need {
+        let mut limit = Bytes::ZERO;
+        let mut physics = Bytes::ZERO;
+        for model in models.values().filter(|m| m.is_leaving()) {
+            limit += model.charge(domain);
+            physics += model.unreclaimable(domain) + model.outstanding(domain);
+        }
+        for reclaim in self.reclaims.iter().filter(|r| r.domain == domain) {
+            limit += reclaim.charge;
+            physics += reclaim.expected;
+        }
+        Need::from([
+            ((domain, Constraint::Limit), signed(limit)),
+            ((domain, Constraint::Physics), signed(physics)),
+        ])
+    }
+
+    /// Returns what a worker's end would give back.
+    #[must_use]
+    pub(super) fn gives(&self, model: &ModelState) -> Need {
+        let mut gives = Need::new();
+        for domain in model.domains() {
+            gives.insert((domain, Constraint::Limit), signed(model.charge(domain)));
+            let physics = model.unreclaimable(domain) + model.outstanding(domain);
+            gives.insert((domain, Constraint::Physics), signed(physics));
+        }
+        gives
+    }
+
+    /// Returns the most room there can be once everything that may go is gone:
+    /// pinned workers stay.
+    #[must_use]
+    pub(super) fn possible(
+        &self,
+        models: &BTreeMap<ModelName, ModelState>,
+        domain: Domain,
+    ) -> Need {
+        let mut possible = self.room(models, domain);
+        add(&mut possible, &self.incoming(models, domain));
+        for model in models
+            .values()
+            .filter(|m| m.is_live() && !m.is_leaving() && !m.pinned)
+        {
+            for (key, bytes) in self.gives(model) {
+                if let Some(total) = possible.get_mut(&key) {
+                    *total += bytes;
+                }
+            }
+        }
+        possible
+    }
+
+    /// Notes how things stand when a worker is told to end.
+    pub(super) fn begin_reclaim(
+        &mut self,
+        models: &BTreeMap<ModelName, ModelState>,
+        model: &ModelState,
+    ) {
+        let worker = model.worker();
+        for domain in model.domains() {
+            let before = self.stand(models, domain, &worker);
+            self.baselines.insert((worker.clone(), domain), before);
+        }
+    }
+
+    /// Forgets how things stood: the worker stays after all.
+    pub(super) fn cancel_reclaim(&mut self, worker: &WorkerId) {
+        self.baselines.retain(|(of, _), _| of != worker);
+    }
+
+    /// Books a reaped worker's bytes as on their way back.
+    pub(super) fn reaped(
+        &mut self,
+        models: &BTreeMap<ModelName, ModelState>,
+        model: &ModelState,
+        now: Timestamp,
+    ) {
+        let worker = model.worker();
+        for domain in model.domains() {
+            let before = self
+                .baselines
+                .remove(&(worker.clone(), domain))
+                .unwrap_or_else(|| self.stand(models, domain, &worker));
+            self.reclaims.push(Reclaim {
+                worker: worker.clone(),
+                domain,
+                charge: model.used(domain),
+                expected: model.unreclaimable(domain),
+                before,
+                reaped_at: now,
+            });
+        }
+    }
+
+    /// Returns the reclaims that the newest measurement settles: bytes back,
+    /// or the deadline passed.
+    pub(super) fn settle(
+        &mut self,
+        models: &BTreeMap<ModelName, ModelState>,
+        now: Timestamp,
+    ) -> Vec<Reclaimed> {
+        let mut settled = Vec::new();
+        let pending = std::mem::take(&mut self.reclaims);
+        for reclaim in pending {
+            if self.measured_at < reclaim.reaped_at {
+                self.reclaims.push(reclaim);
+                continue;
+            }
+            let (headroom, others) = self.stand(models, reclaim.domain, &reclaim.worker);
+            // Others' growth took headroom that did come back.
+            let back = (headroom + others) - (reclaim.before.0 + reclaim.before.1);
+            let enough = back + BACK_NOISE >= reclaim.expected.percent(BACK_PERCENT);
+            let late = now.since(reclaim.reaped_at) >= BACK_DEADLINE;
+            if enough || late {
+                let missing = if enough {
+                    Bytes::ZERO
+                } else {
+                    reclaim.expected - back
+                };
+                settled.push(Reclaimed {
+                    worker: reclaim.worker,
+                    domain: reclaim.domain,
+                    freed: reclaim.charge - missing,
+                    missing,
+                });
+            } else {
+                self.reclaims.push(reclaim);
+            }
+        }
+        settled
+    }
+
+    /// Returns whether bytes of this worker are still outstanding.
+    #[must_use]
+    pub(super) fn is_reclaiming(&self, worker: &WorkerId) -> bool {
+        self.reclaims.iter().any(|r| r.worker == *worker)
+    }
+
+    /// Returns whether bytes are outstanding in this domain.
+    #[must_use]
+    pub(super) fn is_settling(&self, domain: Domain) -> bool {
+        self.reclaims.iter().any(|r| r.domain == domain)
+    }
+
+    /// Returns when the first outstanding reclaim is given up.
+    #[must_use]
+    pub(super) fn next_deadline(&self) -> Option<Timestamp> {
+        self.reclaims
+            .iter()
+            .map(|r| r.reaped_at + BACK_DEADLINE)
+            .min()
+    }
+
+    /// Headroom, and what workers other than `except` cannot give back.
+    fn stand(
+        &self,
+        models: &BTreeMap<ModelName, ModelState>,
+        domain: Domain,
+        except: &WorkerId,
+    ) -> (Bytes, Bytes) {
+        let headroom = self
+            .domains
+            .get(&domain)
+            .map_or(Bytes::ZERO, |b| b.measured.headroom);
+        let others = models
+            .values()
+            .filter(|m| m.is_live() && m.worker() != *except && m.phase != Phase::Stopping)
+            .map(|m| m.unreclaimable(domain))
+            .sum();
+        (headroom, others)
+    }
+
+    fn shared(&self, domain: Domain) -> Bytes {
+        match domain {
+            Domain::Host => self.counted_twice,
+            Domain::Gpu(_) => Bytes::ZERO,
+        }
+    }
+}
+
+/// Adds `part` to `total`, key by key.
+pub(super) fn add(total: &mut Need, part: &Need) {
+    for (key, bytes) in part {
+        *total.entry(*key).or_default() += bytes;
+    }
+}
+
+/// Returns bytes as a signed number that never overflows here.
+#[must_use]
+pub(super) fn signed(bytes: Bytes) -> i128 {
+    i128::from(bytes.get())
+}
+
+/// Returns the positive part of a signed number as bytes.
+#[must_use]
+pub(super) fn unsigned(number: i128) -> Bytes {
+    Bytes(u64::try_from(number.max(0)).unwrap_or(u64::MAX))
+}

@@ -1,0 +1,359 @@
+//! One model: its phases, failures and history.
+//!
+//! ```text
+//! Stopped    spawn → Starting
+//! Starting   ready → Ready; exit → Backoff; never ready, or unload → Stopping
+//! Ready      evict or idle (no leases) → Stopping; unload → Draining; exit → Backoff
+//! Draining   last lease, or deadline → Stopping; exit → Stopped
+//! Stopping   reaped → Stopped, or Backoff if it was never ready
+//! Backoff    delay over → Stopped, and from there as any; too many → Failed; unload → Stopped
+//! Failed     operator loads, or ten minutes over → Starting
+//! ```
+
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::event::{Activity, Measure, Ticket};
+use super::footprint;
+use super::words::{EvictReason, Expected, ExpectedSource, Phase, Protection, Refusal};
+use crate::clock::Timestamp;
+use crate::model::{Bytes, Domain, ModelName, ModelSpec, WorkerId};
+
+/// First delay after a failed load; doubles with each further one.
+const FIRST_BACKOFF: Duration = Duration::from_secs(1);
+/// Longest delay.
+const LONGEST_BACKOFF: Duration = Duration::from_secs(300);
+/// This many failures within [`BREAKER_WINDOW`] open the breaker.
+const BREAKER_FAILURES: usize = 5;
+/// Failures older than this are forgotten; an open breaker lets one try
+/// through after as long.
+const BREAKER_WINDOW: Duration = Duration::from_secs(600);
+
+/// Everything the policy knows of one model.
+#[derive(Clone, Debug)]
+pub struct ModelState {
+    /// What the configuration says.
+    pub spec: Arc<ModelSpec>,
+    /// Size of its weight files.
+    pub weights: Bytes,
+    /// Never evicted to make room.
+    pub pinned: bool,
+    /// Which life this is.
+    pub generation: u64,
+    /// Where it is in that life.
+    pub phase: Phase,
+    /// Since when it is in this phase.
+    pub since: Timestamp,
+    /// Who waits for it, first come first.
+    pub queue: VecDeque<Waiter>,
+    /// To be loaded though nobody waits.
+    pub wanted: bool,
+    /// Why it is on its way out.
+    pub leaving: Option<EvictReason>,
+    /// Told to go without grace.
+    pub killed: bool,
+    /// When a drain is over, whoever is inside.
+    pub drain_until: Timestamp,
+    /// Bytes promised to the worker, from spawn to reap.
+    pub reservation: Expected,
+    /// Measured, while a worker lives.
+    pub usage: BTreeMap<Domain, Measure>,
+    /// A copy of its gate.
+    pub activity: Activity,
+    /// Operators who wait for it to be gone.
+    pub unloading: Vec<Ticket>,
+    /// Peak use in each domain over all lives, this one included.
+    pub peak: BTreeMap<Domain, Bytes>,
+    /// Failures and what they said.
+    pub failures: Failures,
+    /// What happened to it.
+    pub history: History,
+}
+
+/// Who waits for a model.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Waiter {
+    /// Under which ticket.
+    pub ticket: Ticket,
+    /// Since when.
+    pub since: Timestamp,
+    /// Until when.
+    pub deadline: Timestamp,
+    /// For a lease, or only for the model to be ready.
+    pub wants_lease: bool,
+}
+
+/// Failures of one model.
+#[derive(Clone, Debug, Default)]
+pub struct Failures {
+    /// When, oldest first, within the breaker's window.
+    pub recent: VecDeque<Timestamp>,
+    /// When the next try may be.
+    pub retry_at: Option<Timestamp>,
+    /// What the last one said.
+    pub last: Option<String>,
+}
+
+/// What happened to one model since the start.
+#[derive(Clone, Debug, Default)]
+pub struct History {
+    /// Lives that became ready.
+    pub loads: u64,
+    /// Of those, loads after an eviction.
+    pub reloads: u64,
+    /// Lives that failed before they were ready.
+    pub load_failures: u64,
+    /// Lives that ended by themselves after they were ready.
+    pub crashes: u64,
+    /// Evictions by reason.
+    pub evictions: BTreeMap<&'static str, u64>,
+    /// The last eviction.
+    pub last_eviction: Option<(EvictReason, Timestamp)>,
+    /// Spawn to ready of the last life that got there.
+    pub last_load: Option<Duration>,
+    /// Evicted since it was last ready.
+    pub evicted: bool,
+}
+
+impl ModelState {
+    /// Returns a stopped model with nothing learned but `peak`.
+    #[must_use]
+    pub fn new(spec: Arc<ModelSpec>, weights: Bytes, peak: BTreeMap<Domain, Bytes>) -> Self {
+        Self {
+            pinned: spec.pinned,
+            wanted: spec.preload,
+            spec,
+            weights,
+            generation: 0,
+            phase: Phase::Stopped,
+            since: Timestamp::START,
+            queue: VecDeque::new(),
+            leaving: None,
+            killed: false,
+            drain_until: Timestamp::START,
+            reservation: Expected::default(),
+            usage: BTreeMap::new(),
+            activity: Activity::default(),
+            unloading: Vec::new(),
+            peak,
+            failures: Failures::default(),
+            history: History::default(),
+        }
+    }
+
+    /// Returns the model's name.
+    #[must_use]
+    pub fn name(&self) -> &ModelName {
+        &self.spec.name
+    }
+
+    /// Returns the current life.
+    #[must_use]
+    pub fn worker(&self) -> WorkerId {
+        WorkerId {
+            model: self.spec.name.clone(),
+            generation: self.generation,
+        }
+    }
+
+    /// Returns whether a process of it may exist.
+    #[must_use]
+    pub fn is_live(&self) -> bool {
+        match self.phase {
+            Phase::Starting | Phase::Ready | Phase::Draining | Phase::Stopping => true,
+            Phase::Stopped | Phase::Backoff | Phase::Failed => false,
+        }
+    }
+
+    /// Returns whether it is on its way out.
+    #[must_use]
+    pub fn is_leaving(&self) -> bool {
+        matches!(self.phase, Phase::Draining | Phase::Stopping)
+    }
+
+    /// Returns why it may not be evicted to make room; `None` when it may. A
+    /// model without a worker is no matter of protection.
+    #[must_use]
+    pub fn protection(&self) -> Option<Protection> {
+        match self.phase {
+            Phase::Starting => Some(Protection::Loading),
+            Phase::Draining | Phase::Stopping => Some(Protection::Draining),
+            Phase::Ready if self.pinned => Some(Protection::Pinned),
+            Phase::Ready if self.activity.inside > 0 => Some(Protection::Busy),
+            Phase::Ready | Phase::Stopped | Phase::Backoff | Phase::Failed => None,
+        }
+    }
+
+    /// Returns whether it may be ended to make room.
+    #[must_use]
+    pub fn is_candidate(&self) -> bool {
+        self.phase == Phase::Ready && self.protection().is_none()
+    }
+
+    /// Returns since when nobody used it: its last completion, or when it
+    /// became ready.
+    #[must_use]
+    pub fn idle_since(&self) -> Timestamp {
+        self.activity.last_left.max(self.since)
+    }
+
+    /// Returns what a load of it is expected to need.
+    #[must_use]
+    pub fn expected(&self) -> Expected {
+        footprint::expect(&self.spec, self.weights, &self.peak)
+    }
+
+    /// Returns the larger of reservation and usage.
+    #[must_use]
+    pub fn charge(&self, domain: Domain) -> Bytes {
+        if self.is_live() {
+            self.reserved(domain).max(self.used(domain))
+        } else {
+            Bytes::ZERO
+        }
+    }
+
+    /// Returns bytes promised to it and not yet measured.
+    #[must_use]
+    pub fn outstanding(&self, domain: Domain) -> Bytes {
+        self.charge(domain) - self.used(domain)
+    }
+
+    /// Returns the bytes measured in this domain.
+    #[must_use]
+    pub fn used(&self, domain: Domain) -> Bytes {
+        self.usage.get(&domain).map_or(Bytes::ZERO, |m| m.usage)
+    }
+
+    /// Returns the bytes that only come back when it ends.
+    #[must_use]
+    pub fn unreclaimable(&self, domain: Domain) -> Bytes {
+        self.usage
+            .get(&domain)
+            .map_or(Bytes::ZERO, |m| m.unreclaimable)
+    }
+
+    /// Returns the domains it has bytes in.
+    #[must_use]
+    pub fn domains(&self) -> Vec<Domain> {
+        let mut all: Vec<Domain> = self
+            .usage
+            .keys()
+            .chain(self.reservation.bytes.keys())
+            .copied()
+            .collect();
+        all.sort_unstable();
+        all.dedup();
+        all
+    }
+
+    fn reserved(&self, domain: Domain) -> Bytes {
+        // What was promised to a model nobody knew ends with its load: from
+        // then on its measured bytes are the truth.
+        let known = self.reservation.source != ExpectedSource::Unknown;
+        if known || self.phase == Phase::Starting {
+            self.reservation
+                .bytes
+                .get(&domain)
+                .copied()
+                .unwrap_or_default()
+        } else {
+            Bytes::ZERO
+        }
+    }
+
+    /// Moves to `phase` at `now`.
+    pub fn enter(&mut self, phase: Phase, now: Timestamp) {
+        self.phase = phase;
+        self.since = now;
+    }
+
+    /// Starts a new life with this promise.
+    pub fn begin_life(&mut self, reservation: Expected, now: Timestamp) {
+        self.generation += 1;
+        self.reservation = reservation;
+        self.usage.clear();
+        self.leaving = None;
+        self.killed = false;
+        self.wanted = false;
+        self.activity = Activity {
+            inside: 0,
+            last_left: now,
+        };
+        self.enter(Phase::Starting, now);
+    }
+
+    /// Takes in a measurement of the current life.
+    pub fn measure(&mut self, usage: &BTreeMap<Domain, Measure>) {
+        self.usage.clone_from(usage);
+        let life: BTreeMap<Domain, Bytes> =
+            usage.iter().map(|(domain, m)| (*domain, m.usage)).collect();
+        footprint::merge(&mut self.peak, &life);
+    }
+
+    /// Books a failure and returns the phase it leads to: after a crash of a
+    /// worker that had served, the first new try may be at once.
+    pub fn fail(&mut self, cause: String, had_served: bool, now: Timestamp) {
+        let recent = &mut self.failures.recent;
+        recent.retain(|at| now.since(*at) < BREAKER_WINDOW);
+        recent.push_back(now);
+        let streak = recent.len();
+        self.failures.last = Some(cause);
+        if streak >= BREAKER_FAILURES {
+            self.failures.retry_at = Some(now + BREAKER_WINDOW);
+            self.enter(Phase::Failed, now);
+            return;
+        }
+        let doublings = u32::try_from(streak - 1).unwrap_or(u32::MAX).min(16);
+        let delay = if had_served && streak == 1 {
+            Duration::ZERO
+        } else {
+            FIRST_BACKOFF
+                .saturating_mul(1 << doublings)
+                .min(LONGEST_BACKOFF)
+        };
+        self.failures.retry_at = Some(now + self.jitter(delay));
+        self.enter(Phase::Backoff, now);
+        self.wanted |= self.spec.preload;
+    }
+
+    /// Spreads a delay by up to a fifth, so that models that failed together
+    /// do not come back together. Drawn from the name and the failure's
+    /// number, since the policy has no source of chance.
+    fn jitter(&self, delay: Duration) -> Duration {
+        let seed = self
+            .spec
+            .name
+            .as_str()
+            .bytes()
+            .fold(self.generation, |hash, byte| {
+                (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
+            });
+        let thousandths = u32::try_from(seed % 200).unwrap_or(0);
+        delay + delay * thousandths / 1000
+    }
+
+    /// Returns whether a new try may be made now.
+    #[must_use]
+    pub fn may_start(&self, now: Timestamp) -> bool {
+        match self.phase {
+            Phase::Stopped => true,
+            Phase::Backoff | Phase::Failed => self.failures.retry_at.is_none_or(|at| now >= at),
+            Phase::Starting | Phase::Ready | Phase::Draining | Phase::Stopping => false,
+        }
+    }
+
+    /// Returns what to tell a request that comes while the model backs off.
+    #[must_use]
+    pub fn backing_off(&self, now: Timestamp) -> Refusal {
+        Refusal::BackingOff {
+            model: self.spec.name.clone(),
+            retry_in: self
+                .failures
+                .retry_at
+                .map_or(Duration::ZERO, |at| at.since(now)),
+            cause: self.failures.last.clone().unwrap_or_default(),
+        }
+    }
+}

@@ -1,0 +1,256 @@
+//! What is kept over restarts: learned footprints and persistent limits, in
+//! one embedded database.
+//!
+//! Reads happen at start. Writes go to a thread of their own, since a commit
+//! waits for the disk and the controller may not. A write that fails is logged
+//! and costs only what would have been remembered.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, mpsc as std_mpsc};
+
+use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition};
+use tracing::warn;
+
+use crate::model::{Bytes, Domain, ModelName, ModelSpec};
+use crate::telemetry;
+
+/// Peak bytes by `model ␟ fingerprint ␟ domain`.
+const FOOTPRINTS: TableDefinition<&str, u64> = TableDefinition::new("footprints_v1");
+/// Limits in bytes by domain.
+const LIMITS: TableDefinition<&str, u64> = TableDefinition::new("limits_v1");
+/// Between the parts of a key; no name holds it.
+const SEPARATOR: char = '\u{1f}';
+/// Writes waiting for the disk at most; one more is dropped with a warning.
+const WRITE_QUEUE: usize = 1024;
+
+/// Why the database could not be used.
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    /// The folder could not be made.
+    #[error("create the state folder {path}")]
+    Folder {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// The file could not be opened: held by another residentd, damaged, or
+    /// of a newer version.
+    #[error("open the state database {path}")]
+    Open {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        source: Box<redb::DatabaseError>,
+    },
+    /// It could not be read.
+    #[error("read the state database {path}")]
+    Read {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        source: Box<redb::Error>,
+    },
+}
+
+/// The database, or nothing when state is not kept. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct Store {
+    footprints: Arc<BTreeMap<String, u64>>,
+    limits: Arc<BTreeMap<String, u64>>,
+    fingerprints: Arc<BTreeMap<ModelName, String>>,
+    writer: Option<std_mpsc::SyncSender<Write>>,
+}
+
+enum Write {
+    Footprint { key: String, bytes: u64 },
+    Limit { key: String, bytes: u64 },
+}
+
+impl Store {
+    /// Returns a store that remembers nothing.
+    #[must_use]
+    pub fn forgetful() -> Self {
+        Self {
+            footprints: Arc::default(),
+            limits: Arc::default(),
+            fingerprints: Arc::default(),
+            writer: None,
+        }
+    }
+
+    /// Opens `folder/residentd.redb`, making both when absent.
+    ///
+    /// # Errors
+    /// When the folder cannot be made or the file cannot be opened or read.
+    pub fn open(folder: &Path, models: &[Arc<ModelSpec>]) -> Result<Self, StoreError> {
+        std::fs::create_dir_all(folder).map_err(|source| StoreError::Folder {
+            path: folder.to_owned(),
+            source,
+        })?;
+        let path = folder.join("residentd.redb");
+        let database = Database::create(&path).map_err(|source| StoreError::Open {
+            path: path.clone(),
+            source: Box::new(source),
+        })?;
+        let read = |table| {
+            read_all(&database, table).map_err(|source| StoreError::Read {
+                path: path.clone(),
+                source: Box::new(source),
+            })
+        };
+        let footprints = read(FOOTPRINTS)?;
+        let limits = read(LIMITS)?;
+        let (writer, writes) = std_mpsc::sync_channel(WRITE_QUEUE);
+        std::thread::Builder::new()
+            .name("store".into())
+            .spawn(move || write_all(&database, &writes))
+            .map_err(|source| StoreError::Folder {
+                path: path.clone(),
+                source,
+            })?;
+        Ok(Self {
+            footprints: Arc::new(footprints),
+            limits: Arc::new(limits),
+            fingerprints: Arc::new(
+                models
+                    .iter()
+                    .map(|m| (m.name.clone(), fingerprint(m)))
+                    .collect(),
+            ),
+            writer: Some(writer),
+        })
+    }
+
+    /// Returns the peak use of past lives of this model, as long as its
+    /// command and weight files are what they were.
+    #[must_use]
+    pub fn footprint(&self, model: &ModelName) -> BTreeMap<Domain, Bytes> {
+        let Some(prefix) = self.prefix(model) else {
+            return BTreeMap::new();
+        };
+        self.footprints
+            .range(prefix.clone()..)
+            .take_while(|(key, _)| key.starts_with(&prefix))
+            .filter_map(|(key, bytes)| Some((parse_domain(&key[prefix.len()..])?, Bytes(*bytes))))
+            .collect()
+    }
+
+    /// Returns the limit that an operator set to persist.
+    #[must_use]
+    pub fn limit(&self, domain: Domain) -> Option<Bytes> {
+        self.limits.get(&domain.to_string()).copied().map(Bytes)
+    }
+
+    /// Keeps a model's peak use.
+    pub fn learn(&self, model: &ModelName, peak: BTreeMap<Domain, Bytes>) {
+        let Some(prefix) = self.prefix(model) else {
+            return;
+        };
+        for (domain, bytes) in peak {
+            self.write(Write::Footprint {
+                key: format!("{prefix}{domain}"),
+                bytes: bytes.get(),
+            });
+        }
+    }
+
+    /// Keeps a limit.
+    pub fn keep_limit(&self, domain: Domain, limit: Bytes) {
+        self.write(Write::Limit {
+            key: domain.to_string(),
+            bytes: limit.get(),
+        });
+    }
+
+    fn prefix(&self, model: &ModelName) -> Option<String> {
+        let fingerprint = self.fingerprints.get(model)?;
+        Some(format!("{model}{SEPARATOR}{fingerprint}{SEPARATOR}"))
+    }
+
+    fn write(&self, write: Write) {
+        let Some(writer) = &self.writer else { return };
+        if writer.try_send(write).is_err() {
+            warn!("the state database does not keep up; a write is dropped");
+        }
+    }
+}
+
+fn parse_domain(text: &str) -> Option<Domain> {
+    match text.strip_prefix("gpu:") {
+        Some(index) => index.parse().ok().map(Domain::Gpu),
+        None => (text == "host").then_some(Domain::Host),
+    }
+}
+
+/// Changes when the command or a weight file changes (path, size, time of the
+/// last write). FNV-1a, so that it is the same in every build.
+fn fingerprint(spec: &ModelSpec) -> String {
+    let mut hash: u64 = 0xcbf2_9ce4_8422_2325;
+    let mut feed = |bytes: &[u8]| {
+        for byte in bytes.iter().chain(&[0]) {
+            hash = (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3);
+        }
+    };
+    for part in spec.command.iter().chain(spec.cwd.as_ref()) {
+        feed(part.as_bytes());
+    }
+    for (name, value) in &spec.env {
+        feed(name.as_bytes());
+        feed(value.as_bytes());
+    }
+    for path in &spec.weights {
+        feed(path.as_os_str().as_encoded_bytes());
+        if let Ok(metadata) = std::fs::metadata(path) {
+            feed(&metadata.len().to_le_bytes());
+            let modified = metadata.modified().ok();
+            let age = modified.and_then(|at| at.duration_since(std::time::UNIX_EPOCH).ok());
+            feed(&age.map_or(0, |age| age.as_nanos()).to_le_bytes());
+        }
+    }
+    format!("{hash:016x}")
+}
+
+fn read_all(
+    database: &Database,
+    table: TableDefinition<&str, u64>,
+) -> Result<BTreeMap<String, u64>, redb::Error> {
+    let read = database.begin_read()?;
+    let table = match read.open_table(table) {
+        Err(redb::TableError::TableDoesNotExist(_)) => return Ok(BTreeMap::new()),
+        other => other?,
+    };
+    let mut all = BTreeMap::new();
+    for entry in table.iter()? {
+        let (key, value) = entry?;
+        all.insert(key.value().to_owned(), value.value());
+    }
+    Ok(all)
+}
+
+/// Ends when the last [`Store`] is gone; what was sent before is written.
+fn write_all(database: &Database, writes: &std_mpsc::Receiver<Write>) {
+    while let Ok(first) = writes.recv() {
+        let batch: Vec<Write> = std::iter::once(first).chain(writes.try_iter()).collect();
+        if let Err(error) = commit(database, &batch) {
+            warn!(error = %telemetry::chain(&error), "writing the state database failed");
+        }
+    }
+}
+
+fn commit(database: &Database, batch: &[Write]) -> Result<(), redb::Error> {
+    let transaction = database.begin_write()?;
+    {
+        let mut footprints = transaction.open_table(FOOTPRINTS)?;
+        let mut limits = transaction.open_table(LIMITS)?;
+        for write in batch {
+            match write {
+                Write::Footprint { key, bytes } => footprints.insert(key.as_str(), bytes)?,
+                Write::Limit { key, bytes } => limits.insert(key.as_str(), bytes)?,
+            };
+        }
+    }
+    transaction.commit()?;
+    Ok(())
+}
