@@ -11,7 +11,6 @@ use std::time::Duration;
 
 use super::event::{DomainMeasure, Measured};
 use super::lifecycle::ModelState;
-use super::words::Phase;
 use crate::clock::Timestamp;
 use crate::model::{Bytes, Domain, ModelName, WorkerId};
 
@@ -317,7 +316,8 @@ impl Ledger {
             .min()
     }
 
-    /// Headroom, and what workers other than `except` cannot give back.
+    /// Headroom, and what workers other than `except` hold and cannot give back:
+    /// their growth takes headroom, their end gives some back.
     fn stand(
         &self,
         models: &BTreeMap<ModelName, ModelState>,
@@ -330,7 +330,7 @@ impl Ledger {
             .map_or(Bytes::ZERO, |b| b.measured.headroom);
         let others = models
             .values()
-            .filter(|m| m.is_live() && m.worker() != *except && m.phase != Phase::Stopping)
+            .filter(|m| m.worker() != *except)
             .map(|m| m.unreclaimable(domain))
             .sum();
         (headroom, others)

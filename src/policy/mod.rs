@@ -367,3 +367,10 @@ impl Policy {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod laws;
+#[cfg(test)]
+pub(crate) mod testing;
+#[cfg(test)]
+mod tests;

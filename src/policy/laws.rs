@@ -1,0 +1,418 @@
+//! Laws of the policy over random event sequences (A15).
+//!
+//! - charges never exceed a budget by our own choice;
+//! - no busy or pinned worker is evicted to make room;
+//! - every wish gets exactly one answer, unless whoever asked left;
+//! - waiters of one model are served in the order they came;
+//! - no effect names an old generation, and no model has two workers.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
+
+use proptest::prelude::*;
+
+use super::testing::{World, name, spec};
+use super::*;
+
+const MODELS: [&str; 4] = ["a", "b", "c", "d"];
+
+#[derive(Clone, Debug)]
+enum Move {
+    Acquire(usize),
+    Load(usize),
+    Cancel(usize),
+    Ready(usize),
+    NeverReady(usize),
+    Exit(usize),
+    Leave(usize),
+    /// A request comes in by the gate alone, as the proxy's fast path does.
+    Enter(usize),
+    Unload(usize),
+    Pin(usize, bool),
+    Limit(u64),
+    Grow(usize, u64),
+    Neighbour(u64),
+    Cleanup(bool, bool),
+    Pass(u64),
+    Measure,
+    /// The next eviction finds somebody inside.
+    Race,
+}
+
+fn moves() -> impl Strategy<Value = Vec<Move>> {
+    let model = 0..MODELS.len();
+    let one = prop_oneof![
+        6 => model.clone().prop_map(Move::Acquire),
+        1 => model.clone().prop_map(Move::Load),
+        1 => (0..20_usize).prop_map(Move::Cancel),
+        6 => model.clone().prop_map(Move::Ready),
+        1 => model.clone().prop_map(Move::NeverReady),
+        5 => model.clone().prop_map(Move::Exit),
+        6 => model.clone().prop_map(Move::Leave),
+        2 => model.clone().prop_map(Move::Enter),
+        1 => model.clone().prop_map(Move::Unload),
+        1 => (model.clone(), any::<bool>()).prop_map(|(m, on)| Move::Pin(m, on)),
+        1 => (200..2000_u64).prop_map(Move::Limit),
+        1 => (model, 50..900_u64).prop_map(|(m, size)| Move::Grow(m, size)),
+        1 => (0..15_000_u64).prop_map(Move::Neighbour),
+        1 => (any::<bool>(), any::<bool>()).prop_map(|(all, force)| Move::Cleanup(all, force)),
+        3 => (1..20_000_u64).prop_map(Move::Pass),
+        6 => Just(Move::Measure),
+        1 => Just(Move::Race),
+    ];
+    prop::collection::vec(one, 1..120)
+}
+
+/// The world, and the book of who asked and was answered.
+struct Court {
+    world: World,
+    neighbour: u64,
+    race: bool,
+    asked: BTreeMap<Ticket, Option<String>>,
+    answered: BTreeSet<Ticket>,
+    left: BTreeSet<Ticket>,
+    live: BTreeMap<ModelName, u64>,
+}
+
+impl Court {
+    fn new() -> Self {
+        let mut specs: Vec<_> = [
+            ("a", Some(300)),
+            ("b", Some(500)),
+            ("c", None),
+            ("d", Some(900)),
+        ]
+        .map(|(m, s)| spec(m, s))
+        .into();
+        specs[1].idle_timeout = Some(Duration::from_secs(30));
+        specs[0].preload = true;
+        let sizes = [("a", 300), ("b", 450), ("c", 400), ("d", 900)];
+        let mut court = Self {
+            world: World::with(1000, specs, &sizes),
+            neighbour: 0,
+            race: false,
+            asked: BTreeMap::new(),
+            answered: BTreeSet::new(),
+            left: BTreeSet::new(),
+            live: BTreeMap::new(),
+        };
+        // The world's first measurement has started what is preloaded.
+        for state in court.world.policy.models().values().filter(|m| m.is_live()) {
+            court.live.insert(state.name().clone(), state.generation);
+        }
+        court
+    }
+
+    /// Steps, judges every effect, and plays the machine.
+    fn step(&mut self, event: Event) {
+        let mut todo = vec![event];
+        while let Some(event) = todo.pop() {
+            let policy = &mut self.world.policy;
+            policy.observe(
+                self.world
+                    .inside
+                    .iter()
+                    .map(|(id, activity)| (id, *activity)),
+            );
+            let effects = policy.step(self.world.now, event);
+            let spawned = effects.iter().any(|e| matches!(e, Effect::Spawn { .. }));
+            if spawned {
+                let limit = policy.domains()[&Domain::Host].limit;
+                assert!(
+                    policy.charged(Domain::Host) <= limit,
+                    "charges over the limit by our own choice"
+                );
+            }
+            let mut last_grant: BTreeMap<ModelName, Ticket> = BTreeMap::new();
+            for effect in effects {
+                todo.extend(self.judge(effect, &mut last_grant));
+            }
+        }
+    }
+
+    fn judge(
+        &mut self,
+        effect: Effect,
+        last_grant: &mut BTreeMap<ModelName, Ticket>,
+    ) -> Option<Event> {
+        match effect {
+            Effect::Grant { ticket, worker } => {
+                self.answer(ticket);
+                let before = last_grant.insert(worker.model.clone(), ticket);
+                assert!(
+                    before.is_none_or(|earlier| earlier < ticket),
+                    "served out of order"
+                );
+                assert_eq!(self.live.get(&worker.model), Some(&worker.generation));
+                self.world
+                    .inside
+                    .get_mut(&worker)
+                    .expect("only ready workers are granted")
+                    .inside += 1;
+            }
+            Effect::Done { ticket }
+            | Effect::Reject { ticket, .. }
+            | Effect::CleanedUp { ticket, .. } => {
+                self.answer(ticket);
+            }
+            Effect::Spawn { worker, .. } => {
+                let before = self.live.insert(worker.model.clone(), worker.generation);
+                assert_eq!(before, None, "{worker} is a second worker of its model");
+            }
+            Effect::Evict { worker, reason, .. } => {
+                assert_eq!(
+                    self.live.get(&worker.model),
+                    Some(&worker.generation),
+                    "an old generation"
+                );
+                let pinned = self.world.policy.models()[&worker.model].pinned;
+                let to_make_room = matches!(
+                    reason,
+                    EvictReason::MakeRoom { .. } | EvictReason::Idle { .. }
+                );
+                assert!(
+                    !(pinned && to_make_room),
+                    "{worker} is pinned and evicted for {reason:?}"
+                );
+                if std::mem::take(&mut self.race) {
+                    self.world
+                        .inside
+                        .get_mut(&worker)
+                        .expect("it was ready")
+                        .inside += 1;
+                }
+                let inside = self.world.inside[&worker].inside;
+                if inside > 0 {
+                    return Some(Event::EvictRefused { worker, inside });
+                }
+                self.world.inside.remove(&worker);
+            }
+            Effect::Drain { worker, .. } | Effect::Terminate { worker, .. } => {
+                assert_eq!(
+                    self.live.get(&worker.model),
+                    Some(&worker.generation),
+                    "an old generation"
+                );
+            }
+            Effect::ReclaimShortfall { .. } | Effect::Learn { .. } | Effect::Finished => {}
+        }
+        None
+    }
+
+    fn answer(&mut self, ticket: Ticket) {
+        assert!(
+            self.asked.contains_key(&ticket),
+            "an answer nobody asked for"
+        );
+        assert!(
+            !self.left.contains(&ticket),
+            "an answer for someone who left"
+        );
+        assert!(self.answered.insert(ticket), "two answers for one ticket");
+    }
+
+    fn ask(&mut self, model: Option<&str>) -> Ticket {
+        let ticket = self.world.ticket();
+        self.asked.insert(ticket, model.map(str::to_owned));
+        ticket
+    }
+
+    fn measure(&mut self) {
+        self.world.pass(Duration::from_millis(1));
+        let held: u64 = self
+            .world
+            .holding
+            .iter()
+            .map(|w| self.world.size[&w.model])
+            .sum();
+        let headroom = Bytes::gib(16) - Bytes::mib(held + self.neighbour);
+        let measured = self.world.measured(headroom);
+        self.step(Event::Measured(measured));
+    }
+
+    fn play(&mut self, made: &Move) {
+        let phase = |court: &Self, m: usize| court.world.policy.models()[MODELS[m]].phase;
+        match *made {
+            Move::Acquire(m) => {
+                let ticket = self.ask(Some(MODELS[m]));
+                let deadline = self.world.now + Duration::from_secs(60);
+                self.step(Event::Acquire {
+                    ticket,
+                    model: name(MODELS[m]),
+                    deadline,
+                });
+            }
+            Move::Load(m) => {
+                let ticket = self.ask(Some(MODELS[m]));
+                let deadline = self.world.now + Duration::from_secs(60);
+                self.step(Event::Load {
+                    ticket,
+                    model: name(MODELS[m]),
+                    deadline,
+                });
+            }
+            Move::Cancel(nth) => {
+                let open = self
+                    .asked
+                    .keys()
+                    .filter(|t| !self.answered.contains(t) && !self.left.contains(t));
+                if let Some(ticket) = open.copied().nth(nth) {
+                    self.left.insert(ticket);
+                    self.step(Event::Cancel { ticket });
+                }
+            }
+            Move::Ready(m) if phase(self, m) == Phase::Starting => {
+                let worker = self.world.worker(MODELS[m]);
+                self.world.holding.insert(worker.clone());
+                let activity = Activity {
+                    inside: 0,
+                    last_left: self.world.now,
+                };
+                self.world.inside.insert(worker.clone(), activity);
+                self.step(Event::Ready { worker });
+            }
+            Move::NeverReady(m) if phase(self, m) == Phase::Starting => {
+                let worker = self.world.worker(MODELS[m]);
+                let after = Duration::from_secs(120);
+                self.step(Event::NeverReady {
+                    worker,
+                    after,
+                    last_lines: Vec::new(),
+                });
+            }
+            Move::Exit(m) if self.live.contains_key(MODELS[m]) => {
+                let worker = self.world.worker(MODELS[m]);
+                self.live.remove(MODELS[m]);
+                self.world.holding.remove(&worker);
+                self.world.inside.remove(&worker);
+                let status = "exit code 1".into();
+                self.step(Event::Exited {
+                    worker,
+                    status,
+                    last_lines: Vec::new(),
+                });
+            }
+            Move::Leave(m) => {
+                let worker = self.world.worker(MODELS[m]);
+                let now = self.world.now;
+                if let Some(activity) = self.world.inside.get_mut(&worker).filter(|a| a.inside > 0)
+                {
+                    *activity = Activity {
+                        inside: activity.inside - 1,
+                        last_left: now,
+                    };
+                    self.step(Event::Tick);
+                }
+            }
+            Move::Enter(m) if phase(self, m) == Phase::Ready => {
+                let worker = self.world.worker(MODELS[m]);
+                self.world
+                    .inside
+                    .get_mut(&worker)
+                    .expect("a ready worker has a gate")
+                    .inside += 1;
+            }
+            Move::Unload(m) => {
+                let ticket = self.ask(None);
+                self.step(Event::Unload {
+                    ticket,
+                    model: name(MODELS[m]),
+                });
+            }
+            Move::Pin(m, pinned) => self.step(Event::Pin {
+                model: name(MODELS[m]),
+                pinned,
+            }),
+            Move::Limit(mib) => self.step(Event::Limit {
+                domain: Domain::Host,
+                limit: Bytes::mib(mib),
+            }),
+            Move::Grow(m, mib) => {
+                self.world.size.insert(name(MODELS[m]), mib);
+            }
+            Move::Neighbour(mib) => self.neighbour = mib,
+            Move::Cleanup(all, force) => {
+                let ticket = self.ask(None);
+                let order = CleanupOrder {
+                    all,
+                    force,
+                    ..CleanupOrder::default()
+                };
+                let deadline = self.world.now + Duration::from_secs(30);
+                self.step(Event::Cleanup {
+                    ticket,
+                    order,
+                    deadline,
+                });
+            }
+            Move::Pass(millis) => {
+                self.world.pass(Duration::from_millis(millis));
+                self.step(Event::Tick);
+            }
+            Move::Measure => self.measure(),
+            Move::Race => self.race = true,
+            Move::Ready(_) | Move::NeverReady(_) | Move::Exit(_) | Move::Enter(_) => {}
+        }
+    }
+
+    /// Lets everything run out, then every wish must have been answered.
+    fn close(&mut self) {
+        self.race = false;
+        self.neighbour = 0;
+        let until = self.world.now;
+        self.step(Event::Shutdown { until });
+        for _ in 0..8 {
+            for m in 0..MODELS.len() {
+                self.play(&Move::Exit(m));
+            }
+            self.world.pass(Duration::from_secs(100));
+            self.measure();
+        }
+        let open: Vec<_> = self
+            .asked
+            .keys()
+            .filter(|t| !self.answered.contains(t) && !self.left.contains(t))
+            .collect();
+        assert!(open.is_empty(), "no answer for tickets {open:?}");
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 600, ..ProptestConfig::default() })]
+
+    #[test]
+    fn a15_the_laws_hold_over_random_sequences(moves in moves()) {
+        let mut court = Court::new();
+        for made in &moves {
+            court.play(made);
+        }
+        court.close();
+    }
+
+    #[test]
+    fn a15_no_waiter_is_stuck_when_everyone_else_goes_home(moves in moves()) {
+        let mut court = Court::new();
+        for made in &moves {
+            court.play(made);
+        }
+        // Nobody new comes, workers do what they are told: within the time
+        // that a request may wait everyone has an answer.
+        court.race = false;
+        court.neighbour = 0;
+        for _ in 0..40 {
+            for m in 0..MODELS.len() {
+                court.play(&Move::Ready(m));
+                while court.world.inside.get(&court.world.worker(MODELS[m])).is_some_and(|a| a.inside > 0) {
+                    court.play(&Move::Leave(m));
+                }
+                if court.world.policy.models()[MODELS[m]].phase == Phase::Stopping {
+                    court.play(&Move::Exit(m));
+                }
+            }
+            court.world.pass(Duration::from_secs(3));
+            court.measure();
+        }
+        let open = court.asked.keys().filter(|t| !court.answered.contains(t) && !court.left.contains(t)).count();
+        prop_assert_eq!(open, 0);
+    }
+}

@@ -1,0 +1,295 @@
+//! A small world for tests: models of known size, and a machine that does
+//! what the policy says when the test tells it to.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::{
+    Activity, DomainMeasure, Effect, Event, Measure, Measured, Policy, Settings, Setup, Threshold,
+    Ticket,
+};
+use crate::clock::Timestamp;
+use crate::model::{Bytes, Domain, ModelName, ModelSpec, ReadyCheck, UpstreamSpec, WorkerId};
+
+pub(crate) fn name(text: &str) -> ModelName {
+    ModelName::new(text).expect("a good name")
+}
+
+/// A model that declares its need in MiB.
+pub(crate) fn spec(model: &str, declared: Option<u64>) -> ModelSpec {
+    ModelSpec {
+        name: name(model),
+        aliases: Vec::new(),
+        kind: "llm".into(),
+        command: vec!["worker".into()],
+        cwd: None,
+        env: BTreeMap::new(),
+        variables: Arc::default(),
+        upstream: UpstreamSpec::Tcp("http://127.0.0.1:${PORT}".into()),
+        ready: ReadyCheck::Tcp,
+        start_timeout: Duration::from_secs(120),
+        stop_timeout: Duration::from_secs(10),
+        stop_signal: 15,
+        idle_timeout: None,
+        pinned: false,
+        preload: false,
+        memory: declared.map(Bytes::mib),
+        weights: Vec::new(),
+        max_queue: 4,
+        queue_timeout: Duration::from_secs(60),
+    }
+}
+
+/// The policy, and the truth of the machine around it.
+#[derive(Clone, Debug)]
+pub(crate) struct World {
+    pub(crate) policy: Policy,
+    pub(crate) now: Timestamp,
+    /// What each model's worker holds once it is ready, in MiB.
+    pub(crate) size: BTreeMap<ModelName, u64>,
+    /// Workers that hold their bytes now.
+    pub(crate) holding: BTreeSet<WorkerId>,
+    /// Requests inside each ready worker.
+    pub(crate) inside: BTreeMap<WorkerId, Activity>,
+    total: Bytes,
+    next_ticket: Ticket,
+}
+
+impl World {
+    /// A machine of 16 GiB with this limit in MiB, and models by name and
+    /// declared size.
+    pub(crate) fn new(limit: u64, models: &[(&str, u64)]) -> Self {
+        Self::with(
+            limit,
+            models
+                .iter()
+                .map(|(model, size)| spec(model, Some(*size)))
+                .collect(),
+            models,
+        )
+    }
+
+    pub(crate) fn with(limit: u64, specs: Vec<ModelSpec>, sizes: &[(&str, u64)]) -> Self {
+        let settings = Settings {
+            limit: Bytes::mib(limit),
+            reserve: Bytes::mib(512),
+            soft: Threshold::Percent(10),
+            hard: Threshold::Percent(5),
+            auto_cleanup: true,
+            emergency: true,
+            drain_timeout: Duration::from_secs(30),
+        };
+        let setups = specs.into_iter().map(|spec| Setup {
+            spec: Arc::new(spec),
+            weights: Bytes::ZERO,
+            peak: BTreeMap::new(),
+        });
+        let mut world = Self {
+            policy: Policy::new(settings, setups),
+            now: Timestamp::START,
+            size: sizes
+                .iter()
+                .map(|(model, size)| (name(model), *size))
+                .collect(),
+            holding: BTreeSet::new(),
+            inside: BTreeMap::new(),
+            total: Bytes::gib(16),
+            next_ticket: 1,
+        };
+        world.measure();
+        world
+    }
+
+    pub(crate) fn step(&mut self, event: Event) -> Vec<Effect> {
+        self.policy
+            .observe(self.inside.iter().map(|(id, activity)| (id, *activity)));
+        let effects = self.policy.step(self.now, event);
+        for effect in &effects {
+            match effect {
+                Effect::Grant { worker, .. } => {
+                    self.inside
+                        .get_mut(worker)
+                        .expect("granted workers are ready")
+                        .inside += 1;
+                }
+                Effect::Evict { worker, .. } => {
+                    let inside = self.inside.remove(worker).map_or(0, |a| a.inside);
+                    assert_eq!(inside, 0, "{worker} was chosen though requests are inside");
+                }
+                Effect::Terminate { worker, .. } => {
+                    self.inside.remove(worker);
+                }
+                Effect::Done { .. }
+                | Effect::Reject { .. }
+                | Effect::CleanedUp { .. }
+                | Effect::Spawn { .. }
+                | Effect::Drain { .. }
+                | Effect::ReclaimShortfall { .. }
+                | Effect::Learn { .. }
+                | Effect::Finished => {}
+            }
+        }
+        effects
+    }
+
+    pub(crate) fn pass(&mut self, time: Duration) {
+        self.now = self.now + time;
+    }
+
+    pub(crate) fn ticket(&mut self) -> Ticket {
+        self.next_ticket += 1;
+        self.next_ticket
+    }
+
+    /// A request for the model, with the deadline a minute away.
+    pub(crate) fn acquire(&mut self, model: &str) -> (Ticket, Vec<Effect>) {
+        self.pass(Duration::from_millis(1));
+        let ticket = self.ticket();
+        let deadline = self.now + Duration::from_secs(60);
+        let effects = self.step(Event::Acquire {
+            ticket,
+            model: name(model),
+            deadline,
+        });
+        (ticket, effects)
+    }
+
+    /// The worker becomes ready and holds its bytes.
+    pub(crate) fn ready(&mut self, model: &str) -> Vec<Effect> {
+        let worker = self.worker(model);
+        self.pass(Duration::from_millis(100));
+        self.holding.insert(worker.clone());
+        self.inside.insert(
+            worker.clone(),
+            Activity {
+                inside: 0,
+                last_left: self.now,
+            },
+        );
+        let mut effects = self.step(Event::Ready { worker });
+        effects.extend(self.measure());
+        effects
+    }
+
+    /// A request leaves the model's worker.
+    pub(crate) fn leave(&mut self, model: &str) -> Vec<Effect> {
+        self.pass(Duration::from_millis(1));
+        let worker = self.worker(model);
+        let activity = self.inside.get_mut(&worker).expect("the worker is ready");
+        activity.inside -= 1;
+        activity.last_left = self.now;
+        self.step(Event::Tick)
+    }
+
+    /// The worker's tree is gone, and its bytes are measured back.
+    pub(crate) fn exit(&mut self, model: &str) -> Vec<Effect> {
+        let worker = self.worker(model);
+        let mut effects = self.exit_unmeasured(&worker);
+        effects.extend(self.measure());
+        effects
+    }
+
+    pub(crate) fn exit_unmeasured(&mut self, worker: &WorkerId) -> Vec<Effect> {
+        self.pass(Duration::from_millis(1));
+        self.holding.remove(worker);
+        self.inside.remove(worker);
+        self.step(Event::Exited {
+            worker: worker.clone(),
+            status: "exit code 1".into(),
+            last_lines: vec!["out of cheese".into()],
+        })
+    }
+
+    /// Loads the model, uses it once and leaves it idle.
+    pub(crate) fn use_once(&mut self, model: &str) {
+        self.acquire(model);
+        self.ready(model);
+        self.leave(model);
+    }
+
+    pub(crate) fn measure(&mut self) -> Vec<Effect> {
+        self.pass(Duration::from_millis(1));
+        let held: u64 = self
+            .holding
+            .iter()
+            .map(|worker| self.size[&worker.model])
+            .sum();
+        let headroom = self.total - Bytes::mib(held);
+        self.measure_headroom(headroom)
+    }
+
+    pub(crate) fn measure_headroom(&mut self, headroom: Bytes) -> Vec<Effect> {
+        let measured = self.measured(headroom);
+        self.step(Event::Measured(measured))
+    }
+
+    pub(crate) fn measured(&self, headroom: Bytes) -> Measured {
+        let workers = self
+            .holding
+            .iter()
+            .map(|worker| {
+                let bytes = Bytes::mib(self.size[&worker.model]);
+                let measure = Measure {
+                    usage: bytes,
+                    unreclaimable: bytes,
+                };
+                (worker.clone(), BTreeMap::from([(Domain::Host, measure)]))
+            })
+            .collect();
+        let host = DomainMeasure {
+            total: self.total,
+            headroom,
+        };
+        let domains = BTreeMap::from([(Domain::Host, host)]);
+        Measured {
+            at: self.now,
+            domains,
+            workers,
+            counted_twice: Bytes::ZERO,
+        }
+    }
+
+    pub(crate) fn worker(&self, model: &str) -> WorkerId {
+        self.policy.models()[model].worker()
+    }
+}
+
+/// The names of models that are told to go, in order.
+pub(crate) fn gone(effects: &[Effect]) -> Vec<String> {
+    effects
+        .iter()
+        .filter_map(|effect| match effect {
+            Effect::Evict { worker, .. } | Effect::Terminate { worker, .. } => {
+                Some(worker.model.to_string())
+            }
+            _ => None,
+        })
+        .collect()
+}
+
+/// The names of models that are spawned, in order.
+pub(crate) fn spawned(effects: &[Effect]) -> Vec<String> {
+    effects
+        .iter()
+        .filter_map(|effect| match effect {
+            Effect::Spawn { worker, .. } => Some(worker.model.to_string()),
+            _ => None,
+        })
+        .collect()
+}
+
+/// The code a ticket is turned away with.
+pub(crate) fn refused(effects: &[Effect], of: Ticket) -> Option<super::Refusal> {
+    effects.iter().find_map(|effect| match effect {
+        Effect::Reject { ticket, refusal } if *ticket == of => Some(refusal.clone()),
+        _ => None,
+    })
+}
+
+/// Whether a ticket is granted a lease.
+pub(crate) fn granted(effects: &[Effect], of: Ticket) -> bool {
+    effects
+        .iter()
+        .any(|effect| matches!(effect, Effect::Grant { ticket, .. } if *ticket == of))
+}
