@@ -1,2 +1,2 @@
-//! Built with the modules it runs; see ARCHITECTURE.md.
+//! The manager's binary. Everything it does is in the library.
 fn main() {}

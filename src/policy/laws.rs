@@ -6,6 +6,11 @@
 //! - waiters of one model are served in the order they came;
 //! - no effect names an old generation, and no model has two workers.
 
+#![expect(
+    clippy::wildcard_enum_match_arm,
+    reason = "a test names the moves it plays"
+)]
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
@@ -231,7 +236,6 @@ impl Court {
     }
 
     fn play(&mut self, made: &Move) {
-        let phase = |court: &Self, m: usize| court.world.policy.models()[MODELS[m]].phase;
         match *made {
             Move::Acquire(m) => {
                 let ticket = self.ask(Some(MODELS[m]));
@@ -261,6 +265,43 @@ impl Court {
                     self.step(Event::Cancel { ticket });
                 }
             }
+            Move::Unload(m) => {
+                let ticket = self.ask(None);
+                self.step(Event::Unload {
+                    ticket,
+                    model: name(MODELS[m]),
+                });
+            }
+            Move::Pin(m, pinned) => self.step(Event::Pin {
+                model: name(MODELS[m]),
+                pinned,
+            }),
+            Move::Limit(mib) => self.step(Event::Limit {
+                domain: Domain::Host,
+                limit: Bytes::mib(mib),
+            }),
+            Move::Cleanup(all, force) => {
+                let ticket = self.ask(None);
+                let order = CleanupOrder {
+                    all,
+                    force,
+                    ..CleanupOrder::default()
+                };
+                let deadline = self.world.now + Duration::from_secs(30);
+                self.step(Event::Cleanup {
+                    ticket,
+                    order,
+                    deadline,
+                });
+            }
+            _ => self.play_machine(made),
+        }
+    }
+
+    /// What workers, neighbours and time do.
+    fn play_machine(&mut self, made: &Move) {
+        let phase = |court: &Self, m: usize| court.world.policy.models()[MODELS[m]].phase;
+        match *made {
             Move::Ready(m) if phase(self, m) == Phase::Starting => {
                 let worker = self.world.worker(MODELS[m]);
                 self.world.holding.insert(worker.clone());
@@ -312,46 +353,17 @@ impl Court {
                     .expect("a ready worker has a gate")
                     .inside += 1;
             }
-            Move::Unload(m) => {
-                let ticket = self.ask(None);
-                self.step(Event::Unload {
-                    ticket,
-                    model: name(MODELS[m]),
-                });
-            }
-            Move::Pin(m, pinned) => self.step(Event::Pin {
-                model: name(MODELS[m]),
-                pinned,
-            }),
-            Move::Limit(mib) => self.step(Event::Limit {
-                domain: Domain::Host,
-                limit: Bytes::mib(mib),
-            }),
             Move::Grow(m, mib) => {
                 self.world.size.insert(name(MODELS[m]), mib);
             }
             Move::Neighbour(mib) => self.neighbour = mib,
-            Move::Cleanup(all, force) => {
-                let ticket = self.ask(None);
-                let order = CleanupOrder {
-                    all,
-                    force,
-                    ..CleanupOrder::default()
-                };
-                let deadline = self.world.now + Duration::from_secs(30);
-                self.step(Event::Cleanup {
-                    ticket,
-                    order,
-                    deadline,
-                });
-            }
             Move::Pass(millis) => {
                 self.world.pass(Duration::from_millis(millis));
                 self.step(Event::Tick);
             }
             Move::Measure => self.measure(),
             Move::Race => self.race = true,
-            Move::Ready(_) | Move::NeverReady(_) | Move::Exit(_) | Move::Enter(_) => {}
+            _ => {}
         }
     }
 
@@ -400,12 +412,12 @@ proptest! {
         court.race = false;
         court.neighbour = 0;
         for _ in 0..40 {
-            for m in 0..MODELS.len() {
+            for (m, model) in MODELS.into_iter().enumerate() {
                 court.play(&Move::Ready(m));
-                while court.world.inside.get(&court.world.worker(MODELS[m])).is_some_and(|a| a.inside > 0) {
+                while court.world.inside.get(&court.world.worker(model)).is_some_and(|a| a.inside > 0) {
                     court.play(&Move::Leave(m));
                 }
-                if court.world.policy.models()[MODELS[m]].phase == Phase::Stopping {
+                if court.world.policy.models()[model].phase == Phase::Stopping {
                     court.play(&Move::Exit(m));
                 }
             }

@@ -1,6 +1,11 @@
 //! A small world for tests: models of known size, and a machine that does
 //! what the policy says when the test tells it to.
 
+#![expect(
+    clippy::wildcard_enum_match_arm,
+    reason = "a test picks the few effects it looks for"
+)]
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
