@@ -1,5 +1,6 @@
 //! residentd decides which models are resident in memory. See ARCHITECTURE.md.
 
+pub mod api;
 pub mod clock;
 pub mod control;
 pub mod gate;
@@ -7,5 +8,6 @@ pub mod memory;
 pub mod model;
 pub mod policy;
 pub mod procfs;
+pub mod reply;
 pub mod telemetry;
 pub mod worker;

@@ -13,7 +13,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 pub use command::{
-    CleanupReport, CleanupRequest, Command, LimitReport, LimitRequest, Reply, Signal, Skipped,
+    CleanupReport, CleanupRequest, Command, LimitReport, LimitRequest, LogTail, Reply, Signal,
+    Skipped,
 };
 pub use lease::{Lease, ModelRoute, ReadyWorker, Routes};
 pub use snapshot::{
@@ -22,6 +23,9 @@ pub use snapshot::{
 use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::clock::{Clock, Timestamp};
+pub use crate::memory::{
+    CgroupReading, DeviceReading, HostReading, PsiReading, Reading, Usage, VramSource, VramUsage,
+};
 use crate::model::ModelName;
 pub use crate::policy::{
     EvictReason, Expected, ExpectedSource, Phase, PressureLevel, Protection, Refusal, Skip,
@@ -165,7 +169,7 @@ impl Controller {
     ///
     /// # Errors
     /// [`Refusal::UnknownModel`], or that the controller is gone.
-    pub async fn tail(&self, model: &ModelName, lines: usize) -> Result<Vec<String>, Refusal> {
+    pub async fn tail(&self, model: &ModelName, lines: usize) -> Result<LogTail, Refusal> {
         let model = model.clone();
         self.ask(|_, reply| Command::Tail {
             model,
