@@ -1,6 +1,7 @@
 //! residentd decides which models are resident in memory. See ARCHITECTURE.md.
 
 pub mod api;
+pub mod cli;
 pub mod clock;
 pub mod control;
 pub mod gate;

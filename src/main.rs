@@ -1,2 +1,7 @@
-//! Built with the modules it runs; see ARCHITECTURE.md.
-fn main() {}
+//! The residentd program; everything it does is in the library.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    residentd::cli::run()
+}

@@ -5,4 +5,4 @@ mod fixtures;
 mod guard;
 mod metrics;
 mod models;
-mod world;
+pub(crate) mod world;

@@ -62,6 +62,11 @@ impl World {
         }
     }
 
+    /// Returns the routes with every caller taken for one on this machine.
+    pub(crate) fn local_router(&self) -> axum::Router {
+        self.router.clone().layer(axum::Extension(local()))
+    }
+
     pub(crate) async fn send(&self, mut request: Request<Body>, peer: Option<PeerAddr>) -> Answer {
         if let Some(peer) = peer {
             request.extensions_mut().insert(peer);
