@@ -5,7 +5,8 @@ use std::collections::BTreeMap;
 use serde::Serialize;
 
 use crate::clock::{Clock, Timestamp};
-use crate::control::{Expected, LastEviction, ModelView, Phase, Usage, VramUsage};
+use crate::control::{Expected, LastEviction, ModelView, Phase};
+use crate::memory::{Usage, VramUsage};
 use crate::model::{Bytes, Domain};
 
 /// One model. The first keys are the memory API's, in its order.

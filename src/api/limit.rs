@@ -9,7 +9,8 @@ use serde::Serialize;
 use super::ApiState;
 use super::envelope::{ApiError, success};
 use super::query::{Params, bad_value};
-use crate::control::{DeviceReading, LimitReport, LimitRequest};
+use crate::control::{LimitReport, LimitRequest};
+use crate::memory::DeviceReading;
 use crate::model::{Bytes, Domain};
 
 /// Answers `POST /limit`.

@@ -18,7 +18,8 @@ use prometheus_client::registry::Registry;
 use super::ApiState;
 use super::entry::is_loaded;
 use super::memory::usage_ratio;
-use crate::control::{Controller, DomainView, ModelView, Phase, PressureLevel, Snapshot, Usage};
+use crate::control::{Controller, DomainView, ModelView, Phase, PressureLevel, Snapshot};
+use crate::memory::Usage;
 use crate::model::Domain;
 
 /// The text format every scraper understands. Its counters carry `_total` in

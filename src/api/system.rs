@@ -9,7 +9,8 @@ use serde::Serialize;
 
 use super::ApiState;
 use super::envelope::success;
-use crate::control::{CgroupReading, DeviceReading, HostReading, PsiReading, Snapshot};
+use crate::control::Snapshot;
+use crate::memory::{CgroupReading, DeviceReading, HostReading, PsiReading};
 use crate::model::{Bytes, Domain};
 
 /// Answers `GET /system`.

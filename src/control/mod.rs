@@ -23,9 +23,6 @@ pub use snapshot::{
 use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::clock::{Clock, Timestamp};
-pub use crate::memory::{
-    CgroupReading, DeviceReading, HostReading, PsiReading, Reading, Usage, VramSource, VramUsage,
-};
 use crate::model::ModelName;
 pub use crate::policy::{
     EvictReason, Expected, ExpectedSource, Phase, PressureLevel, Protection, Refusal, Skip,

@@ -7,6 +7,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use residentd::control::*;
+use residentd::memory::Reading;
 use residentd::model::{Bytes, Domain};
 
 use super::world::{Answer, World, call, name, nobody_asks, snapshot};

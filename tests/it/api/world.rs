@@ -12,6 +12,7 @@ use residentd::api::{ApiState, PeerAddr, router};
 use residentd::clock::{Clock, Timestamp};
 use residentd::control::*;
 use residentd::gate::Gate;
+use residentd::memory::*;
 use residentd::model::*;
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
