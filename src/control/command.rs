@@ -104,6 +104,18 @@ pub struct LimitReport {
     pub usage: Bytes,
 }
 
+/// The last lines of a model's output, and where in it they are, so that who
+/// follows the output loses and repeats none.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct LogTail {
+    /// Which life of the model printed them; 0 before the first.
+    pub generation: u64,
+    /// Lines this life has printed so far; the last of `lines` has this number.
+    pub end: u64,
+    /// The lines, oldest first.
+    pub lines: Vec<String>,
+}
+
 /// Which models to unload, and how long to wait for their bytes.
 #[derive(Clone, Debug, Default)]
 pub struct CleanupRequest {
@@ -143,16 +155,4 @@ pub struct Skipped {
     pub model: ModelName,
     /// Why.
     pub why: Skip,
-}
-
-/// The last lines of a model's output, and where in it they are, so that who
-/// follows the output loses and repeats none.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct LogTail {
-    /// Which life of the model printed them; 0 before the first.
-    pub generation: u64,
-    /// Lines this life has printed so far; the last of `lines` has this number.
-    pub end: u64,
-    /// The lines, oldest first.
-    pub lines: Vec<String>,
 }
