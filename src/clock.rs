@@ -88,6 +88,13 @@ impl Clock {
         let unix = std::time::SystemTime::now()
             .duration_since(std::time::UNIX_EPOCH)
             .map_or(0.0, |d| d.as_secs_f64());
+        Self::start_at(unix)
+    }
+
+    /// Starts a clock that takes this moment for `unix` seconds, so that a
+    /// recorded answer can be compared.
+    #[must_use]
+    pub fn start_at(unix: f64) -> Self {
         Self {
             start: Instant::now(),
             unix_at_start: unix,

@@ -1,5 +1,7 @@
 //! residentd decides which models are resident in memory. See ARCHITECTURE.md.
 
+pub mod api;
+pub mod cli;
 pub mod clock;
 pub mod control;
 pub mod gate;
@@ -7,6 +9,7 @@ pub mod memory;
 pub mod model;
 pub mod policy;
 pub mod procfs;
+pub mod reply;
 pub mod store;
 pub mod telemetry;
 pub mod worker;

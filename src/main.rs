@@ -1,2 +1,7 @@
-//! The manager's binary. Everything it does is in the library.
-fn main() {}
+//! The residentd program; everything it does is in the library.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    residentd::cli::run()
+}

@@ -59,7 +59,7 @@ pub enum Command {
     Tail {
         model: ModelName,
         lines: usize,
-        reply: Reply<Vec<String>>,
+        reply: Reply<LogTail>,
     },
     /// See [`super::Controller::shutdown`].
     Shutdown { grace: Duration, reply: Reply<()> },
@@ -102,6 +102,18 @@ pub struct LimitReport {
     pub effective: Bytes,
     /// Measured usage against it.
     pub usage: Bytes,
+}
+
+/// The last lines of a model's output, and where in it they are, so that who
+/// follows the output loses and repeats none.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct LogTail {
+    /// Which life of the model printed them; 0 before the first.
+    pub generation: u64,
+    /// Lines this life has printed so far; the last of `lines` has this number.
+    pub end: u64,
+    /// The lines, oldest first.
+    pub lines: Vec<String>,
 }
 
 /// Which models to unload, and how long to wait for their bytes.

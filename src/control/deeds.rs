@@ -97,7 +97,8 @@ impl Task {
             spec,
             events: self.events.clone(),
         });
-        self.records.entry(worker.model.clone()).or_default().tail = Some(Arc::clone(&handle.tail));
+        let record = self.records.entry(worker.model.clone()).or_default();
+        record.tail = Some((worker.generation, Arc::clone(&handle.tail)));
         self.workers.insert(
             worker,
             Live {

@@ -16,7 +16,7 @@ mod view;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-pub use command::{CleanupRequest, Command, LimitReport, LimitRequest, Reply, Signal};
+pub use command::{CleanupRequest, Command, LimitReport, LimitRequest, LogTail, Reply, Signal};
 pub use lease::{Lease, ModelRoute, ReadyWorker, Routes};
 pub use snapshot::{
     Candidate, Counters, DomainView, LastEviction, LimitSource, MemoryView, ModelView, Snapshot,
@@ -169,7 +169,7 @@ impl Controller {
     ///
     /// # Errors
     /// [`Refusal::UnknownModel`], or that the controller is gone.
-    pub async fn tail(&self, model: &ModelName, lines: usize) -> Result<Vec<String>, Refusal> {
+    pub async fn tail(&self, model: &ModelName, lines: usize) -> Result<LogTail, Refusal> {
         let model = model.clone();
         self.ask(|_, reply| Command::Tail {
             model,

@@ -10,8 +10,8 @@ use tracing::{info, warn};
 
 use super::command::Reply;
 use super::{
-    CleanupReport, Command, Controller, Counters, Lease, LimitSource, ReadyWorker, Refusal, Routes,
-    Signal, Snapshot, view,
+    CleanupReport, Command, Controller, Counters, Lease, LimitSource, LogTail, ReadyWorker,
+    Refusal, Routes, Signal, Snapshot, view,
 };
 use crate::clock::{Clock, Timestamp};
 use crate::gate::Gate;
@@ -195,7 +195,7 @@ impl Live {
 /// What is kept of a model's past lives.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Record {
-    pub(super) tail: Option<Arc<Tail>>,
+    pub(super) tail: Option<(u64, Arc<Tail>)>,
     pub(super) accesses: u64,
     pub(super) last_used: Option<Timestamp>,
 }
@@ -266,7 +266,7 @@ impl Task {
             WorkerEvent::Ready { worker, upstream } => self.worker_ready(&worker, upstream),
             WorkerEvent::NeverReady { worker, after } => {
                 warn!(%worker, after_s = after.as_secs_f64(), "worker missed its start deadline");
-                let last_lines = self.tail_of(&worker.model, ERROR_LINES);
+                let last_lines = self.tail_of(&worker.model, ERROR_LINES).lines;
                 self.feed(Event::NeverReady {
                     worker,
                     after,
@@ -386,12 +386,16 @@ impl Task {
         self.feed(Event::Measured(measured));
     }
 
-    pub(super) fn tail_of(&self, model: &ModelName, lines: usize) -> Vec<String> {
-        let tail = self
-            .records
-            .get(model)
-            .and_then(|record| record.tail.as_ref());
-        tail.map(|tail| tail.last(lines)).unwrap_or_default()
+    pub(super) fn tail_of(&self, model: &ModelName, lines: usize) -> LogTail {
+        let Some((generation, tail)) = self.records.get(model).and_then(|r| r.tail.as_ref()) else {
+            return LogTail::default();
+        };
+        let (lines, end) = tail.read(lines);
+        LogTail {
+            generation: *generation,
+            end,
+            lines,
+        }
     }
 
     fn snapshot(&mut self) -> Snapshot {

@@ -142,7 +142,13 @@ impl fmt::Display for ExitStatus {
 /// The last lines of one worker's output, bounded in lines and bytes.
 #[derive(Debug, Default)]
 pub struct Tail {
-    lines: std::sync::Mutex<std::collections::VecDeque<String>>,
+    kept: std::sync::Mutex<Kept>,
+}
+
+#[derive(Debug, Default)]
+struct Kept {
+    lines: std::collections::VecDeque<String>,
+    pushed: u64,
 }
 
 /// Lines a [`Tail`] keeps: enough for a stack trace of an engine.
@@ -151,27 +157,33 @@ pub const TAIL_LINES: usize = 200;
 impl Tail {
     /// Adds a line; the oldest goes when there are more than [`TAIL_LINES`].
     pub fn push(&self, line: String) {
-        let mut lines = self
-            .lines
-            .lock()
-            .unwrap_or_else(std::sync::PoisonError::into_inner);
-        if lines.len() == TAIL_LINES {
-            lines.pop_front();
+        let mut kept = self.lock();
+        if kept.lines.len() == TAIL_LINES {
+            kept.lines.pop_front();
         }
-        lines.push_back(line);
+        kept.lines.push_back(line);
+        kept.pushed += 1;
     }
 
     /// Returns the last `count` lines, oldest first.
     #[must_use]
     pub fn last(&self, count: usize) -> Vec<String> {
-        let lines = self
-            .lines
+        self.read(count).0
+    }
+
+    /// Returns the last `count` lines, oldest first, and how many lines were
+    /// ever added: the last one returned is the line of that number.
+    #[must_use]
+    pub fn read(&self, count: usize) -> (Vec<String>, u64) {
+        let kept = self.lock();
+        let skipped = kept.lines.len().saturating_sub(count);
+        let lines = kept.lines.iter().skip(skipped).cloned().collect();
+        (lines, kept.pushed)
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, Kept> {
+        self.kept
             .lock()
-            .unwrap_or_else(std::sync::PoisonError::into_inner);
-        lines
-            .iter()
-            .skip(lines.len().saturating_sub(count))
-            .cloned()
-            .collect()
+            .unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 }

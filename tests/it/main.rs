@@ -1,1 +1,4 @@
 //! Integration tests: the app with real stub workers.
+
+mod api;
+mod cli;

@@ -1,0 +1,89 @@
+//! The REST API for operators: memory, models, health and metrics.
+//!
+//! Every answer is made from the published snapshot or is the controller's own
+//! reply; nothing here decides. Inference belongs to the proxy. State changes
+//! by `POST` only, and only for callers the guard lets through.
+
+mod cleanup;
+mod entry;
+mod envelope;
+mod guard;
+mod limit;
+mod logs;
+mod memory;
+mod metrics;
+mod models;
+mod probes;
+mod query;
+mod system;
+
+use std::sync::Arc;
+
+use axum::Router;
+use axum::http::{Method, Uri};
+use axum::middleware::from_fn;
+use axum::routing::{get, post};
+
+use self::envelope::ApiError;
+pub use self::guard::PeerAddr;
+use self::metrics::Page;
+use crate::control::Controller;
+
+/// What every route needs. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct ApiState {
+    controller: Controller,
+    metrics: Arc<Page>,
+}
+
+impl ApiState {
+    /// Builds the state around the controller's handle.
+    #[must_use]
+    pub fn new(controller: Controller) -> Self {
+        Self {
+            metrics: Arc::new(Page::new(controller.clone())),
+            controller,
+        }
+    }
+}
+
+/// Builds the API. Whoever accepts the connection puts a [`PeerAddr`] into
+/// each request's extensions; without one nothing can be changed.
+pub fn router(state: ApiState) -> Router {
+    let memory = Router::new()
+        .route("/stats", get(memory::stats))
+        .route("/pressure", get(memory::pressure))
+        .route("/models", get(memory::models))
+        .route("/system", get(system::system))
+        .route("/cleanup", post(cleanup::cleanup))
+        .route("/limit", post(limit::limit));
+    Router::new()
+        .nest("/api/v1/memory", memory)
+        .route("/api/v1/models", get(memory::models))
+        .route(
+            "/api/v1/models/{*rest}",
+            get(models::read).post(models::act),
+        )
+        .route("/", get(probes::index))
+        .route("/health", get(probes::health))
+        .route("/startupz", get(probes::startupz))
+        .route("/livez", get(probes::livez))
+        .route("/readyz", get(probes::readyz))
+        .route("/metrics", get(metrics::metrics))
+        .fallback(not_found)
+        .method_not_allowed_fallback(wrong_method)
+        .layer(from_fn(guard::guard))
+        .with_state(state)
+}
+
+async fn not_found(uri: Uri) -> ApiError {
+    ApiError::NotFound(uri.path().to_owned())
+}
+
+async fn wrong_method(method: Method, uri: Uri) -> ApiError {
+    ApiError::MethodNotAllowed {
+        method: method.to_string(),
+        path: uri.path().to_owned(),
+        allow: None,
+    }
+}

@@ -1,0 +1,318 @@
+//! The command line: what can be written, and what each word turns into.
+//! Whatever cannot be understood is turned away here, with exit code 2.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand};
+
+use super::client::Server;
+use crate::model::{Bytes, ModelName};
+
+/// Decides which models are resident in memory.
+#[derive(Debug, Parser)]
+#[command(name = "residentd", version, arg_required_else_help = true)]
+pub(super) struct CommandLine {
+    /// What to do.
+    #[command(subcommand)]
+    pub(super) command: Command,
+}
+
+/// What can be asked for.
+#[derive(Debug, Subcommand)]
+pub(super) enum Command {
+    /// Serve the configured models
+    Serve(ServeArgs),
+    /// Check the configuration and name every problem
+    Check(CheckArgs),
+    /// Show each model, its worker and its memory
+    Ps(ClientArgs),
+    /// Make a model ready
+    Load(LoadArgs),
+    /// End a model's worker, after the requests inside
+    Unload(ModelArgs),
+    /// Keep a model from being evicted to make room
+    Pin(ModelArgs),
+    /// Let a model be evicted again
+    Unpin(ModelArgs),
+    /// Unload idle models and say what came back
+    Cleanup(CleanupArgs),
+    /// Set or show the memory limit
+    Limit(LimitArgs),
+    /// Show what a model's worker printed
+    Logs(LogsArgs),
+    /// Print the completions of a shell
+    Completions {
+        /// Which shell
+        shell: clap_complete::Shell,
+    },
+}
+
+/// Where the configuration comes from.
+#[derive(Args, Clone, Debug, Default)]
+pub struct CheckArgs {
+    /// A file, or a folder whose *.toml are read in name order; may be repeated
+    #[arg(long, value_name = "PATH", env = "RESIDENTD_CONFIG")]
+    pub config: Vec<PathBuf>,
+}
+
+/// What `serve` is told.
+#[derive(Args, Clone, Debug, Default)]
+pub struct ServeArgs {
+    /// Where the configuration comes from.
+    #[command(flatten)]
+    pub check: CheckArgs,
+    /// Address to listen on, as 127.0.0.1:8080 or unix:PATH; may be repeated
+    #[arg(long, value_name = "ADDR", env = "RESIDENTD_LISTEN")]
+    pub listen: Vec<String>,
+    /// Keys of the configuration file that are given here instead.
+    #[command(flatten)]
+    pub settings: SettingArgs,
+}
+
+/// Single keys of the configuration file. They are kept as text: the
+/// configuration checks them with everything else.
+#[derive(Args, Clone, Debug, Default)]
+pub struct SettingArgs {
+    /// Folder for learned footprints and worker logs
+    #[arg(long, value_name = "PATH", env = "RESIDENTD_STATE_DIR")]
+    pub state_dir: Option<String>,
+    /// How long requests may finish at shutdown, as 30s
+    #[arg(long, value_name = "TIME", env = "RESIDENTD_SHUTDOWN_GRACE")]
+    pub shutdown_grace: Option<String>,
+    /// text or json
+    #[arg(long, value_name = "FORMAT", env = "RESIDENTD_LOG_FORMAT")]
+    pub log_format: Option<String>,
+    /// A level or filter, as info,residentd::worker=debug
+    #[arg(long, value_name = "LEVEL", env = "RESIDENTD_LOG_LEVEL")]
+    pub log_level: Option<String>,
+    /// The largest request body, as 1GiB
+    #[arg(long, value_name = "SIZE", env = "RESIDENTD_MAX_BODY")]
+    pub max_body: Option<String>,
+    /// How much of a body is read to find its model, as 1MiB
+    #[arg(long, value_name = "SIZE", env = "RESIDENTD_MODEL_PREFIX")]
+    pub model_prefix: Option<String>,
+    /// Memory limit of all workers together, as 8GiB
+    #[arg(long, value_name = "SIZE", env = "RESIDENTD_LIMIT")]
+    pub limit: Option<String>,
+    /// Physical memory that is never given to workers, as 512MiB
+    #[arg(long, value_name = "SIZE", env = "RESIDENTD_RESERVE")]
+    pub reserve: Option<String>,
+    /// Time between full checks when nothing happens, as 60s
+    #[arg(long, value_name = "TIME", env = "RESIDENTD_CHECK_INTERVAL")]
+    pub check_interval: Option<String>,
+    /// Whether idle models are unloaded under pressure: true or false
+    #[arg(long, value_name = "BOOL", env = "RESIDENTD_AUTO_CLEANUP")]
+    pub auto_cleanup: Option<String>,
+}
+
+impl SettingArgs {
+    /// Returns what was given: the key in the configuration file, and its
+    /// text.
+    #[must_use]
+    pub fn given(&self) -> Vec<(&'static str, &str)> {
+        let all = [
+            ("server.state_dir", &self.state_dir),
+            ("server.shutdown_grace", &self.shutdown_grace),
+            ("server.log_format", &self.log_format),
+            ("server.log_level", &self.log_level),
+            ("server.max_body", &self.max_body),
+            ("server.model_prefix", &self.model_prefix),
+            ("memory.limit", &self.limit),
+            ("memory.reserve", &self.reserve),
+            ("memory.check_interval", &self.check_interval),
+            ("memory.auto_cleanup", &self.auto_cleanup),
+        ];
+        all.into_iter()
+            .filter_map(|(key, text)| Some((key, text.as_deref()?)))
+            .collect()
+    }
+}
+
+/// What every command needs that talks to a running residentd.
+#[derive(Args, Clone, Debug)]
+pub(super) struct ClientArgs {
+    /// Where residentd listens: http://HOST:PORT or unix:PATH
+    #[arg(
+        long,
+        value_name = "URL",
+        env = "RESIDENTD_SERVER",
+        default_value = "http://127.0.0.1:8080"
+    )]
+    pub(super) server: Server,
+    /// Print the server's answer as it came
+    #[arg(long)]
+    pub(super) json: bool,
+}
+
+/// One model.
+#[derive(Args, Clone, Debug)]
+pub(super) struct ModelArgs {
+    /// Name or alias of the model
+    #[arg(value_name = "NAME", value_parser = model_name)]
+    pub(super) model: ModelName,
+    /// Whom to ask.
+    #[command(flatten)]
+    pub(super) client: ClientArgs,
+}
+
+/// What `load` is told.
+#[derive(Args, Clone, Debug)]
+pub(super) struct LoadArgs {
+    /// Do not wait until the model is ready
+    #[arg(long)]
+    pub(super) no_wait: bool,
+    /// Which model, and whom to ask.
+    #[command(flatten)]
+    pub(super) model: ModelArgs,
+}
+
+/// What `cleanup` is told.
+#[derive(Args, Clone, Debug)]
+pub(super) struct CleanupArgs {
+    /// Every idle model, not only until there is no pressure
+    #[arg(long, conflicts_with = "models")]
+    pub(super) all: bool,
+    /// Also busy models, after the requests inside
+    #[arg(long)]
+    pub(super) force: bool,
+    /// Exactly this model; may be repeated
+    #[arg(long = "model", value_name = "NAME", value_parser = model_name)]
+    pub(super) models: Vec<ModelName>,
+    /// Free at least this much, as 2GiB
+    #[arg(long, value_name = "SIZE", value_parser = size)]
+    pub(super) target: Option<Bytes>,
+    /// Say what would be done and do nothing
+    #[arg(long)]
+    pub(super) dry_run: bool,
+    /// Whom to ask.
+    #[command(flatten)]
+    pub(super) client: ClientArgs,
+}
+
+/// What `limit` is told.
+#[derive(Args, Clone, Debug)]
+pub(super) struct LimitArgs {
+    /// The new limit, as 8GiB; without it the limit is shown
+    #[arg(value_name = "SIZE", value_parser = size)]
+    pub(super) size: Option<Bytes>,
+    /// The limit of a GPU: index, gpu:INDEX or UUID
+    #[arg(long, value_name = "DEVICE")]
+    pub(super) device: Option<String>,
+    /// Keep it over restarts
+    #[arg(long, requires = "size")]
+    pub(super) persist: bool,
+    /// Whom to ask.
+    #[command(flatten)]
+    pub(super) client: ClientArgs,
+}
+
+/// What `logs` is told.
+#[derive(Args, Clone, Debug)]
+pub(super) struct LogsArgs {
+    /// How many of the last lines
+    #[arg(short = 'n', long, value_name = "LINES", default_value_t = 100)]
+    pub(super) lines: usize,
+    /// Go on with the lines that come
+    #[arg(short, long)]
+    pub(super) follow: bool,
+    /// Which model, and whom to ask.
+    #[command(flatten)]
+    pub(super) model: ModelArgs,
+}
+
+fn model_name(text: &str) -> Result<ModelName, String> {
+    ModelName::new(text).map_err(|error| error.to_string())
+}
+
+/// Parses `8GiB`, `1.5 GB` or a plain number of bytes.
+fn size(text: &str) -> Result<Bytes, String> {
+    let wrong =
+        || "a size is a number with B, KiB, MiB, GiB, TiB, KB, MB, GB or TB, above zero".to_owned();
+    let text = text.trim();
+    let digits = text.find(|c: char| c != '.' && !c.is_ascii_digit());
+    let (number, unit) = text.split_at(digits.unwrap_or(text.len()));
+    let unit = match unit.trim() {
+        "" | "B" => 1.0,
+        "KiB" => Bytes::kib(1).as_f64(),
+        "MiB" => Bytes::mib(1).as_f64(),
+        "GiB" => Bytes::gib(1).as_f64(),
+        "TiB" => Bytes::gib(1024).as_f64(),
+        "KB" => 1e3,
+        "MB" => 1e6,
+        "GB" => 1e9,
+        "TB" => 1e12,
+        _ => return Err(wrong()),
+    };
+    let number: f64 = number.parse().map_err(|_| wrong())?;
+    let bytes = number * unit;
+    if bytes < 1.0 {
+        return Err(wrong());
+    }
+    #[expect(
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss,
+        reason = "at least one byte by the check above; more than any machine has saturates"
+    )]
+    Ok(Bytes(bytes as u64))
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    fn parse(line: &str) -> Result<Command, clap::Error> {
+        let words = ["residentd"].into_iter().chain(line.split_whitespace());
+        CommandLine::try_parse_from(words).map(|line| line.command)
+    }
+
+    #[test]
+    fn the_definition_of_the_command_line_is_sound() {
+        CommandLine::command().debug_assert();
+    }
+
+    #[test]
+    fn a_size_has_a_unit_of_1024_or_1000() {
+        assert_eq!(size("8GiB"), Ok(Bytes::gib(8)));
+        assert_eq!(size("1.5 KiB"), Ok(Bytes(1536)));
+        assert_eq!(size("2GB"), Ok(Bytes(2_000_000_000)));
+        assert_eq!(size("4096"), Ok(Bytes(4096)));
+        for bad in ["", "0", "-1", "1gib", "GiB", "1.2.3", "nan", "inf", "1e9"] {
+            assert!(size(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn wrong_use_is_exit_code_2() {
+        for line in [
+            "frobnicate",
+            "load",
+            "load a,b",
+            "cleanup --all --model a",
+            "limit much",
+            "limit --persist",
+            "logs gemma -n many",
+            "ps --server https://example.org",
+            "completions tcsh",
+        ] {
+            let error = parse(line).expect_err(line);
+            assert_eq!(error.exit_code(), 2, "{line}: {error}");
+        }
+    }
+
+    #[test]
+    fn what_serve_is_told_keeps_its_key() {
+        let line =
+            "serve --config a.toml --config b --listen unix:/x --limit 8GiB --log-level debug";
+        let Ok(Command::Serve(args)) = parse(line) else {
+            panic!("serve parses");
+        };
+        assert_eq!(args.check.config.len(), 2);
+        assert_eq!(args.listen, ["unix:/x"]);
+        assert_eq!(
+            args.settings.given(),
+            [("server.log_level", "debug"), ("memory.limit", "8GiB")]
+        );
+    }
+}

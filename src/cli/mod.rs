@@ -1,0 +1,121 @@
+//! The command line: `serve` and `check` here, and the commands that ask a
+//! running residentd over its REST API.
+//!
+//! Exit codes: 0 done, 1 failed, 2 wrong use or configuration.
+
+mod args;
+mod client;
+mod logs;
+mod memory;
+mod models;
+mod output;
+mod ps;
+pub mod serve;
+
+use std::process::ExitCode;
+
+use anyhow::Context;
+pub use args::{CheckArgs, ServeArgs, SettingArgs};
+use args::{Command, CommandLine};
+use clap::{CommandFactory, Parser};
+pub use client::Server;
+use client::{Answer, CallError};
+use output::OutputError;
+
+/// Does what the command line says.
+#[must_use]
+pub fn run() -> ExitCode {
+    let command = match CommandLine::try_parse() {
+        Ok(line) => line.command,
+        Err(error) => {
+            // Help goes to standard output, mistakes to standard error; with
+            // neither open there is nobody to tell.
+            let _ = error.print();
+            return ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(2));
+        }
+    };
+    match dispatch(command) {
+        Ok(code) => code,
+        Err(error) => {
+            let closed = error.downcast_ref::<OutputError>();
+            if closed.is_some_and(OutputError::is_closed_pipe) {
+                return ExitCode::SUCCESS;
+            }
+            output::complain(&error);
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn dispatch(command: Command) -> anyhow::Result<ExitCode> {
+    match command {
+        Command::Serve(args) => serve::run(&args),
+        Command::Check(args) => serve::check(&args),
+        Command::Completions { shell } => completions(shell),
+        asking => block_on(ask(asking)),
+    }
+}
+
+async fn ask(command: Command) -> anyhow::Result<ExitCode> {
+    let json = wants_json(&command);
+    let done = match command {
+        Command::Ps(args) => ps::ps(args).await,
+        Command::Load(args) => models::load(args).await,
+        Command::Unload(args) => models::act(args, "unload").await,
+        Command::Pin(args) => models::act(args, "pin").await,
+        Command::Unpin(args) => models::act(args, "unpin").await,
+        Command::Cleanup(args) => memory::cleanup(args).await,
+        Command::Limit(args) => memory::limit(args).await,
+        Command::Logs(args) => logs::logs(args).await,
+        Command::Serve(_) | Command::Check(_) | Command::Completions { .. } => Ok(()),
+    };
+    if json
+        && let Err(error) = &done
+        && let Some(CallError::Refused { body, .. }) = error.downcast_ref()
+    {
+        output::write_text(body)?;
+        return Ok(ExitCode::FAILURE);
+    }
+    done.map(|()| ExitCode::SUCCESS)
+}
+
+fn wants_json(command: &Command) -> bool {
+    match command {
+        Command::Ps(client) => client.json,
+        Command::Load(args) => args.model.client.json,
+        Command::Unload(args) | Command::Pin(args) | Command::Unpin(args) => args.client.json,
+        Command::Cleanup(args) => args.client.json,
+        Command::Limit(args) => args.client.json,
+        Command::Logs(args) => args.model.client.json,
+        Command::Serve(_) | Command::Check(_) | Command::Completions { .. } => false,
+    }
+}
+
+/// Prints an answer: as it came, or as `shown` turns it into words.
+fn show(
+    answer: &Answer,
+    json: bool,
+    shown: impl FnOnce(&Answer) -> Result<String, CallError>,
+) -> anyhow::Result<()> {
+    if json {
+        output::write_text(&answer.body)?;
+    } else {
+        output::write_text(&shown(answer)?)?;
+    }
+    Ok(())
+}
+
+fn completions(shell: clap_complete::Shell) -> anyhow::Result<ExitCode> {
+    let mut script = Vec::new();
+    clap_complete::generate(shell, &mut CommandLine::command(), "residentd", &mut script);
+    output::write(&script)?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn block_on<T>(work: impl Future<Output = anyhow::Result<T>>) -> anyhow::Result<T> {
+    tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .context("start the runtime")?
+        .block_on(work)
+}

@@ -1,0 +1,415 @@
+//! A fixed world: four models, two of them alive, one GPU, a fixed clock; and
+//! a controller that answers commands as told.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::body::{Body, to_bytes};
+use axum::http::{HeaderMap, Request, Response, StatusCode};
+use residentd::api::{ApiState, PeerAddr, router};
+use residentd::clock::{Clock, Timestamp};
+use residentd::control::*;
+use residentd::gate::Gate;
+use residentd::memory::*;
+use residentd::model::*;
+use tokio::sync::{mpsc, watch};
+use tokio_util::sync::CancellationToken;
+use tower::ServiceExt;
+
+/// Unix time of [`Timestamp::START`] in the fixed world.
+pub(crate) const UNIX_START: f64 = 1_700_000_000.0;
+
+/// What the test's controller answers to each command.
+pub(crate) type Script = fn(Command);
+
+/// The API over a fixed snapshot.
+#[derive(Clone)]
+pub(crate) struct World {
+    router: axum::Router,
+    // Held so that the channels stay open.
+    _snapshots: Arc<watch::Sender<Arc<Snapshot>>>,
+    _signals: Arc<mpsc::UnboundedReceiver<Signal>>,
+}
+
+impl World {
+    /// Builds the world; the runtime's clock should be paused.
+    pub(crate) fn new(script: Script) -> Self {
+        Self::of(snapshot(), script)
+    }
+
+    pub(crate) fn of(snapshot: Snapshot, script: Script) -> Self {
+        let specs = snapshot.models.values().map(|view| Arc::clone(&view.spec));
+        let routes = Arc::new(Routes::new(specs));
+        let (commands, mut inbox) = mpsc::channel(COMMAND_QUEUE);
+        #[expect(
+            clippy::disallowed_methods,
+            reason = "the handle's signals are unbounded by design"
+        )]
+        let (signals, heard) = mpsc::unbounded_channel();
+        let (publish, snapshots) = watch::channel(Arc::new(snapshot));
+        let clock = Clock::start_at(UNIX_START);
+        let controller = Controller::from_parts(routes, commands, signals, snapshots, clock);
+        residentd::telemetry::spawn("controller", async move {
+            while let Some(command) = inbox.recv().await {
+                script(command);
+            }
+        });
+        Self {
+            router: router(ApiState::new(controller)),
+            _snapshots: Arc::new(publish),
+            _signals: Arc::new(heard),
+        }
+    }
+
+    /// Returns the routes with every caller taken for one on this machine.
+    pub(crate) fn local_router(&self) -> axum::Router {
+        self.router.clone().layer(axum::Extension(local()))
+    }
+
+    pub(crate) async fn send(&self, mut request: Request<Body>, peer: Option<PeerAddr>) -> Answer {
+        if let Some(peer) = peer {
+            request.extensions_mut().insert(peer);
+        }
+        let answer = self.router.clone().oneshot(request).await;
+        Answer::of(answer.expect("the router answers everything")).await
+    }
+
+    pub(crate) async fn get(&self, path: &str) -> Answer {
+        self.send(call("GET", path, ""), None).await
+    }
+
+    pub(crate) async fn post(&self, path: &str, body: &str) -> Answer {
+        self.send(call("POST", path, body), Some(local())).await
+    }
+}
+
+pub(crate) fn call(method: &str, path: &str, body: &str) -> Request<Body> {
+    Request::builder()
+        .method(method)
+        .uri(path)
+        .header("host", "localhost:8080")
+        .body(Body::from(body.to_owned()))
+        .expect("a valid request")
+}
+
+pub(crate) fn local() -> PeerAddr {
+    PeerAddr(Some(SocketAddr::from(([127, 0, 0, 1], 4711))))
+}
+
+/// An answer, read to its end.
+pub(crate) struct Answer {
+    pub(crate) status: StatusCode,
+    pub(crate) headers: HeaderMap,
+    pub(crate) body: String,
+}
+
+impl Answer {
+    async fn of(response: Response<Body>) -> Self {
+        let (parts, body) = response.into_parts();
+        let bytes = to_bytes(body, usize::MAX).await.expect("a whole body");
+        Self {
+            status: parts.status,
+            headers: parts.headers,
+            body: String::from_utf8(bytes.to_vec()).expect("text"),
+        }
+    }
+
+    pub(crate) fn json(&self) -> serde_json::Value {
+        serde_json::from_str(&self.body).unwrap_or_else(|error| panic!("{error}: {}", self.body))
+    }
+
+    pub(crate) fn header(&self, name: &str) -> &str {
+        let value = self.headers.get(name);
+        value.map_or("", |value| value.to_str().expect("text"))
+    }
+}
+
+/// A controller that nobody may ask.
+pub(crate) fn nobody_asks(command: Command) {
+    panic!("nobody should ask {command:?}");
+}
+
+pub(crate) fn name(text: &str) -> ModelName {
+    ModelName::new(text).expect("a valid name")
+}
+
+pub(crate) fn at(seconds: u64) -> Timestamp {
+    Timestamp::from_start(Duration::from_secs(seconds))
+}
+
+fn spec(model: &str, kind: &str, aliases: &[&str]) -> Arc<ModelSpec> {
+    Arc::new(ModelSpec {
+        name: name(model),
+        aliases: aliases.iter().map(|alias| name(alias)).collect(),
+        kind: kind.to_owned(),
+        command: vec!["worker".to_owned()],
+        cwd: None,
+        env: BTreeMap::new(),
+        variables: Arc::default(),
+        upstream: UpstreamSpec::Tcp("http://127.0.0.1:${PORT}".to_owned()),
+        ready: ReadyCheck::Tcp,
+        start_timeout: Duration::from_secs(120),
+        stop_timeout: Duration::from_secs(10),
+        stop_signal: 15,
+        idle_timeout: None,
+        pinned: false,
+        preload: false,
+        memory: None,
+        weights: Vec::new(),
+        max_queue: 256,
+        queue_timeout: Duration::from_secs(60),
+    })
+}
+
+fn stopped(spec: Arc<ModelSpec>) -> ModelView {
+    ModelView {
+        spec,
+        phase: Phase::Stopped,
+        generation: 0,
+        pid: None,
+        ready: None,
+        pinned: false,
+        queued: 0,
+        usage: None,
+        expected: Expected::default(),
+        peak: Bytes::ZERO,
+        last_used_before: None,
+        accesses_before: 0,
+        loads: 0,
+        evictions: 0,
+        last_eviction: None,
+        last_load: None,
+        restarts: 0,
+        last_error: None,
+        retry_at: None,
+        file_size: Bytes::ZERO,
+    }
+}
+
+/// Ready, three requests served, one inside, memory on host and GPU.
+fn gemma() -> ModelView {
+    let spec = spec("gemma", "llm", &["gpt-4o-mini"]);
+    let gate = Gate::open(at(10));
+    for _ in 0..4 {
+        assert!(gate.try_enter());
+    }
+    for second in [20, 30, 40] {
+        gate.leave(at(second));
+    }
+    ModelView {
+        phase: Phase::Ready,
+        generation: 3,
+        pid: Some(4242),
+        ready: Some(Arc::new(ReadyWorker {
+            id: WorkerId {
+                model: spec.name.clone(),
+                generation: 3,
+            },
+            spec: Arc::clone(&spec),
+            upstream: Upstream::Tcp(SocketAddr::from(([127, 0, 0, 1], 9))),
+            gate,
+            closing: CancellationToken::new(),
+            serial: 1,
+            since: at(10),
+        })),
+        queued: 2,
+        usage: Some(Usage {
+            processes: 2,
+            rss: Bytes::mib(1536),
+            anon: Bytes::gib(1),
+            file: Bytes::mib(512),
+            locked: Bytes::mib(64),
+            pss: Some(Bytes::mib(1500)),
+            pss_at: Some(at(11)),
+            vram: vec![VramUsage {
+                device: 0,
+                bytes: Some(Bytes::gib(6)),
+                source: VramSource::NvmlProcess,
+            }],
+            ..Usage::default()
+        }),
+        expected: Expected {
+            bytes: BTreeMap::from([
+                (Domain::Host, Bytes::gib(2)),
+                (Domain::Gpu(0), Bytes::gib(6)),
+            ]),
+            source: ExpectedSource::Declared,
+        },
+        peak: Bytes::mib(1600),
+        accesses_before: 100,
+        loads: 3,
+        evictions: 2,
+        last_eviction: Some(LastEviction {
+            reason: EvictReason::Idle {
+                after: Duration::from_secs(600),
+            },
+            at: at(5),
+        }),
+        last_load: Some(Duration::from_millis(2500)),
+        file_size: Bytes::mib(512),
+        ..stopped(spec)
+    }
+}
+
+/// Idle and ready, its VRAM unknown; pinned by nobody.
+fn nano() -> ModelView {
+    let spec = spec("org/nano:e5", "embedding", &[]);
+    ModelView {
+        phase: Phase::Ready,
+        generation: 1,
+        pid: Some(4300),
+        usage: Some(Usage {
+            processes: 1,
+            rss: Bytes::mib(512),
+            anon: Bytes::mib(512),
+            vram: vec![VramUsage {
+                device: 0,
+                bytes: None,
+                source: VramSource::Unknown,
+            }],
+            ..Usage::default()
+        }),
+        last_used_before: Some(at(50)),
+        accesses_before: 7,
+        loads: 1,
+        peak: Bytes::mib(512),
+        last_load: Some(Duration::from_secs(1)),
+        ..stopped(spec)
+    }
+}
+
+/// Failed and backing off.
+fn broken() -> ModelView {
+    ModelView {
+        phase: Phase::Backoff,
+        generation: 4,
+        restarts: 4,
+        last_error: Some("exit code 1".to_owned()),
+        retry_at: Some(at(90)),
+        ..stopped(spec("broken", "llm", &[]))
+    }
+}
+
+/// The whole fixed view, at 60 s after the start.
+pub(crate) fn snapshot() -> Snapshot {
+    let views = [
+        gemma(),
+        nano(),
+        broken(),
+        stopped(spec("voice", "tts", &[])),
+    ];
+    let models: BTreeMap<_, _> = views
+        .into_iter()
+        .map(|view| (view.spec.name.clone(), view))
+        .collect();
+    Snapshot {
+        seq: 12,
+        at: at(60),
+        memory: memory(&models),
+        models,
+        counters: Counters {
+            hits: 90,
+            misses: 10,
+            reloads: 4,
+            loads: 5,
+            load_failures: 4,
+            crashes: 1,
+            evictions: BTreeMap::from([("idle", 1), ("make_room", 2)]),
+            refusals: BTreeMap::from([("queue_full", 3)]),
+            reclaim_shortfall: Bytes::mib(1),
+        },
+        draining: false,
+    }
+}
+
+fn memory(models: &BTreeMap<ModelName, ModelView>) -> MemoryView {
+    let domain = |domain, usage, limit, headroom, charged, level| DomainView {
+        domain,
+        usage,
+        limit,
+        headroom,
+        charged,
+        level,
+    };
+    MemoryView {
+        reading: Arc::new(reading(models)),
+        usage: Bytes::gib(2),
+        limit: Bytes::mib(1920),
+        limit_source: LimitSource::Env,
+        level: PressureLevel::Soft,
+        domains: vec![
+            domain(
+                Domain::Host,
+                Bytes::gib(2),
+                Bytes::mib(1920),
+                Bytes::gib(5),
+                Bytes::mib(2560),
+                PressureLevel::Soft,
+            ),
+            domain(
+                Domain::Gpu(0),
+                Bytes::gib(6),
+                Bytes::gib(22),
+                Bytes::gib(17),
+                Bytes::gib(6),
+                PressureLevel::None,
+            ),
+        ],
+        candidates: vec![Candidate {
+            model: name("org/nano:e5"),
+            would_free: Bytes::mib(512),
+            idle_since: at(0),
+        }],
+        recommended: vec![name("org/nano:e5")],
+        protected: vec![(name("gemma"), Protection::Busy)],
+        auto_cleanup: true,
+    }
+}
+
+fn reading(models: &BTreeMap<ModelName, ModelView>) -> Reading {
+    let workers = models.values().filter_map(|view| {
+        let id = WorkerId {
+            model: view.spec.name.clone(),
+            generation: view.generation,
+        };
+        Some((id, view.usage.clone()?))
+    });
+    Reading {
+        seq: 9,
+        at: at(59),
+        host: HostReading {
+            total: Bytes::gib(16),
+            available: Bytes::gib(12),
+            swap_total: Bytes::gib(4),
+            swap_free: Bytes::gib(3),
+            headroom: Bytes::gib(5),
+            cgroup: Some(CgroupReading {
+                version: 2,
+                path: "/kubepods/pod1".to_owned(),
+                limit: Some(Bytes::gib(8)),
+                current: Bytes::gib(4),
+                working_set: Bytes::gib(3),
+            }),
+            psi: Some(PsiReading {
+                some_avg10: 1.25,
+                some_avg60: 0.5,
+                full_avg10: 0.0,
+                full_avg60: 0.25,
+            }),
+        },
+        workers: workers.collect(),
+        counted_twice: Bytes::ZERO,
+        devices: vec![DeviceReading {
+            index: 0,
+            uuid: "GPU-5b2e".to_owned(),
+            name: "NVIDIA L4".to_owned(),
+            total: Some(Bytes::gib(24)),
+            used: Some(Bytes::gib(7)),
+            free: Some(Bytes::gib(17)),
+            source: "nvml",
+        }],
+        device_error: None,
+    }
+}
