@@ -8,4 +8,5 @@ pub mod model;
 pub mod policy;
 pub mod procfs;
 pub mod telemetry;
+pub mod template;
 pub mod worker;
