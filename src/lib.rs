@@ -1,6 +1,7 @@
 //! residentd decides which models are resident in memory. See ARCHITECTURE.md.
 
 pub mod clock;
+pub mod config;
 pub mod control;
 pub mod gate;
 pub mod memory;
