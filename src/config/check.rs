@@ -101,8 +101,8 @@ fn check_listen(listen: &[Listen], place: &Place, problems: &mut Problems) {
 fn memory(raw: RawMemory) -> Memory {
     let limit = raw.limit.map(|limit| {
         let origin = match limit.place.origin {
-            Origin::BuiltIn | Origin::File { .. } => LimitOrigin::Config,
-            Origin::DotEnv | Origin::Environment | Origin::CommandLine => LimitOrigin::Env,
+            Origin::BuiltIn | Origin::File { .. } | Origin::CommandLine => LimitOrigin::Config,
+            Origin::DotEnv | Origin::Environment => LimitOrigin::Env,
         };
         (limit.value, origin)
     });

@@ -24,8 +24,10 @@ pub struct Sources {
     /// When empty: what `RESIDENTD_CONFIG` names, parted by `:`, else
     /// `residentd.toml` in the working directory.
     pub paths: Vec<PathBuf>,
-    /// `--listen`, as often as it was given.
-    pub listen: Vec<String>,
+    /// Flags that stand for keys of `[server]` and `[memory]`: the key's path,
+    /// as in `server.listen`, and the text given. Texts of a repeated flag are
+    /// a list.
+    pub flags: Vec<(String, String)>,
     /// The process environment.
     pub environment: Environment,
     /// Where `.env` and relative paths begin.
@@ -37,7 +39,7 @@ impl Sources {
     ///
     /// # Errors
     /// When the working directory is gone or cannot be read.
-    pub fn of_process(paths: Vec<PathBuf>, listen: Vec<String>) -> io::Result<Self> {
+    pub fn of_process(paths: Vec<PathBuf>, flags: Vec<(String, String)>) -> io::Result<Self> {
         // A value that is not UTF-8 is kept readable enough to be complained
         // about by name where it is used.
         let variables = std::env::vars_os().map(|(name, value)| {
@@ -46,7 +48,7 @@ impl Sources {
         });
         Ok(Self {
             paths,
-            listen,
+            flags,
             environment: variables.collect(),
             working_dir: std::env::current_dir()?,
         })
@@ -67,6 +69,15 @@ enum Table {
     Memory,
 }
 
+impl Table {
+    const fn name(self) -> &'static str {
+        match self {
+            Self::Server => "server",
+            Self::Memory => "memory",
+        }
+    }
+}
+
 const fn variable(name: &'static str, table: Table, key: &'static str) -> Variable {
     Variable {
         name,
@@ -76,7 +87,7 @@ const fn variable(name: &'static str, table: Table, key: &'static str) -> Variab
     }
 }
 
-const VARIABLES: [Variable; 11] = [
+const VARIABLES: [Variable; 14] = [
     variable("RESIDENTD_LISTEN", Table::Server, "listen"),
     variable("RESIDENTD_STATE_DIR", Table::Server, "state_dir"),
     variable("RESIDENTD_SHUTDOWN_GRACE", Table::Server, "shutdown_grace"),
@@ -84,7 +95,10 @@ const VARIABLES: [Variable; 11] = [
     variable("RESIDENTD_LOG_LEVEL", Table::Server, "log_level"),
     variable("RESIDENTD_MAX_BODY", Table::Server, "max_body"),
     variable("RESIDENTD_MODEL_PREFIX", Table::Server, "model_prefix"),
+    variable("RESIDENTD_LIMIT", Table::Memory, "limit"),
     variable("RESIDENTD_RESERVE", Table::Memory, "reserve"),
+    variable("RESIDENTD_CHECK_INTERVAL", Table::Memory, "check_interval"),
+    variable("RESIDENTD_AUTO_CLEANUP", Table::Memory, "auto_cleanup"),
     variable("MAX_MEMORY_USAGE", Table::Memory, "limit"),
     Variable {
         name: "MEMORY_CHECK_INTERVAL",
@@ -109,8 +123,8 @@ pub(super) fn read(
     problems: &mut Problems,
 ) -> RawConfig {
     warn_of_slips(environment, origin, problems);
-    let server = section(environment, Table::Server, origin);
-    let memory = section(environment, Table::Memory, origin);
+    let server = of_variables(environment, Table::Server, origin, problems);
+    let memory = of_variables(environment, Table::Memory, origin, problems);
     RawConfig {
         server: RawServer::read(server, problems),
         memory: RawMemory::read(memory, problems),
@@ -120,23 +134,35 @@ pub(super) fn read(
 
 /// Reads what the flags say of keys.
 pub(super) fn read_flags(sources: &Sources, problems: &mut Problems) -> RawConfig {
-    let mut entries = BTreeMap::new();
-    if !sources.listen.is_empty() {
-        let place = Place {
-            key: "--listen".to_owned(),
-            origin: Origin::CommandLine,
-        };
-        let value = Value::Bare(Cow::Owned(sources.listen.join(",")));
-        entries.insert("listen".to_owned(), (value, place));
+    let server = of_flags(&sources.flags, Table::Server);
+    let memory = of_flags(&sources.flags, Table::Memory);
+    for (path, _) in &sources.flags {
+        let table = path.split('.').next().unwrap_or_default();
+        if ![Table::Server, Table::Memory]
+            .iter()
+            .any(|t| t.name() == table)
+        {
+            let place = Place {
+                key: path.clone(),
+                origin: Origin::CommandLine,
+            };
+            problems.error(&place, "has no flag", "write it to a configuration file");
+        }
     }
     RawConfig {
-        server: RawServer::read(Section::of(entries), problems),
+        server: RawServer::read(server, problems),
+        memory: RawMemory::read(memory, problems),
         ..RawConfig::default()
     }
 }
 
-fn section<'a>(environment: &'a Environment, table: Table, origin: &Origin) -> Section<'a> {
-    let mut entries = BTreeMap::new();
+fn of_variables<'a>(
+    environment: &'a Environment,
+    table: Table,
+    origin: &Origin,
+    problems: &mut Problems,
+) -> Section<'a> {
+    let mut entries: BTreeMap<String, (Value<'a>, Place)> = BTreeMap::new();
     for variable in VARIABLES.iter().filter(|v| v.table == table) {
         let Some(text) = environment.get(variable.name) else {
             continue;
@@ -151,9 +177,32 @@ fn section<'a>(environment: &'a Environment, table: Table, origin: &Origin) -> S
         } else {
             Value::Bare(text)
         };
+        if let Some((_, other)) = entries.get(variable.key) {
+            let what = format!("means the same as {}, which is set too", other.key);
+            problems.error(&place, what, "unset one");
+        }
         entries.insert(variable.key.to_owned(), (value, place));
     }
     Section::of(entries)
+}
+
+fn of_flags(flags: &[(String, String)], table: Table) -> Section<'_> {
+    let mut texts: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
+    for (path, text) in flags {
+        match path.split_once('.') {
+            Some((name, key)) if name == table.name() => texts.entry(key).or_default().push(text),
+            _ => {}
+        }
+    }
+    let entries = texts.into_iter().map(|(key, texts)| {
+        let place = Place {
+            key: format!("--{}", key.replace('_', "-")),
+            origin: Origin::CommandLine,
+        };
+        let value = Value::Bare(Cow::Owned(texts.join(",")));
+        (key.to_owned(), (value, place))
+    });
+    Section::of(entries.collect())
 }
 
 fn warn_of_slips(environment: &Environment, origin: &Origin, problems: &mut Problems) {

@@ -119,9 +119,9 @@ pub struct Memory {
 /// Who set the limit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LimitOrigin {
-    /// A configuration file.
+    /// A configuration file, or a flag.
     Config,
-    /// `MAX_MEMORY_USAGE`, of the environment or of `.env`.
+    /// A variable of the environment or of `.env`.
     Env,
 }
 

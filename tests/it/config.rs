@@ -47,6 +47,10 @@ impl Setup {
         self
     }
 
+    fn flag(&mut self, key: &str, text: &str) {
+        self.sources.flags.push((key.to_owned(), text.to_owned()));
+    }
+
     fn load(&self) -> Result<Config, Problems> {
         load(&self.sources)
     }

@@ -104,13 +104,16 @@ fn a04_file_dotenv_environment_and_flag_cover_each_other_in_this_order() {
 
     let listen = |setup: &Setup| setup.config().server.listen;
     assert_eq!(listen(&setup), [Listen::Tcp(([127, 0, 0, 1], 2).into())]);
-    setup.sources.listen = vec!["127.0.0.1:4".into(), "unix:x.sock".into()];
+    setup.flag("server.listen", "127.0.0.1:4");
+    setup.flag("server.listen", "unix:x.sock");
+    setup.flag("memory.limit", "4000");
     let socket = setup.folder.path().join("x.sock");
     let flags = [
         Listen::Tcp(([127, 0, 0, 1], 4).into()),
         Listen::Unix(socket),
     ];
     assert_eq!(listen(&setup), flags);
+    assert_eq!(seen(&setup).0, by_config(4000));
 }
 
 #[test]
@@ -125,7 +128,9 @@ fn a04_a_bad_variable_is_told_by_name_with_its_value_and_where_it_is_from() {
         .variable("RESIDENTD_LOG_LEVEL", "")
         .variable("RESIDENTD_LOGLEVEL", "info")
         .variable("RESIDENTD_PORT_8080_TCP", "tcp://10.0.0.1:8080");
-    setup.sources.listen.push("8080".into());
+    setup.flag("server.listen", "8080");
+    setup.flag("memory.check_interval", "60");
+    setup.flag("pressure.soft", "5%");
     assert_snapshot!(setup.problems(), @r#"
     .env:3: is not NAME=value; quote the value
     RESIDENTD_MAX_BODY: "-1" is not a size; write a number of bytes or e.g. "8GiB" (from .env)
@@ -135,8 +140,24 @@ fn a04_a_bad_variable_is_told_by_name_with_its_value_and_where_it_is_from() {
     RESIDENTD_LOG_LEVEL: is empty; write something or remove it (from the environment)
     MAX_MEMORY_USAGE: is zero; write a size over zero, e.g. "8GiB", or remove it (from the environment)
     MEMORY_CHECK_INTERVAL: "soon" is not a number of seconds; write e.g. 60 (from the environment)
+    pressure.soft: has no flag; write it to a configuration file (from the command line)
     --listen: "8080" is not an address to listen on; write e.g. "127.0.0.1:8080" or "unix:/run/residentd/http.sock" (from the command line)
+    --check-interval: "60" is not a duration; write e.g. "90s" (units: ms s m h) (from the command line)
     "#);
+}
+
+#[test]
+fn two_variables_of_one_key_are_told() {
+    let setup = one(MODEL)
+        .variable("RESIDENTD_LIMIT", "1GiB")
+        .variable("MAX_MEMORY_USAGE", "1024");
+    assert_snapshot!(setup.problems(), @"MAX_MEMORY_USAGE: means the same as RESIDENTD_LIMIT, which is set too; unset one (from the environment)");
+    let setup = one(MODEL)
+        .variable("RESIDENTD_LIMIT", "1GiB")
+        .variable("RESIDENTD_CHECK_INTERVAL", "5s");
+    let config = setup.config();
+    assert_eq!(config.memory.check_interval, Duration::from_secs(5));
+    assert_eq!(config.memory.limit, Some((Bytes::gib(1), LimitOrigin::Env)));
 }
 
 #[test]
