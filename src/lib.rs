@@ -3,6 +3,7 @@
 pub mod api;
 pub mod cli;
 pub mod clock;
+pub mod config;
 pub mod control;
 pub mod gate;
 pub mod memory;
@@ -12,4 +13,5 @@ pub mod procfs;
 pub mod reply;
 pub mod store;
 pub mod telemetry;
+pub mod template;
 pub mod worker;

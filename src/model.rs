@@ -212,12 +212,12 @@ pub enum ReadyCheck {
 }
 
 /// Where a worker listens, as configured; `${PORT}` and `${SOCKET}` are
-/// filled in at spawn.
+/// filled in at spawn. The templates do not hold the scheme.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum UpstreamSpec {
-    /// `http://HOST:PORT`, both templates.
+    /// Of `http://`, the `HOST:PORT` template: `127.0.0.1:${PORT}`.
     Tcp(String),
-    /// `unix:PATH`, a template.
+    /// Of `unix:`, the path's template: `${SOCKET}`.
     Unix(String),
 }
 
@@ -250,13 +250,16 @@ pub struct ModelSpec {
     pub aliases: Vec<ModelName>,
     /// Shown as `type`; free text.
     pub kind: String,
-    /// Program and arguments, templates. Never run by a shell.
+    /// Program and arguments, templates. Never run by a shell. A program with
+    /// a slash is absolute.
     pub command: Vec<String>,
-    /// Working directory of the worker, a template.
+    /// Working directory of the worker, an absolute template.
     pub cwd: Option<String>,
     /// Environment added to residentd's own, values are templates.
     pub env: BTreeMap<String, String>,
-    /// The user's own variables (`[variables]`), already checked for cycles.
+    /// What templates may need beside `PORT`, `SOCKET` and `MODEL`: the user's
+    /// own `[variables]`, `STATE_DIR`, and each `env:NAME` that is used. Plain
+    /// values; every variable of every template is known to have one.
     pub variables: Arc<BTreeMap<String, String>>,
     /// Where the worker listens.
     pub upstream: UpstreamSpec,

@@ -1,0 +1,174 @@
+//! What values mean together. Turns the merged sources into a [`Config`], or
+//! tells everything that does not fit.
+
+use std::path::{Path, PathBuf};
+
+use super::env::Environment;
+use super::problem::{Origin, Place, Problems};
+use super::raw::{RawConfig, RawMemory, RawPressure, RawServer};
+use super::section::Setting;
+use super::units::write_size;
+use super::variables::Scope;
+use super::{Config, LimitOrigin, Listen, Memory, Pressure, Server, Threshold, models};
+use crate::model::Bytes;
+
+/// What the checks need to know of the world.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Context<'a> {
+    pub(super) working_dir: &'a Path,
+    pub(super) environment: &'a Environment,
+    /// Every file could be read; else what is missing may stand in the others.
+    pub(super) is_whole: bool,
+    /// Some file was named or found.
+    pub(super) has_files: bool,
+}
+
+/// Checks what was merged. A problem that merely follows from another is not
+/// told. `None` when no configuration could be made of it.
+pub(super) fn check(
+    raw: RawConfig,
+    context: &Context<'_>,
+    problems: &mut Problems,
+) -> Option<Config> {
+    let server = server(raw.server, context, problems);
+    let state_dir = server.state_dir.to_string_lossy().into_owned();
+    let scope = Scope::new(raw.variables, state_dir, context.environment, problems);
+    let pressure = pressure(raw.pressure, problems);
+    if !context.is_whole {
+        return None;
+    }
+    if raw.models.is_empty() && !problems.mentions("models") {
+        no_models(context, problems);
+    }
+    let facts = models::Facts {
+        context,
+        scope: &scope,
+        limit: raw.memory.limit.as_ref(),
+        listen: &server.listen,
+    };
+    let models = models::check(raw.models, &raw.defaults, &facts, problems);
+    Some(Config {
+        server,
+        memory: memory(raw.memory),
+        pressure,
+        models: models::share_variables(models, scope.into_values()),
+        warnings: Problems::default(),
+    })
+}
+
+/// Takes a value that `configs/default.toml` sets, so that it is always there.
+pub(super) fn given<T>(setting: Option<Setting<T>>) -> T {
+    setting
+        .expect("configs/default.toml sets every key that has a default")
+        .value
+}
+
+fn server(raw: RawServer, context: &Context<'_>, problems: &mut Problems) -> Server {
+    let listen = raw.listen.as_ref().map(|listen| &listen.place).cloned();
+    let mut server = Server {
+        listen: given(raw.listen),
+        state_dir: context.working_dir.join(given(raw.state_dir)),
+        shutdown_grace: given(raw.shutdown_grace),
+        log_format: given(raw.log_format),
+        log_level: given(raw.log_level),
+        max_body: given(raw.max_body),
+        model_prefix: given(raw.model_prefix),
+    };
+    if let Some(place) = listen {
+        check_listen(&server.listen, &place, problems);
+    }
+    for listen in &mut server.listen {
+        if let Listen::Unix(path) = listen {
+            *path = context.working_dir.join(&path);
+        }
+    }
+    server
+}
+
+fn check_listen(listen: &[Listen], place: &Place, problems: &mut Problems) {
+    if listen.is_empty() {
+        let fix = r#"write at least one address, e.g. "127.0.0.1:8080""#;
+        problems.error(place, "is empty", fix);
+    }
+    for (index, address) in listen.iter().enumerate() {
+        let is_any = matches!(address, Listen::Tcp(address) if address.port() == 0);
+        if !is_any && listen[..index].contains(address) {
+            problems.error(place, format!("names {address} twice"), "remove one");
+        }
+    }
+}
+
+fn memory(raw: RawMemory) -> Memory {
+    let limit = raw.limit.map(|limit| {
+        let origin = match limit.place.origin {
+            Origin::BuiltIn | Origin::File { .. } | Origin::CommandLine => LimitOrigin::Config,
+            Origin::DotEnv | Origin::Environment => LimitOrigin::Env,
+        };
+        (limit.value, origin)
+    });
+    Memory {
+        limit,
+        reserve: raw.reserve.map(|reserve| reserve.value),
+        check_interval: given(raw.check_interval),
+        auto_cleanup: given(raw.auto_cleanup),
+    }
+}
+
+fn pressure(raw: RawPressure, problems: &mut Problems) -> Pressure {
+    if let (Some(soft), Some(hard)) = (&raw.soft, &raw.hard) {
+        let is_above = match (soft.value, hard.value) {
+            (Threshold::Percent(soft), Threshold::Percent(hard)) => hard > soft,
+            (Threshold::Size(soft), Threshold::Size(hard)) => hard > soft,
+            // Only the size of the machine tells.
+            (Threshold::Percent(_), Threshold::Size(_))
+            | (Threshold::Size(_), Threshold::Percent(_)) => false,
+        };
+        if is_above {
+            let theirs = [hard, soft].into_iter().max_by_key(|s| &s.place.origin);
+            let place = theirs.map_or(&hard.place, |setting| &setting.place);
+            let what = format!("hard ({}) is above soft ({})", hard.value, soft.value);
+            let fix = "hard is the tighter one: write the smaller amount there";
+            problems.error(place, what, fix);
+        }
+    }
+    Pressure {
+        soft: given(raw.soft),
+        hard: given(raw.hard),
+        emergency: given(raw.emergency),
+    }
+}
+
+fn no_models(context: &Context<'_>, problems: &mut Problems) {
+    let place = Place {
+        key: "models".to_owned(),
+        origin: Origin::File {
+            index: usize::MAX,
+            name: "".into(),
+            line: 0,
+        },
+    };
+    let fix = if context.has_files {
+        "add [models.NAME] with a command"
+    } else {
+        "name a file with --config, or write residentd.toml, with [models.NAME] in it"
+    };
+    problems.error(&place, "no models are configured", fix);
+}
+
+/// Returns the texts of a declared need and of the limit it is over.
+pub(super) fn over_limit(need: Bytes, limit: &Setting<Bytes>) -> Option<String> {
+    (need > limit.value).then(|| {
+        format!(
+            "{} is over {} ({})",
+            write_size(need),
+            limit.place.key,
+            write_size(limit.value)
+        )
+    })
+}
+
+/// Returns a path as seen from residentd's working directory.
+pub(super) fn from_working_dir(context: &Context<'_>, path: &str) -> PathBuf {
+    let path = path.strip_prefix("./").unwrap_or(path);
+    context.working_dir.join(path)
+}

@@ -1,0 +1,210 @@
+//! What the user wants, read and checked.
+//!
+//! A [`Config`] can only be had from [`load`], so whoever holds one knows
+//! that it is valid. Sources cover each other, weakest first: the defaults
+//! within the binary ([`DEFAULTS`]), the files, `.env`, the environment, the
+//! flags. Everything wrong is told at once, as [`Problems`].
+//!
+//! ```text
+//! files ── raw ──┐
+//! .env, env ─────┼── merged ── check ── Config
+//! flags ─────────┘     each value is checked by itself in `raw`,
+//!                      what values mean together in `check`
+//! ```
+
+mod check;
+mod env;
+mod files;
+mod models;
+mod problem;
+mod program;
+mod raw;
+mod ready;
+mod section;
+pub mod units;
+mod upstream;
+mod value;
+mod variables;
+pub mod weights;
+
+use std::fmt;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+pub use env::{Environment, Sources};
+pub use files::DEFAULTS;
+pub use problem::{Complaint, Problem, Problems, Severity};
+
+use crate::model::{Bytes, ModelSpec};
+
+/// A valid configuration.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct Config {
+    /// Listeners, files, logs.
+    pub server: Server,
+    /// The memory workers may have.
+    pub memory: Memory,
+    /// When memory counts as tight.
+    pub pressure: Pressure,
+    /// Every model, by name.
+    pub models: Vec<Arc<ModelSpec>>,
+    /// What does not keep residentd from starting but may not work later.
+    pub warnings: Problems,
+}
+
+/// `[server]`.
+#[derive(Clone, Debug)]
+pub struct Server {
+    /// Where to listen; at least one.
+    pub listen: Vec<Listen>,
+    /// Where files of our own are kept; absolute.
+    pub state_dir: PathBuf,
+    /// Longest wait for requests at shutdown.
+    pub shutdown_grace: Duration,
+    /// How log lines look.
+    pub log_format: LogFormat,
+    /// A level, or a filter such as `info,residentd::worker=debug`.
+    pub log_level: String,
+    /// Largest request body.
+    pub max_body: Bytes,
+    /// How much of a body may be read to find its model.
+    pub model_prefix: Bytes,
+}
+
+/// An address to listen on.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Listen {
+    /// A TCP address; port 0 is any.
+    Tcp(SocketAddr),
+    /// A Unix socket; absolute.
+    Unix(PathBuf),
+}
+
+impl fmt::Display for Listen {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Tcp(address) => write!(f, "{address}"),
+            Self::Unix(path) => write!(f, "unix:{}", path.display()),
+        }
+    }
+}
+
+/// How log lines look.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LogFormat {
+    /// For people.
+    Text,
+    /// One JSON object a line.
+    Json,
+}
+
+/// `[memory]`.
+#[derive(Clone, Debug)]
+pub struct Memory {
+    /// Most bytes all workers may have together, and who says so; absent: 80 %
+    /// of what is available at start.
+    pub limit: Option<(Bytes, LimitOrigin)>,
+    /// Physical headroom never given to workers; absent: the larger of 5 % and
+    /// 512 MiB.
+    pub reserve: Option<Bytes>,
+    /// Time between full checks when nothing is happening.
+    pub check_interval: Duration,
+    /// Whether soft pressure evicts by itself.
+    pub auto_cleanup: bool,
+}
+
+/// Who set the limit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LimitOrigin {
+    /// A configuration file, or a flag.
+    Config,
+    /// A variable of the environment or of `.env`.
+    Env,
+}
+
+/// `[pressure]`.
+#[derive(Clone, Debug)]
+pub struct Pressure {
+    /// Headroom under which idle workers go, one at a time.
+    pub soft: Threshold,
+    /// Headroom under which the least valuable worker goes at once.
+    pub hard: Threshold,
+    /// Whether hard pressure evicts even when `auto_cleanup` is off.
+    pub emergency: bool,
+}
+
+/// An amount of headroom.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Threshold {
+    /// Hundredths of the domain, 0 to 100.
+    Percent(u8),
+    /// An amount.
+    Size(Bytes),
+}
+
+impl Threshold {
+    /// Returns the amount in a domain of this size.
+    #[must_use]
+    pub fn of(self, domain: Bytes) -> Bytes {
+        match self {
+            Self::Percent(percent) => domain.percent(u64::from(percent)),
+            Self::Size(bytes) => bytes,
+        }
+    }
+}
+
+impl fmt::Display for Threshold {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Percent(percent) => write!(f, "{percent}%"),
+            Self::Size(bytes) => f.write_str(&units::write_size(*bytes)),
+        }
+    }
+}
+
+/// Reads all sources and checks them, each by itself and together.
+///
+/// # Errors
+/// Every problem found, warnings among them, when at least one is an error.
+pub fn load(sources: &Sources) -> Result<Config, Problems> {
+    let mut problems = Problems::default();
+    let built_in = files::built_in(&mut problems);
+    let dotenv = env::read_dotenv(&sources.working_dir, &mut problems);
+    let mut environment = dotenv.clone();
+    environment.extend(sources.environment.clone());
+
+    let files = files::read(sources, &environment, &mut problems);
+    let layers = [
+        files.merged,
+        env::read(&dotenv, &problem::Origin::DotEnv, &mut problems),
+        env::read(
+            &sources.environment,
+            &problem::Origin::Environment,
+            &mut problems,
+        ),
+        env::read_flags(sources, &mut problems),
+    ];
+    let mut merged = built_in;
+    for layer in layers {
+        merged = layer.over(merged, &mut problems);
+    }
+
+    let context = check::Context {
+        working_dir: &sources.working_dir,
+        environment: &environment,
+        is_whole: files.is_whole,
+        has_files: files.count > 0,
+    };
+    let config = check::check(merged, &context, &mut problems);
+    problems.sort();
+    match config {
+        Some(config) if !problems.has_errors() => Ok(Config {
+            warnings: problems,
+            ..config
+        }),
+        _ => Err(problems),
+    }
+}

@@ -1,0 +1,321 @@
+//! The shape of a configuration file, each value checked by itself, and how a
+//! stronger source covers a weaker one. What values mean together is
+//! [`super::check`]'s to say.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use toml::de::DeTable;
+
+use super::problem::{Complaint, Origin, Place, Problems};
+use super::section::{Section, Setting, Text};
+use super::value::{NAME_FIX, Value};
+use super::{Listen, LogFormat, Threshold, ready};
+use crate::model::{Bytes, ModelName, ReadyCheck};
+
+/// Tables and keys of the documentation that this version has no feature for.
+const LATER: [&str; 4] = ["admin", "auth", "tls", "gpus"];
+const LATER_SERVER: [&str; 1] = ["adopt"];
+const LATER_MEMORY: [&str; 2] = ["policy", "patience"];
+const LATER_MODEL: [&str; 10] = [
+    "stop_command",
+    "vram",
+    "gpus",
+    "concurrency",
+    "request_timeout",
+    "use_model_name",
+    "set_params",
+    "strip_params",
+    "heartbeat",
+    "max_memory",
+];
+
+/// One source, or several merged.
+#[derive(Clone, Debug, Default)]
+pub(super) struct RawConfig {
+    pub(super) server: RawServer,
+    pub(super) memory: RawMemory,
+    pub(super) pressure: RawPressure,
+    pub(super) variables: BTreeMap<String, Setting<String>>,
+    pub(super) defaults: RawModel,
+    pub(super) models: BTreeMap<ModelName, Setting<RawModel>>,
+}
+
+#[derive(Clone, Debug, Default)]
+pub(super) struct RawServer {
+    pub(super) listen: Option<Setting<Vec<Listen>>>,
+    pub(super) state_dir: Option<Setting<PathBuf>>,
+    pub(super) shutdown_grace: Option<Setting<Duration>>,
+    pub(super) log_format: Option<Setting<LogFormat>>,
+    pub(super) log_level: Option<Setting<String>>,
+    pub(super) max_body: Option<Setting<Bytes>>,
+    pub(super) model_prefix: Option<Setting<Bytes>>,
+}
+
+#[derive(Clone, Debug, Default)]
+pub(super) struct RawMemory {
+    pub(super) limit: Option<Setting<Bytes>>,
+    pub(super) reserve: Option<Setting<Bytes>>,
+    pub(super) check_interval: Option<Setting<Duration>>,
+    pub(super) auto_cleanup: Option<Setting<bool>>,
+}
+
+#[derive(Clone, Debug, Default)]
+pub(super) struct RawPressure {
+    pub(super) soft: Option<Setting<Threshold>>,
+    pub(super) hard: Option<Setting<Threshold>>,
+    pub(super) emergency: Option<Setting<bool>>,
+}
+
+#[derive(Clone, Debug, Default)]
+pub(super) struct RawModel {
+    pub(super) command: Option<Setting<Vec<String>>>,
+    pub(super) cwd: Option<Setting<String>>,
+    pub(super) env: BTreeMap<String, Setting<String>>,
+    pub(super) kind: Option<Setting<String>>,
+    pub(super) aliases: Option<Setting<Vec<ModelName>>>,
+    pub(super) upstream: Option<Setting<String>>,
+    pub(super) ready: Option<Setting<ReadyCheck>>,
+    pub(super) start_timeout: Option<Setting<Duration>>,
+    pub(super) stop_timeout: Option<Setting<Duration>>,
+    pub(super) stop_signal: Option<Setting<i32>>,
+    pub(super) idle_timeout: Option<Setting<Duration>>,
+    pub(super) pinned: Option<Setting<bool>>,
+    pub(super) preload: Option<Setting<bool>>,
+    pub(super) memory: Option<Setting<Bytes>>,
+    pub(super) weights: Option<Setting<Vec<String>>>,
+    pub(super) max_queue: Option<Setting<usize>>,
+    pub(super) queue_timeout: Option<Setting<Duration>>,
+}
+
+impl RawConfig {
+    /// Reads a whole file.
+    pub(super) fn read(table: &DeTable<'_>, text: &Text, problems: &mut Problems) -> Self {
+        let root = Place {
+            key: String::new(),
+            origin: Origin::BuiltIn,
+        };
+        let mut top = Section::open(root, table, text);
+        let mut raw = Self::default();
+        if let Some(section) = top.table("server", problems) {
+            raw.server = RawServer::read(section, problems);
+        }
+        if let Some(section) = top.table("memory", problems) {
+            raw.memory = RawMemory::read(section, problems);
+        }
+        if let Some(section) = top.table("pressure", problems) {
+            raw.pressure = RawPressure::read(section, problems);
+        }
+        if let Some(section) = top.table("variables", problems) {
+            raw.variables = section.texts(problems);
+        }
+        if let Some(mut section) = top.table("defaults", problems) {
+            section.refuse(
+                &["command", "aliases", "weights"],
+                "is a model's own and cannot be shared",
+                "move it to [models.NAME]",
+                problems,
+            );
+            raw.defaults = RawModel::read(section, problems);
+        }
+        if let Some(section) = top.table("models", problems) {
+            for (name, section) in section.tables(problems) {
+                raw.take_model(&name, section, problems);
+            }
+        }
+        top.finish(&LATER, problems);
+        raw
+    }
+
+    fn take_model(&mut self, name: &str, section: Section<'_>, problems: &mut Problems) {
+        let place = section.place.clone();
+        let model = RawModel::read(section, problems);
+        match ModelName::new(name) {
+            Ok(name) => {
+                let value = model;
+                self.models.insert(name, Setting { value, place });
+            }
+            Err(_) => problems.error(&place, format!("{name:?} is not a model's name"), NAME_FIX),
+        }
+    }
+
+    /// Lays this source over a weaker one.
+    pub(super) fn over(self, weaker: Self, problems: &mut Problems) -> Self {
+        let mut models = weaker.models;
+        for (name, model) in self.models {
+            if let Some(first) = models.get(&name) {
+                problems.error(
+                    &model.place,
+                    format!("is defined twice, first in {}", first.place.origin),
+                    "rename or remove one",
+                );
+                continue;
+            }
+            models.insert(name, model);
+        }
+        Self {
+            server: self.server.over(weaker.server),
+            memory: self.memory.over(weaker.memory),
+            pressure: self.pressure.over(weaker.pressure),
+            variables: over(self.variables, weaker.variables),
+            defaults: self.defaults.over(weaker.defaults),
+            models,
+        }
+    }
+}
+
+/// Lays one map over another, key by key.
+fn over<T>(stronger: BTreeMap<String, T>, weaker: BTreeMap<String, T>) -> BTreeMap<String, T> {
+    let mut merged = weaker;
+    merged.extend(stronger);
+    merged
+}
+
+impl RawServer {
+    pub(super) fn read(mut section: Section<'_>, problems: &mut Problems) -> Self {
+        let s = &mut section;
+        let raw = Self {
+            listen: s.list("listen", Value::listen, problems),
+            state_dir: s.get("state_dir", Value::path, problems),
+            shutdown_grace: s.get("shutdown_grace", Value::duration, problems),
+            log_format: s.get("log_format", Value::log_format, problems),
+            log_level: s.get("log_level", Value::log_level, problems),
+            max_body: s.get("max_body", Value::size_over_zero, problems),
+            model_prefix: s.get("model_prefix", Value::size_over_zero, problems),
+        };
+        section.finish(&LATER_SERVER, problems);
+        raw
+    }
+
+    fn over(self, weaker: Self) -> Self {
+        Self {
+            listen: self.listen.or(weaker.listen),
+            state_dir: self.state_dir.or(weaker.state_dir),
+            shutdown_grace: self.shutdown_grace.or(weaker.shutdown_grace),
+            log_format: self.log_format.or(weaker.log_format),
+            log_level: self.log_level.or(weaker.log_level),
+            max_body: self.max_body.or(weaker.max_body),
+            model_prefix: self.model_prefix.or(weaker.model_prefix),
+        }
+    }
+}
+
+impl RawMemory {
+    pub(super) fn read(mut section: Section<'_>, problems: &mut Problems) -> Self {
+        let s = &mut section;
+        let raw = Self {
+            limit: s.get("limit", Value::size_over_zero, problems),
+            reserve: s.get("reserve", Value::size, problems),
+            check_interval: s.get("check_interval", Value::duration_over_zero, problems),
+            auto_cleanup: s.get("auto_cleanup", Value::flag, problems),
+        };
+        section.finish(&LATER_MEMORY, problems);
+        raw
+    }
+
+    fn over(self, weaker: Self) -> Self {
+        Self {
+            limit: self.limit.or(weaker.limit),
+            reserve: self.reserve.or(weaker.reserve),
+            check_interval: self.check_interval.or(weaker.check_interval),
+            auto_cleanup: self.auto_cleanup.or(weaker.auto_cleanup),
+        }
+    }
+}
+
+impl RawPressure {
+    fn read(mut section: Section<'_>, problems: &mut Problems) -> Self {
+        let s = &mut section;
+        let raw = Self {
+            soft: s.get("soft", Value::threshold, problems),
+            hard: s.get("hard", Value::threshold, problems),
+            emergency: s.get("emergency", Value::flag, problems),
+        };
+        section.finish(&[], problems);
+        raw
+    }
+
+    fn over(self, weaker: Self) -> Self {
+        Self {
+            soft: self.soft.or(weaker.soft),
+            hard: self.hard.or(weaker.hard),
+            emergency: self.emergency.or(weaker.emergency),
+        }
+    }
+}
+
+impl RawModel {
+    fn read(mut section: Section<'_>, problems: &mut Problems) -> Self {
+        let s = &mut section;
+        let raw = Self {
+            command: s.get("command", Value::command, problems),
+            cwd: s.get("cwd", Value::filled_text, problems),
+            env: s
+                .table("env", problems)
+                .map(|table| read_env(table, problems))
+                .unwrap_or_default(),
+            kind: s.get("kind", Value::filled_text, problems),
+            aliases: s.list("aliases", Value::model_name, problems),
+            upstream: s.get("upstream", Value::filled_text, problems),
+            ready: s
+                .table("ready", problems)
+                .and_then(|table| ready::read(table, problems)),
+            start_timeout: s.get("start_timeout", Value::duration_over_zero, problems),
+            stop_timeout: s.get("stop_timeout", Value::duration, problems),
+            stop_signal: s.get("stop_signal", Value::signal, problems),
+            idle_timeout: s.get("idle_timeout", Value::duration, problems),
+            pinned: s.get("pinned", Value::flag, problems),
+            preload: s.get("preload", Value::flag, problems),
+            memory: s.get("memory", Value::size_over_zero, problems),
+            weights: s.list("weights", Value::filled_text, problems),
+            max_queue: s.get("max_queue", Value::count, problems),
+            queue_timeout: s.get("queue_timeout", Value::duration_over_zero, problems),
+        };
+        section.finish(&LATER_MODEL, problems);
+        raw
+    }
+
+    /// Fills in from the weaker what this does not say; `env` variable by
+    /// variable.
+    pub(super) fn over(self, weaker: Self) -> Self {
+        Self {
+            command: self.command.or(weaker.command),
+            cwd: self.cwd.or(weaker.cwd),
+            env: over(self.env, weaker.env),
+            kind: self.kind.or(weaker.kind),
+            aliases: self.aliases.or(weaker.aliases),
+            upstream: self.upstream.or(weaker.upstream),
+            ready: self.ready.or(weaker.ready),
+            start_timeout: self.start_timeout.or(weaker.start_timeout),
+            stop_timeout: self.stop_timeout.or(weaker.stop_timeout),
+            stop_signal: self.stop_signal.or(weaker.stop_signal),
+            idle_timeout: self.idle_timeout.or(weaker.idle_timeout),
+            pinned: self.pinned.or(weaker.pinned),
+            preload: self.preload.or(weaker.preload),
+            memory: self.memory.or(weaker.memory),
+            weights: self.weights.or(weaker.weights),
+            max_queue: self.max_queue.or(weaker.max_queue),
+            queue_timeout: self.queue_timeout.or(weaker.queue_timeout),
+        }
+    }
+}
+
+/// Reads a worker's environment; a name no process could have is told.
+fn read_env(section: Section<'_>, problems: &mut Problems) -> BTreeMap<String, Setting<String>> {
+    let mut env = section.texts(problems);
+    env.retain(|name, setting| {
+        let good = !name.is_empty() && !name.contains(['=', '\0']);
+        if !good {
+            problems.complain(
+                &setting.place,
+                Complaint::new(
+                    format!("{name:?} is not a variable's name"),
+                    "write a name without = and NUL",
+                ),
+            );
+        }
+        good
+    });
+    env
+}
