@@ -151,10 +151,15 @@ impl Observer {
     fn members(&self) -> Vec<Member> {
         let mut members = Vec::new();
         for (worker, tree) in &self.trees {
-            members.extend(tree.members.iter().map(|(process, memory)| Member {
-                worker: worker.clone(),
-                process: *process,
-                memory: *memory,
+            members.extend(tree.members.iter().map(|(process, memory)| {
+                Member {
+                    worker: worker.clone(),
+                    process: *process,
+                    memory: *memory,
+                    faults: (self.sharing.watches_faults(process))
+                        .then(|| usage::minor_faults(process.pid))
+                        .flatten(),
+                }
             }));
         }
         members

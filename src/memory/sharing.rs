@@ -23,7 +23,7 @@ use std::time::Duration;
 
 use super::Usage;
 use super::maps::{Holding, Inode, PageWalk, SMALLEST, Share};
-use super::usage::ProcessMemory;
+use super::usage::{ProcessMemory, moved_much, page_size};
 use super::walker::{Find, Look, Seen};
 use crate::clock::Timestamp;
 use crate::model::{Bytes, WorkerId};
@@ -35,6 +35,8 @@ pub(super) struct Member {
     pub(super) worker: WorkerId,
     pub(super) process: ProcessKey,
     pub(super) memory: ProcessMemory,
+    /// Minor faults so far, where [`Sharing::watches_faults`] wants them.
+    pub(super) faults: Option<u64>,
 }
 
 /// Time between two walks of a process that shares and does not change.
@@ -63,6 +65,10 @@ struct Known {
     walk: Option<KnownWalk>,
     /// Hash of those it may share with.
     company: u64,
+    /// Faults when it was last seen to have written much.
+    faults: Option<u64>,
+    /// How often it was.
+    writes: u64,
 }
 
 #[derive(Debug)]
@@ -114,8 +120,11 @@ impl Sharing {
                 maps: None,
                 walk: None,
                 company: 0,
+                faults: None,
+                writes: 0,
             });
-            if super::usage::moved_much(entry.steady_at, rss) {
+            entry.note_faults(member);
+            if moved_much(entry.steady_at, rss) {
                 entry.steady_at = rss;
                 entry.steady_since = now;
             }
@@ -127,6 +136,17 @@ impl Sharing {
                 entry.take(find, &sizes);
             }
         }
+    }
+
+    /// Returns whether a process' faults should be told: it shares anonymous
+    /// pages, which become its own when it writes to them.
+    pub(super) fn watches_faults(&self, process: &ProcessKey) -> bool {
+        let walk = self
+            .known
+            .get(process)
+            .and_then(|known| known.walk.as_ref());
+        walk.and_then(|walk| walk.found.as_ref())
+            .is_some_and(|found| found.anon.repeated() >= SMALLEST)
     }
 
     /// Returns what the walker should look at next. With `recheck`, also at
@@ -198,7 +218,13 @@ impl Sharing {
             if repeated < SMALLEST {
                 continue;
             }
-            let company = company_of(members, group);
+            // When one writes to common pages, the shares of all change.
+            let writes: u64 = group
+                .iter()
+                .filter_map(|(index, _)| self.known.get(&members[*index].process))
+                .map(|known| known.writes)
+                .sum();
+            let company = company_of(members, group).wrapping_add(writes);
             for (index, anon) in group {
                 stakes[*index].anon = repeated.min(*anon);
                 stakes[*index].company ^= company.rotate_left(1);
@@ -315,6 +341,20 @@ impl Sharing {
 }
 
 impl Known {
+    /// Counts how often a process that shares anonymous pages took so many
+    /// faults that a good part of them may be its own by now.
+    fn note_faults(&mut self, member: &Member) {
+        let (Some(then), Some(now)) = (self.faults, member.faults) else {
+            self.faults = member.faults;
+            return;
+        };
+        let faulted = Bytes(now.saturating_sub(then).saturating_mul(page_size()));
+        if faulted >= member.memory.rss().percent(2).max(Bytes::mib(16)) {
+            self.faults = Some(now);
+            self.writes += 1;
+        }
+    }
+
     fn take(&mut self, find: Find, sizes: &BTreeMap<ProcessKey, ProcessMemory>) {
         let memory = sizes.get(&find.process).copied().unwrap_or_default();
         let found = match find.seen {
@@ -351,7 +391,7 @@ impl Known {
             return false;
         }
         self.maps.as_ref().is_none_or(|maps| {
-            let grown = super::usage::moved_much(maps.mapped, memory.mapped());
+            let grown = moved_much(maps.mapped, memory.mapped());
             (grown || recheck) && now.since(maps.at) >= SOONEST
         })
     }
@@ -369,13 +409,24 @@ impl Known {
             return changed && has_settled && age >= AGAIN_ALONE;
         }
         let soon = (last.took * WALK_SHARE).clamp(SOONEST, AGAIN);
-        let shares = last.found.as_ref().is_some_and(|walk| {
-            let repeated = |share: &Share| share.rss - share.pss;
-            let inodes: Bytes = walk.inodes.values().map(|h| repeated(&h.share)).sum();
-            matters(inodes + repeated(&walk.anon), memory)
-        });
         let other_company = last.company != stake.company;
-        ((changed || other_company) && age >= soon) || (shares && age >= AGAIN)
+        ((changed || other_company) && age >= soon) || (last.found_sharing(memory) && age >= AGAIN)
+    }
+}
+
+impl KnownWalk {
+    fn found_sharing(&self, memory: &ProcessMemory) -> bool {
+        self.found.as_ref().is_some_and(|walk| {
+            let inodes: Bytes = walk.inodes.values().map(|h| h.share.repeated()).sum();
+            matters(inodes + walk.anon.repeated(), memory)
+        })
+    }
+}
+
+impl Share {
+    /// Returns how much of it others are charged with.
+    fn repeated(&self) -> Bytes {
+        self.rss - self.pss
     }
 }
 

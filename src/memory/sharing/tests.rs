@@ -27,6 +27,7 @@ fn member(name: &str, pid: i32, anon: u64, file: u64) -> Member {
             file: Bytes::mib(file),
             ..ProcessMemory::default()
         },
+        faults: None,
     }
 }
 
@@ -252,4 +253,20 @@ fn a_process_that_does_not_let_us_look_is_not_asked_each_time() {
     let mut sharing = learned(&members, vec![refused(1), refused(2)]);
     assert_eq!(plan(&mut sharing, 59_000, &members), []);
     assert_eq!(sharing.counted_twice(&members), Bytes::ZERO);
+}
+
+#[test]
+fn a_child_that_writes_what_it_inherited_has_its_tree_walked_again_soon() {
+    let mut members = [member("a", 1, 200, 0), member("a", 2, 200, 0)];
+    let mut sharing = Sharing::default();
+    plan(&mut sharing, 0, &members);
+    let finds = vec![anon_walk(1, 200, 100), anon_walk(2, 200, 100)];
+    sharing.learn(Timestamp::START, &members, finds);
+    assert!(sharing.watches_faults(&key(2)));
+    members[1].faults = Some(1_000);
+    assert_eq!(plan(&mut sharing, 100, &members), []);
+    members[1].faults = Some(1_000 + (50 << 20) / page_size());
+    assert_eq!(plan(&mut sharing, 900, &members), []);
+    let both = [(1, Look::Rollup), (2, Look::Rollup)];
+    assert_eq!(plan(&mut sharing, 1_100, &members), both);
 }
