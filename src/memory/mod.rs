@@ -3,11 +3,32 @@
 //!
 //! The sampler runs on its own threads because the instruments block. It
 //! publishes the newest [`Reading`] on a `watch` channel; nobody waits for it.
+//!
+//! ```text
+//! sampler ── thread: pace, wake-ups, publishing
+//!    └ observer ── one pass ─┬ host ── cgroup, psi
+//!                            ├ usage      statm and status of each process
+//!                            ├ sharing ── walker (thread) ── maps
+//!                            └ vram ───── nvml   (thread)
+//! ```
+
+mod cgroup;
+mod host;
+mod maps;
+mod nvml;
+mod observer;
+mod psi;
+mod sampler;
+mod sharing;
+mod usage;
+mod vram;
+mod walker;
 
 use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Arc;
 
+pub use sampler::{Sampler, SamplerSettings};
 use tokio::sync::watch;
 
 use crate::clock::Timestamp;
@@ -32,8 +53,8 @@ pub trait MemorySource: fmt::Debug + Send + Sync + 'static {
 /// How often readings are taken.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Pace {
-    /// Nothing is happening: sizes each second, a full pass each
-    /// `check_interval`.
+    /// Nothing is happening: sizes each second, parts and new descendants
+    /// every 5 s, a full check each `check_interval`.
     #[default]
     Calm,
     /// Something loads or dies, or headroom shrinks: every 100 ms.
@@ -182,8 +203,8 @@ pub struct CgroupReading {
     pub limit: Option<Bytes>,
     /// `memory.current` or `memory.usage_in_bytes`.
     pub current: Bytes,
-    /// Current less what can be dropped: active and inactive file pages and
-    /// reclaimable slab.
+    /// Current less what can be dropped at once: active and inactive file
+    /// pages that need no writing, and reclaimable slab.
     pub working_set: Bytes,
 }
 

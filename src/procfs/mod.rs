@@ -9,6 +9,7 @@ pub mod tree;
 
 use std::collections::BTreeMap;
 use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::{fs, io};
 
 pub use tree::ProcessTree;
@@ -82,7 +83,15 @@ impl ProcessStat {
 
 /// Every process that could be read, by pid, at one pass over `/proc`.
 #[derive(Clone, Debug, Default)]
-pub struct ProcessTable(BTreeMap<i32, ProcessStat>);
+pub struct ProcessTable {
+    processes: BTreeMap<i32, ProcessStat>,
+    /// Grows from scan to scan, so that a tree that two tasks refresh can tell
+    /// an older table from a newer one.
+    order: u64,
+}
+
+/// Counts the scans of this process.
+static SCANS: AtomicU64 = AtomicU64::new(1);
 
 impl ProcessTable {
     /// Reads `/proc/*/stat` once. A process that ends meanwhile is left out.
@@ -90,6 +99,7 @@ impl ProcessTable {
     /// # Errors
     /// When `/proc` itself cannot be listed.
     pub fn scan() -> io::Result<Self> {
+        let order = SCANS.fetch_add(1, Ordering::Relaxed);
         let mut table = BTreeMap::new();
         for entry in fs::read_dir(Path::new("/proc"))? {
             let Some(pid) = entry?
@@ -103,23 +113,29 @@ impl ProcessTable {
                 table.insert(pid, stat);
             }
         }
-        Ok(Self(table))
+        Ok(Self {
+            processes: table,
+            order,
+        })
     }
 
     /// Returns the processes by pid.
     pub fn iter(&self) -> impl Iterator<Item = &ProcessStat> {
-        self.0.values()
+        self.processes.values()
     }
 
     /// Returns the process with this pid.
     #[must_use]
     pub fn get(&self, pid: i32) -> Option<&ProcessStat> {
-        self.0.get(&pid)
+        self.processes.get(&pid)
     }
 
     #[cfg(test)]
     pub(crate) fn of(stats: impl IntoIterator<Item = ProcessStat>) -> Self {
-        Self(stats.into_iter().map(|s| (s.key.pid, s)).collect())
+        Self {
+            processes: stats.into_iter().map(|s| (s.key.pid, s)).collect(),
+            order: SCANS.fetch_add(1, Ordering::Relaxed),
+        }
     }
 }
 

@@ -16,7 +16,14 @@ use super::{ProcessKey, ProcessTable};
 #[derive(Debug)]
 pub struct ProcessTree {
     leader: ProcessKey,
-    members: Mutex<BTreeSet<ProcessKey>>,
+    members: Mutex<Members>,
+}
+
+#[derive(Debug)]
+struct Members {
+    known: BTreeSet<ProcessKey>,
+    /// Order of the newest table they were taken from.
+    newest: u64,
 }
 
 impl ProcessTree {
@@ -26,7 +33,10 @@ impl ProcessTree {
     pub fn new(leader: ProcessKey) -> Self {
         Self {
             leader,
-            members: Mutex::new(BTreeSet::from([leader])),
+            members: Mutex::new(Members {
+                known: BTreeSet::from([leader]),
+                newest: 0,
+            }),
         }
     }
 
@@ -36,12 +46,15 @@ impl ProcessTree {
         self.leader
     }
 
-    /// Takes in new descendants and forgets processes that are gone or
-    /// zombies. Returns the members that live.
+    /// Takes in new descendants and forgets processes that are gone. Returns
+    /// the members that live and are no zombies.
+    ///
+    /// A table older than one that was seen forgets nobody: a process that is
+    /// not in it yet may belong only because it was seen to.
     pub fn refresh(&self, table: &ProcessTable) -> Vec<ProcessKey> {
         let mut members = self.members.lock().unwrap_or_else(PoisonError::into_inner);
-        let known = members.clone();
-        let mut pids: BTreeSet<i32> = known
+        let mut pids: BTreeSet<i32> = members
+            .known
             .iter()
             .filter(|key| table.get(key.pid).is_some_and(|stat| stat.key == **key))
             .map(|key| key.pid)
@@ -74,12 +87,13 @@ impl ProcessTree {
             .collect();
         // Zombies are kept as known: a child forked before the end may only
         // be found through them in the next pass.
-        *members = pids
-            .iter()
-            .filter_map(|pid| table.get(*pid))
-            .map(|stat| stat.key)
-            .collect();
-        members.insert(self.leader);
+        if table.order >= members.newest {
+            members.newest = table.order;
+            members.known.clear();
+        }
+        let found = pids.iter().filter_map(|pid| table.get(*pid));
+        members.known.extend(found.map(|stat| stat.key));
+        members.known.insert(self.leader);
         live
     }
 
@@ -90,6 +104,7 @@ impl ProcessTree {
         self.members
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
+            .known
             .iter()
             .copied()
             .collect()
@@ -142,6 +157,22 @@ mod tests {
             process(12, 11, 11, 11),
         ]));
         // The middle process died; its child re-parented and leads nothing.
+        let later = ProcessTable::of([process(10, 1, 10, 1), process(12, 1, 99, 99)]);
+        assert_eq!(pids(&tree.refresh(&later)), [10, 12]);
+    }
+
+    #[test]
+    fn an_older_table_that_arrives_late_forgets_nobody() {
+        let tree = ProcessTree::new(process(10, 1, 10, 1).key);
+        let older = ProcessTable::of([process(10, 1, 10, 1)]);
+        let newer = ProcessTable::of([
+            process(10, 1, 10, 1),
+            process(11, 10, 11, 11),
+            process(12, 11, 99, 99),
+        ]);
+        tree.refresh(&newer);
+        assert_eq!(pids(&tree.refresh(&older)), [10]);
+        // Its parent is gone; it is known only because it was seen before.
         let later = ProcessTable::of([process(10, 1, 10, 1), process(12, 1, 99, 99)]);
         assert_eq!(pids(&tree.refresh(&later)), [10, 12]);
     }

@@ -1,0 +1,157 @@
+//! The host's memory and the cgroups above us: what physics still gives.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use sysinfo::System;
+
+use super::cgroup::Cgroup;
+use super::usage::kib_line;
+use super::{HostReading, psi};
+use crate::model::Bytes;
+
+/// Reads the host. Owns no more than file names and sysinfo's figures.
+#[derive(Debug)]
+pub(super) struct Host {
+    root: PathBuf,
+    /// The real host's totals; `None` when another root was given.
+    system: Option<System>,
+    cgroup: Option<Cgroup>,
+}
+
+/// `/proc/meminfo`, as far as it is needed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Totals {
+    total: Bytes,
+    available: Bytes,
+    swap_total: Bytes,
+    swap_free: Bytes,
+}
+
+impl Host {
+    /// Looks below `root`, which is `/` but for tests.
+    pub(super) fn new(root: PathBuf) -> Self {
+        let system = (root == Path::new("/"))
+            .then(System::new)
+            .and_then(Result::ok);
+        let cgroup = Cgroup::locate(&root);
+        Self {
+            root,
+            system,
+            cgroup,
+        }
+    }
+
+    /// Looks again for our cgroup: someone may have moved us.
+    pub(super) fn relocate(&mut self) {
+        self.cgroup = Cgroup::locate(&self.root);
+    }
+
+    /// Reads everything. What cannot be read is zero or absent.
+    pub(super) fn read(&mut self) -> HostReading {
+        let totals = self.totals();
+        let cgroup = self.cgroup.as_ref().and_then(Cgroup::read);
+        let headroom = cgroup.as_ref().map_or(totals.available, |(_, margin)| {
+            totals.available.min(*margin)
+        });
+        HostReading {
+            total: totals.total,
+            available: totals.available,
+            swap_total: totals.swap_total,
+            swap_free: totals.swap_free,
+            headroom,
+            cgroup: cgroup.map(|(reading, _)| reading),
+            psi: psi::read(&self.root),
+        }
+    }
+
+    fn totals(&mut self) -> Totals {
+        if let Some(system) = &mut self.system {
+            system.refresh_memory();
+            return Totals {
+                total: Bytes(system.total_memory()),
+                available: Bytes(system.available_memory()),
+                swap_total: Bytes(system.total_swap()),
+                swap_free: Bytes(system.free_swap()),
+            };
+        }
+        let text = fs::read(self.root.join("proc/meminfo")).unwrap_or_default();
+        Totals::parse(&text)
+    }
+}
+
+impl Totals {
+    fn parse(text: &[u8]) -> Self {
+        let mut totals = Self::default();
+        for (key, bytes) in text.split(|byte| *byte == b'\n').filter_map(kib_line) {
+            match key {
+                "MemTotal" => totals.total = bytes,
+                "MemAvailable" => totals.available = bytes,
+                "SwapTotal" => totals.swap_total = bytes,
+                "SwapFree" => totals.swap_free = bytes,
+                _ => {}
+            }
+        }
+        totals
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MEMINFO: &str = "MemTotal:       1000 kB\nMemFree:         10 kB\n\
+        MemAvailable:    800 kB\nHugePages_Total:       0\nSwapTotal:       50 kB\n\
+        SwapFree:        40 kB\n";
+
+    fn host_with(files: &[(&str, &str)]) -> (tempfile::TempDir, Host) {
+        let root = tempfile::tempdir().expect("a temporary folder");
+        for (path, text) in files {
+            let path = root.path().join(path);
+            fs::create_dir_all(path.parent().expect("a parent")).expect("a folder");
+            fs::write(path, text).expect("a file");
+        }
+        let host = Host::new(root.path().to_path_buf());
+        (root, host)
+    }
+
+    #[test]
+    fn without_a_cgroup_headroom_is_what_the_host_has_available() {
+        let (_root, mut host) = host_with(&[("proc/meminfo", MEMINFO)]);
+        let reading = host.read();
+        assert_eq!(reading.total, Bytes::kib(1000));
+        assert_eq!(reading.headroom, Bytes::kib(800));
+        assert_eq!(
+            (reading.swap_total, reading.swap_free),
+            (Bytes::kib(50), Bytes::kib(40))
+        );
+        assert!(reading.cgroup.is_none() && reading.psi.is_none());
+        assert_eq!(reading.domain_total(), Bytes::kib(1000));
+    }
+
+    #[test]
+    fn a_cgroup_margin_below_the_hosts_is_the_headroom() {
+        let (_root, mut host) = host_with(&[
+            ("proc/meminfo", MEMINFO),
+            ("proc/self/cgroup", "0::/\n"),
+            (
+                "proc/self/mountinfo",
+                "30 1 0:26 / /sys/fs/cgroup rw - cgroup2 cgroup2 rw\n",
+            ),
+            ("sys/fs/cgroup/memory.max", "512000\n"),
+            ("sys/fs/cgroup/memory.current", "102400\n"),
+        ]);
+        let reading = host.read();
+        assert_eq!(reading.headroom, Bytes::kib(400));
+        assert_eq!(reading.domain_total(), Bytes::kib(500));
+    }
+
+    #[test]
+    fn the_real_host_has_memory() {
+        let reading = Host::new(PathBuf::from("/")).read();
+        assert!(reading.total > Bytes::ZERO);
+        assert!(reading.headroom > Bytes::ZERO && reading.headroom <= reading.available);
+        let text = fs::read("/proc/meminfo").expect("meminfo");
+        assert_eq!(reading.total, Totals::parse(&text).total);
+    }
+}

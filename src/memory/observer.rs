@@ -1,0 +1,198 @@
+//! One pass over everything that is measured.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+use super::host::Host;
+use super::nvml::Gpus;
+use super::sharing::{Member, Sharing};
+use super::usage::{self, ProcessMemory, Sizes};
+use super::vram::{self, Vram};
+use super::walker::Walker;
+use super::{Reading, Usage};
+use crate::clock::{Clock, Timestamp};
+use crate::model::{Bytes, WorkerId};
+use crate::procfs::{ProcessKey, ProcessTable, ProcessTree};
+
+/// The trees to measure.
+pub(super) type Followed = BTreeMap<WorkerId, Arc<ProcessTree>>;
+
+/// How much a pass looks at.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Depth {
+    /// The sizes of processes that are known; all parts when they moved much.
+    Sizes,
+    /// All parts, and who is new.
+    Parts,
+    /// Also whether we moved to another cgroup, and who shares what, again.
+    Full,
+}
+
+/// Takes readings. Owns the instruments and what was learned before.
+#[derive(Debug)]
+pub(super) struct Observer {
+    clock: Clock,
+    host: Host,
+    gpus: Gpus,
+    walker: Walker,
+    sharing: Sharing,
+    trees: BTreeMap<WorkerId, Tree>,
+    seq: u64,
+    proc_failed: bool,
+}
+
+/// One worker's processes.
+#[derive(Debug, Default)]
+struct Tree {
+    members: BTreeMap<ProcessKey, ProcessMemory>,
+    /// Resident when all parts were last read.
+    rss: Bytes,
+}
+
+impl Observer {
+    pub(super) fn new(clock: Clock, host: Host, gpus: Gpus, walker: Walker) -> Self {
+        Self {
+            clock,
+            host,
+            gpus,
+            walker,
+            sharing: Sharing::default(),
+            trees: BTreeMap::new(),
+            seq: 0,
+            proc_failed: false,
+        }
+    }
+
+    /// Takes one reading. Everything in it is newer than the call. Returns it
+    /// with the depth that turned out to be needed.
+    pub(super) fn observe(&mut self, depth: Depth, followed: &Followed) -> (Reading, Depth) {
+        let at = self.clock.now();
+        if depth == Depth::Full {
+            self.host.relocate();
+        }
+        let host = self.host.read();
+        self.trees.retain(|worker, _| followed.contains_key(worker));
+        let unknown = followed.len() > self.trees.len();
+        let depth = if depth == Depth::Sizes && (unknown || self.read_sizes()) {
+            Depth::Parts
+        } else {
+            depth
+        };
+        if depth > Depth::Sizes {
+            self.read_parts(followed);
+        }
+        let members = self.members();
+        self.look_for_sharing(at, &members, depth);
+        let sweep = self.gpus.sweep(at);
+        let known: BTreeSet<i32> = members.iter().map(|m| m.process.pid).collect();
+        let vram = Vram::new(&sweep.rows, &known, vram::leader_of_thread);
+        self.seq += 1;
+        let reading = Reading {
+            seq: self.seq,
+            at,
+            host,
+            workers: self.usages(&members, &vram),
+            counted_twice: self.sharing.counted_twice(&members),
+            devices: sweep.devices,
+            device_error: sweep.error,
+        };
+        (reading, depth)
+    }
+
+    /// Brings the sizes of known processes up to date. Returns whether all
+    /// parts must be read: a process is gone or a tree moved much.
+    fn read_sizes(&mut self) -> bool {
+        for tree in self.trees.values_mut() {
+            for (process, memory) in &mut tree.members {
+                match Sizes::read(process.pid) {
+                    Some(sizes) => *memory = memory.with_sizes(sizes),
+                    None => return true,
+                }
+            }
+            if usage::moved_much(tree.rss, tree.rss_now()) {
+                return true;
+            }
+        }
+        false
+    }
+
+    /// Looks for new processes and reads all parts of each.
+    fn read_parts(&mut self, followed: &Followed) {
+        if followed.is_empty() {
+            return;
+        }
+        let table = match ProcessTable::scan() {
+            Ok(table) => table,
+            Err(error) => {
+                if !self.proc_failed {
+                    tracing::error!(%error, "cannot list processes; keeping the last figures");
+                }
+                self.proc_failed = true;
+                return;
+            }
+        };
+        self.proc_failed = false;
+        for (worker, processes) in followed {
+            let members = processes
+                .refresh(&table)
+                .into_iter()
+                .filter_map(|process| Some((process, ProcessMemory::read(process.pid)?)))
+                .collect();
+            let mut tree = Tree {
+                members,
+                rss: Bytes::ZERO,
+            };
+            tree.rss = tree.rss_now();
+            self.trees.insert(worker.clone(), tree);
+        }
+    }
+
+    /// Returns every process, the ones of a worker side by side.
+    fn members(&self) -> Vec<Member> {
+        let mut members = Vec::new();
+        for (worker, tree) in &self.trees {
+            members.extend(tree.members.iter().map(|(process, memory)| {
+                Member {
+                    worker: worker.clone(),
+                    process: *process,
+                    memory: *memory,
+                    faults: (self.sharing.watches_faults(process))
+                        .then(|| usage::minor_faults(process.pid))
+                        .flatten(),
+                }
+            }));
+        }
+        members
+    }
+
+    fn look_for_sharing(&mut self, at: Timestamp, members: &[Member], depth: Depth) {
+        let finds = self.walker.collect();
+        self.sharing.learn(at, members, finds);
+        if self.walker.is_idle() {
+            let list = self.sharing.plan(at, members, depth == Depth::Full);
+            self.walker.look(list);
+        }
+    }
+
+    fn usages(&self, members: &[Member], vram: &Vram) -> BTreeMap<WorkerId, Usage> {
+        // A tree without any process left is still followed: it is empty.
+        let mut usages: BTreeMap<_, _> = self
+            .trees
+            .keys()
+            .map(|worker| (worker.clone(), Usage::default()))
+            .collect();
+        for tree in members.chunk_by(|a, b| a.worker == b.worker) {
+            let mut usage = usage::sum(tree.iter().map(|member| &member.memory));
+            self.sharing.correct(&mut usage, tree);
+            usage.vram = vram.of_tree(tree.iter().map(|member| member.process.pid));
+            usages.insert(tree[0].worker.clone(), usage);
+        }
+        usages
+    }
+}
+
+impl Tree {
+    fn rss_now(&self) -> Bytes {
+        self.members.values().map(ProcessMemory::rss).sum()
+    }
+}

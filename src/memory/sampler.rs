@@ -1,0 +1,348 @@
+//! The sampler's thread: when to measure, and publishing what was measured.
+//!
+//! | what | calm | busy, or asked to |
+//! | --- | --- | --- |
+//! | host, cgroup, GPUs, sizes of known processes | each second | every 100 ms |
+//! | all parts of each process, new descendants | every 5 s, and when a size moved much | every 100 ms |
+//! | full check: our cgroup's place, who maps what | each `check_interval` | each `check_interval` |
+//!
+//! A `check_interval` below 5 s makes the second row as frequent, one below a
+//! second the first. A pass that takes long is followed by a rest of four times
+//! as long, so measuring never takes more than a fifth of one core.
+
+use std::path::PathBuf;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use tokio::sync::watch;
+
+use super::host::Host;
+use super::nvml::Gpus;
+use super::observer::{Depth, Followed, Observer};
+use super::walker::Walker;
+use super::{MemorySource, Pace, Reading};
+use crate::clock::{Clock, Timestamp};
+use crate::model::WorkerId;
+use crate::procfs::ProcessTree;
+
+const SIZES_EVERY: Duration = Duration::from_secs(1);
+const PARTS_EVERY: Duration = Duration::from_secs(5);
+const BUSY_EVERY: Duration = Duration::from_millis(100);
+/// Rest after a pass, in multiples of what the pass took.
+const REST: u32 = 4;
+
+/// How the sampler measures.
+#[derive(Clone, Debug)]
+pub struct SamplerSettings {
+    /// Longest time between two full checks when nothing is happening.
+    pub check_interval: Duration,
+    /// Where `/proc/meminfo`, `/proc/pressure` and the cgroup files are looked
+    /// for: `/`, or a folder of fixtures. Processes are always the real ones.
+    pub root: PathBuf,
+    /// The GPU driver's library; the system's `libnvidia-ml.so.1` when absent.
+    pub nvml_library: Option<PathBuf>,
+}
+
+impl Default for SamplerSettings {
+    fn default() -> Self {
+        Self {
+            check_interval: Duration::from_secs(60),
+            root: PathBuf::from("/"),
+            nvml_library: None,
+        }
+    }
+}
+
+/// Measures workers, host and GPUs on a thread of its own, which ends when
+/// this is dropped.
+#[derive(Debug)]
+pub struct Sampler {
+    desk: Arc<Desk>,
+    readings: watch::Receiver<Arc<Reading>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+/// Where orders for the thread lie.
+#[derive(Debug, Default)]
+struct Desk {
+    orders: Mutex<Orders>,
+    changed: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct Orders {
+    followed: Followed,
+    pace: Pace,
+    /// A pass over all parts is wanted at once.
+    now: bool,
+    /// The walker found something: a pass over sizes is wanted.
+    found: bool,
+    stop: bool,
+}
+
+impl Sampler {
+    /// Takes the first reading and starts the thread. Blocks for some
+    /// milliseconds, and for up to 5 s when a GPU driver is slow to open.
+    ///
+    /// # Panics
+    /// When the system has no room for one more thread.
+    #[must_use]
+    pub fn start(clock: Clock, settings: SamplerSettings) -> Arc<Self> {
+        let desk = Arc::new(Desk::default());
+        let walker = Walker::start(clock, {
+            let desk = Arc::clone(&desk);
+            move || desk.order(|orders| orders.found = true)
+        });
+        let gpus = Gpus::start(clock, settings.nvml_library);
+        let host = Host::new(settings.root);
+        let mut observer = Observer::new(clock, host, gpus, walker);
+        let (first, _) = observer.observe(Depth::Full, &Followed::new());
+        let mut rounds = Rounds::new(settings.check_interval);
+        rounds.passed(&first, Depth::Full, clock.now());
+        let (sender, readings) = watch::channel(Arc::new(first));
+        let thread = thread::Builder::new()
+            .name("memory-sampler".into())
+            .spawn({
+                let desk = Arc::clone(&desk);
+                move || run(clock, &desk, observer, rounds, &sender)
+            })
+            .expect("a process that starts has room for its threads");
+        Arc::new(Self {
+            desk,
+            readings,
+            thread: Some(thread),
+        })
+    }
+}
+
+impl MemorySource for Sampler {
+    fn follow(&self, worker: WorkerId, tree: Arc<ProcessTree>) {
+        self.desk.order(|orders| {
+            orders.followed.insert(worker, tree);
+            orders.now = true;
+        });
+    }
+
+    fn forget(&self, worker: &WorkerId) {
+        self.desk.order(|orders| {
+            orders.followed.remove(worker);
+        });
+    }
+
+    fn sample_now(&self) {
+        self.desk.order(|orders| orders.now = true);
+    }
+
+    fn pace(&self, pace: Pace) {
+        self.desk.order(|orders| {
+            // A change to busy must not wait for the end of a calm second.
+            orders.now |= pace == Pace::Busy && orders.pace == Pace::Calm;
+            orders.pace = pace;
+        });
+    }
+
+    fn readings(&self) -> watch::Receiver<Arc<Reading>> {
+        self.readings.clone()
+    }
+}
+
+impl Drop for Sampler {
+    fn drop(&mut self) {
+        self.desk.order(|orders| orders.stop = true);
+        if let Some(thread) = self.thread.take()
+            && thread.join().is_err()
+        {
+            tracing::error!("the sampler's thread had panicked");
+        }
+    }
+}
+
+impl Desk {
+    fn order(&self, change: impl FnOnce(&mut Orders)) {
+        change(&mut self.lock());
+        self.changed.notify_all();
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Orders> {
+        self.orders.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits for the next pass. Returns how deep it is to be and over what, or
+    /// `None` at the end.
+    fn next_pass(&self, clock: Clock, rounds: &Rounds) -> Option<(Depth, Followed)> {
+        let mut orders = self.lock();
+        loop {
+            if orders.stop {
+                return None;
+            }
+            let now = clock.now();
+            if let Some(depth) = rounds.due(now, &orders) {
+                orders.now = false;
+                orders.found = false;
+                return Some((depth, orders.followed.clone()));
+            }
+            let next = if orders.found {
+                rounds.rested
+            } else {
+                rounds.next(orders.pace)
+            };
+            orders = self
+                .changed
+                .wait_timeout(orders, next.since(now))
+                .unwrap_or_else(PoisonError::into_inner)
+                .0;
+        }
+    }
+}
+
+fn run(
+    clock: Clock,
+    desk: &Desk,
+    mut observer: Observer,
+    mut rounds: Rounds,
+    readings: &watch::Sender<Arc<Reading>>,
+) {
+    while let Some((depth, followed)) = desk.next_pass(clock, &rounds) {
+        let (reading, depth) = observer.observe(depth, &followed);
+        rounds.passed(&reading, depth, clock.now());
+        readings.send_replace(Arc::new(reading));
+    }
+}
+
+/// When what was last read.
+#[derive(Debug)]
+struct Rounds {
+    check_interval: Duration,
+    sizes: Timestamp,
+    parts: Timestamp,
+    full: Timestamp,
+    /// End of the rest after the last pass.
+    rested: Timestamp,
+}
+
+impl Rounds {
+    fn new(check_interval: Duration) -> Self {
+        Self {
+            check_interval: check_interval.max(BUSY_EVERY),
+            sizes: Timestamp::START,
+            parts: Timestamp::START,
+            full: Timestamp::START,
+            rested: Timestamp::START,
+        }
+    }
+
+    /// Notes a pass that has ended.
+    fn passed(&mut self, reading: &Reading, depth: Depth, ended: Timestamp) {
+        self.sizes = reading.at;
+        if depth >= Depth::Parts {
+            self.parts = reading.at;
+        }
+        if depth == Depth::Full {
+            self.full = reading.at;
+        }
+        let rest = ended.since(reading.at) * REST;
+        self.rested = ended + rest.min(SIZES_EVERY);
+    }
+
+    /// Returns when the next pass is due without an order.
+    fn next(&self, pace: Pace) -> Timestamp {
+        let every = match pace {
+            Pace::Calm => SIZES_EVERY.min(self.check_interval),
+            Pace::Busy => BUSY_EVERY,
+        };
+        (self.sizes + every).max(self.rested)
+    }
+
+    /// Returns how deep the pass is to be that is due now.
+    fn due(&self, now: Timestamp, orders: &Orders) -> Option<Depth> {
+        let asked = orders.now || (orders.found && now >= self.rested);
+        if !asked && now < self.next(orders.pace) {
+            return None;
+        }
+        let parts_every = PARTS_EVERY.min(self.check_interval);
+        let depth = if now.since(self.full) >= self.check_interval {
+            Depth::Full
+        } else if orders.now || orders.pace == Pace::Busy || now.since(self.parts) >= parts_every {
+            Depth::Parts
+        } else {
+            Depth::Sizes
+        };
+        Some(depth)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn rounds_after(depth: Depth, at: u64, took: u64) -> Rounds {
+        let mut rounds = Rounds::new(Duration::from_secs(60));
+        let reading = Reading {
+            at: Timestamp::from_millis(at),
+            ..Reading::default()
+        };
+        rounds.passed(&reading, depth, Timestamp::from_millis(at + took));
+        rounds
+    }
+
+    fn orders(pace: Pace) -> Orders {
+        Orders {
+            pace,
+            ..Orders::default()
+        }
+    }
+
+    fn due(rounds: &Rounds, millis: u64, orders: &Orders) -> Option<Depth> {
+        rounds.due(Timestamp::from_millis(millis), orders)
+    }
+
+    #[test]
+    fn calm_is_sizes_each_second_parts_every_five_and_a_full_check_each_interval() {
+        let calm = orders(Pace::Calm);
+        let rounds = rounds_after(Depth::Full, 1_000, 1);
+        assert_eq!(due(&rounds, 1_999, &calm), None);
+        assert_eq!(due(&rounds, 2_000, &calm), Some(Depth::Sizes));
+        assert_eq!(due(&rounds, 6_000, &calm), Some(Depth::Parts));
+        assert_eq!(due(&rounds, 61_000, &calm), Some(Depth::Full));
+    }
+
+    #[test]
+    fn a_short_check_interval_makes_everything_as_frequent() {
+        let mut rounds = rounds_after(Depth::Full, 1_000, 1);
+        rounds.check_interval = Duration::from_millis(500);
+        let calm = orders(Pace::Calm);
+        assert_eq!(due(&rounds, 1_499, &calm), None);
+        assert_eq!(due(&rounds, 1_500, &calm), Some(Depth::Full));
+    }
+
+    #[test]
+    fn busy_is_all_parts_every_hundred_milliseconds() {
+        let rounds = rounds_after(Depth::Full, 1_000, 1);
+        let busy = orders(Pace::Busy);
+        assert_eq!(due(&rounds, 1_099, &busy), None);
+        assert_eq!(due(&rounds, 1_100, &busy), Some(Depth::Parts));
+    }
+
+    #[test]
+    fn an_order_is_obeyed_at_once_and_a_find_after_the_rest() {
+        // The pass took 50 ms, so it is followed by 200 ms of rest.
+        let rounds = rounds_after(Depth::Full, 1_000, 50);
+        let mut calm = orders(Pace::Calm);
+        calm.found = true;
+        assert_eq!(due(&rounds, 1_249, &calm), None);
+        assert_eq!(due(&rounds, 1_250, &calm), Some(Depth::Sizes));
+        calm.now = true;
+        assert_eq!(due(&rounds, 1_051, &calm), Some(Depth::Parts));
+    }
+
+    #[test]
+    fn a_slow_pass_is_followed_by_a_rest_that_is_bounded() {
+        let busy = orders(Pace::Busy);
+        let rounds = rounds_after(Depth::Parts, 1_000, 60);
+        assert_eq!(due(&rounds, 1_299, &busy), None);
+        assert_eq!(due(&rounds, 1_300, &busy), Some(Depth::Parts));
+        let rounds = rounds_after(Depth::Parts, 1_000, 5_000);
+        assert_eq!(due(&rounds, 7_000, &busy), Some(Depth::Parts));
+    }
+}
