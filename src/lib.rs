@@ -1,6 +1,7 @@
 //! residentd decides which models are resident in memory. See ARCHITECTURE.md.
 
 pub mod api;
+pub mod app;
 pub mod cli;
 pub mod clock;
 pub mod config;
@@ -10,6 +11,7 @@ pub mod memory;
 pub mod model;
 pub mod policy;
 pub mod procfs;
+pub mod proxy;
 pub mod reply;
 pub mod store;
 pub mod telemetry;

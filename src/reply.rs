@@ -1,14 +1,22 @@
 //! What every listener answers with when something is wrong: the one table
-//! from refusal to status.
+//! from refusal and fault to status, code and body.
+//!
+//! Bodies are as OpenAI clients expect them:
+//! `{"error": {"message", "type", "code", "model"?, "detail"?}}`.
 
 use std::time::Duration;
 
-use hyper::StatusCode;
+use hyper::header::{CONTENT_TYPE, HeaderValue, RETRY_AFTER};
+use hyper::{Response, StatusCode};
+use serde_json::{Value, json};
 
 use crate::control::Refusal;
+use crate::model::{Bytes, ModelName};
 
-/// How soon a client may try again when nobody knows better.
-const RETRY_SOON: Duration = Duration::from_secs(1);
+/// When to come back after a refusal that passes by itself.
+const SOON: Duration = Duration::from_secs(1);
+/// When to come back after there was no room.
+const LATER: Duration = Duration::from_secs(5);
 
 /// Returns the status of a refusal.
 #[must_use]
@@ -28,21 +36,164 @@ pub const fn status_of(refusal: &Refusal) -> StatusCode {
     }
 }
 
-/// Returns when a client may try again; `None` when that would not help.
+/// Returns when to try again, where that helps.
 #[must_use]
-pub const fn retry_after(refusal: &Refusal) -> Option<Duration> {
+pub fn retry_after(refusal: &Refusal) -> Option<Duration> {
     match refusal {
-        Refusal::BackingOff { retry_in, .. } => Some(*retry_in),
         Refusal::QueueFull { .. }
-        | Refusal::NoRoom { .. }
-        | Refusal::QueueTimeout { .. }
         | Refusal::Unloaded(_)
         | Refusal::Overloaded
-        | Refusal::ShuttingDown => Some(RETRY_SOON),
+        | Refusal::WorkerFailed { .. } => Some(SOON),
+        Refusal::NoRoom { .. } | Refusal::QueueTimeout { .. } | Refusal::ShuttingDown => {
+            Some(LATER)
+        }
+        Refusal::BackingOff { retry_in, .. } => Some((*retry_in).max(SOON)),
         Refusal::UnknownModel(_)
         | Refusal::UnknownDomain(_)
         | Refusal::TooLarge { .. }
-        | Refusal::WorkerFailed { .. }
         | Refusal::StartTimeout { .. } => None,
+    }
+}
+
+/// What is wrong with a request, apart from the controller's refusals.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Fault {
+    /// The request cannot be understood.
+    #[error("{0}")]
+    BadRequest(String),
+    /// No model is named and there are several.
+    #[error("no model is named: put `model` into the body, the header x-model or ?model=")]
+    NoModel,
+    /// The model is not configured.
+    #[error("model {name:?} is not configured{}", listed(.known))]
+    ModelNotFound {
+        /// What was asked for.
+        name: String,
+        /// The models there are, when they are few.
+        known: Vec<ModelName>,
+    },
+    /// The body is over `max_body`.
+    #[error("the body is larger than {0}")]
+    BodyTooLarge(Bytes),
+    /// The model was not found in the part of the body that may be read.
+    #[error(
+        "no `model` in the first {0} of the body: put it first, or name it in the header x-model"
+    )]
+    PrefixTooLong(Bytes),
+    /// The worker could not be reached or broke before it answered.
+    #[error("the worker of {model} broke before it answered: {cause}")]
+    WorkerBroke {
+        /// Whose worker.
+        model: ModelName,
+        /// How.
+        cause: String,
+    },
+    /// The controller said no.
+    #[error(transparent)]
+    Refused(#[from] Refusal),
+}
+
+fn listed(names: &[ModelName]) -> String {
+    if names.is_empty() {
+        return String::new();
+    }
+    let names: Vec<&str> = names.iter().map(ModelName::as_str).collect();
+    format!("; there are {}", names.join(", "))
+}
+
+impl Fault {
+    /// Returns the status it is answered with.
+    #[must_use]
+    pub const fn status(&self) -> StatusCode {
+        match self {
+            Self::BadRequest(_) | Self::NoModel => StatusCode::BAD_REQUEST,
+            Self::ModelNotFound { .. } => StatusCode::NOT_FOUND,
+            Self::BodyTooLarge(_) | Self::PrefixTooLong(_) => StatusCode::PAYLOAD_TOO_LARGE,
+            Self::WorkerBroke { .. } => StatusCode::BAD_GATEWAY,
+            Self::Refused(refusal) => status_of(refusal),
+        }
+    }
+
+    /// Returns the stable code.
+    #[must_use]
+    pub const fn code(&self) -> &'static str {
+        match self {
+            Self::BadRequest(_) | Self::NoModel => "bad_request",
+            Self::ModelNotFound { .. } => "model_not_found",
+            Self::BodyTooLarge(_) | Self::PrefixTooLong(_) => "body_too_large",
+            Self::WorkerBroke { .. } => "worker_failed",
+            Self::Refused(refusal) => refusal.code(),
+        }
+    }
+
+    /// Returns the JSON body.
+    #[must_use]
+    pub fn body(&self) -> Value {
+        let kind = if self.status().is_client_error() {
+            "invalid_request_error"
+        } else {
+            "server_error"
+        };
+        let mut error = json!({"message": self.to_string(), "type": kind, "code": self.code()});
+        if let Some(model) = self.model() {
+            error["model"] = json!(model.as_str());
+        }
+        if let Some(lines) = self.last_lines().filter(|lines| !lines.is_empty()) {
+            error["detail"] = json!({"last_lines": lines});
+        }
+        json!({ "error": error })
+    }
+
+    fn model(&self) -> Option<&ModelName> {
+        match self {
+            Self::WorkerBroke { model, .. } => Some(model),
+            Self::Refused(refusal) => match refusal {
+                Refusal::UnknownModel(model)
+                | Refusal::Unloaded(model)
+                | Refusal::QueueFull { model, .. }
+                | Refusal::TooLarge { model, .. }
+                | Refusal::NoRoom { model, .. }
+                | Refusal::BackingOff { model, .. }
+                | Refusal::WorkerFailed { model, .. }
+                | Refusal::StartTimeout { model, .. }
+                | Refusal::QueueTimeout { model, .. } => Some(model),
+                Refusal::UnknownDomain(_) | Refusal::Overloaded | Refusal::ShuttingDown => None,
+            },
+            Self::BadRequest(_)
+            | Self::NoModel
+            | Self::ModelNotFound { .. }
+            | Self::BodyTooLarge(_)
+            | Self::PrefixTooLong(_) => None,
+        }
+    }
+
+    fn last_lines(&self) -> Option<&[String]> {
+        match self {
+            Self::Refused(
+                Refusal::WorkerFailed { last_lines, .. } | Refusal::StartTimeout { last_lines, .. },
+            ) => Some(last_lines),
+            _ => None,
+        }
+    }
+
+    /// Builds the answer around a body made of its JSON text.
+    pub fn response<B>(&self, body: impl FnOnce(String) -> B) -> Response<B> {
+        let mut response = Response::new(body(self.body().to_string()));
+        *response.status_mut() = self.status();
+        response
+            .headers_mut()
+            .insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
+        let retry = match self {
+            Self::Refused(refusal) => retry_after(refusal),
+            Self::WorkerBroke { .. } => Some(SOON),
+            _ => None,
+        };
+        if let Some(retry) = retry {
+            let seconds = retry.as_secs() + u64::from(retry.subsec_nanos() > 0);
+            response
+                .headers_mut()
+                .insert(RETRY_AFTER, HeaderValue::from(seconds));
+        }
+        response
     }
 }

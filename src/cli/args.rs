@@ -51,7 +51,7 @@ pub(super) enum Command {
 #[derive(Args, Clone, Debug, Default)]
 pub struct CheckArgs {
     /// A file, or a folder whose *.toml are read in name order; may be repeated
-    #[arg(long, value_name = "PATH", env = "RESIDENTD_CONFIG")]
+    #[arg(long, value_name = "PATH")]
     pub config: Vec<PathBuf>,
 }
 
@@ -62,7 +62,7 @@ pub struct ServeArgs {
     #[command(flatten)]
     pub check: CheckArgs,
     /// Address to listen on, as 127.0.0.1:8080 or unix:PATH; may be repeated
-    #[arg(long, value_name = "ADDR", env = "RESIDENTD_LISTEN")]
+    #[arg(long, value_name = "ADDR")]
     pub listen: Vec<String>,
     /// Keys of the configuration file that are given here instead.
     #[command(flatten)]
@@ -74,34 +74,34 @@ pub struct ServeArgs {
 #[derive(Args, Clone, Debug, Default)]
 pub struct SettingArgs {
     /// Folder for learned footprints and worker logs
-    #[arg(long, value_name = "PATH", env = "RESIDENTD_STATE_DIR")]
+    #[arg(long, value_name = "PATH")]
     pub state_dir: Option<String>,
     /// How long requests may finish at shutdown, as 30s
-    #[arg(long, value_name = "TIME", env = "RESIDENTD_SHUTDOWN_GRACE")]
+    #[arg(long, value_name = "TIME")]
     pub shutdown_grace: Option<String>,
     /// text or json
-    #[arg(long, value_name = "FORMAT", env = "RESIDENTD_LOG_FORMAT")]
+    #[arg(long, value_name = "FORMAT")]
     pub log_format: Option<String>,
     /// A level or filter, as info,residentd::worker=debug
-    #[arg(long, value_name = "LEVEL", env = "RESIDENTD_LOG_LEVEL")]
+    #[arg(long, value_name = "LEVEL")]
     pub log_level: Option<String>,
     /// The largest request body, as 1GiB
-    #[arg(long, value_name = "SIZE", env = "RESIDENTD_MAX_BODY")]
+    #[arg(long, value_name = "SIZE")]
     pub max_body: Option<String>,
     /// How much of a body is read to find its model, as 1MiB
-    #[arg(long, value_name = "SIZE", env = "RESIDENTD_MODEL_PREFIX")]
+    #[arg(long, value_name = "SIZE")]
     pub model_prefix: Option<String>,
     /// Memory limit of all workers together, as 8GiB
-    #[arg(long, value_name = "SIZE", env = "RESIDENTD_LIMIT")]
+    #[arg(long, value_name = "SIZE")]
     pub limit: Option<String>,
     /// Physical memory that is never given to workers, as 512MiB
-    #[arg(long, value_name = "SIZE", env = "RESIDENTD_RESERVE")]
+    #[arg(long, value_name = "SIZE")]
     pub reserve: Option<String>,
     /// Time between full checks when nothing happens, as 60s
-    #[arg(long, value_name = "TIME", env = "RESIDENTD_CHECK_INTERVAL")]
+    #[arg(long, value_name = "TIME")]
     pub check_interval: Option<String>,
     /// Whether idle models are unloaded under pressure: true or false
-    #[arg(long, value_name = "BOOL", env = "RESIDENTD_AUTO_CLEANUP")]
+    #[arg(long, value_name = "BOOL")]
     pub auto_cleanup: Option<String>,
 }
 

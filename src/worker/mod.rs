@@ -12,14 +12,34 @@
 //!
 //! `Exited` means that the whole tree is gone and reaped, not just the leader.
 
+mod command;
+mod listener;
+mod output;
+mod port;
+mod probe;
+mod process;
+mod reaper;
+mod task;
+mod watched;
+
 use std::fmt;
+use std::ops::RangeInclusive;
+use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use tokio::sync::{mpsc, watch};
 
-use crate::model::{ModelSpec, Upstream, WorkerId};
+pub use self::output::{TAIL_LINES, Tail};
+use self::port::Ports;
+use self::reaper::Leaders;
+pub use self::reaper::become_subreaper;
+use self::task::Life;
+use crate::clock::Clock;
+use crate::model::{Bytes, ModelSpec, Upstream, WorkerId};
 use crate::procfs::ProcessTree;
+use crate::telemetry;
 
 /// Starts workers. The seam along which tests put a fake and a worker host in
 /// another container will plug in.
@@ -139,51 +159,104 @@ impl fmt::Display for ExitStatus {
     }
 }
 
-/// The last lines of one worker's output, bounded in lines and bytes.
-#[derive(Debug, Default)]
-pub struct Tail {
-    kept: std::sync::Mutex<Kept>,
+/// Where worker processes live and how much they may print.
+#[derive(Clone, Debug)]
+pub struct WorkerSettings {
+    /// Reads the time.
+    pub clock: Clock,
+    /// Logs and sockets go below it.
+    pub state_dir: PathBuf,
+    /// Ports to give out; outside the range the system gives out itself.
+    pub ports: RangeInclusive<u16>,
+    /// Size at which a model's log file is cut back.
+    pub log_cap: Bytes,
+    /// Reap every orphan of this process, not only members of worker trees.
+    pub reap_all: bool,
 }
 
-#[derive(Debug, Default)]
-struct Kept {
-    lines: std::collections::VecDeque<String>,
-    pushed: u64,
-}
-
-/// Lines a [`Tail`] keeps: enough for a stack trace of an engine.
-pub const TAIL_LINES: usize = 200;
-
-impl Tail {
-    /// Adds a line; the oldest goes when there are more than [`TAIL_LINES`].
-    pub fn push(&self, line: String) {
-        let mut kept = self.lock();
-        if kept.lines.len() == TAIL_LINES {
-            kept.lines.pop_front();
+impl WorkerSettings {
+    /// Returns the defaults for this state folder.
+    #[must_use]
+    pub fn new(clock: Clock, state_dir: PathBuf) -> Self {
+        Self {
+            clock,
+            state_dir,
+            ports: 20_000..=29_999,
+            log_cap: Bytes::mib(16),
+            reap_all: false,
         }
-        kept.lines.push_back(line);
-        kept.pushed += 1;
     }
+}
 
-    /// Returns the last `count` lines, oldest first.
+/// Starts workers as processes of this machine.
+#[derive(Debug)]
+pub struct ProcessSpawner {
+    shared: Arc<Shared>,
+}
+
+/// What all worker tasks share.
+#[derive(Debug)]
+struct Shared {
+    clock: Clock,
+    state_dir: PathBuf,
+    log_cap: Bytes,
+    ports: Ports,
+    leaders: Arc<Leaders>,
+    sockets: AtomicU64,
+}
+
+impl Shared {
+    /// Returns a path for a Unix socket that no other life has.
+    fn socket(&self) -> Result<PathBuf, String> {
+        let folder = self.state_dir.join("sockets");
+        std::fs::create_dir_all(&folder)
+            .map_err(|error| format!("make {}: {error}", folder.display()))?;
+        let number = self.sockets.fetch_add(1, Ordering::Relaxed);
+        let path = folder.join(format!("{}-{number}.sock", std::process::id()));
+        let length = path.as_os_str().len();
+        if length > LONGEST_SOCKET {
+            return Err(format!(
+                "the socket path {} has {length} bytes, at most {LONGEST_SOCKET} are possible: set a shorter server.state_dir",
+                path.display()
+            ));
+        }
+        Ok(path)
+    }
+}
+
+/// The kernel's bound on a Unix socket's path, less the closing zero; see
+/// `unix(7)`.
+const LONGEST_SOCKET: usize = 107;
+
+impl ProcessSpawner {
+    /// Builds the spawner and starts reaping orphans. Called in a runtime.
     #[must_use]
-    pub fn last(&self, count: usize) -> Vec<String> {
-        self.read(count).0
+    pub fn new(settings: WorkerSettings) -> Self {
+        let leaders = Arc::new(Leaders::default());
+        reaper::start(Arc::clone(&leaders), settings.reap_all);
+        let shared = Shared {
+            clock: settings.clock,
+            state_dir: settings.state_dir,
+            log_cap: settings.log_cap,
+            ports: Ports::new(settings.ports),
+            leaders,
+            sockets: AtomicU64::new(0),
+        };
+        Self {
+            shared: Arc::new(shared),
+        }
     }
+}
 
-    /// Returns the last `count` lines, oldest first, and how many lines were
-    /// ever added: the last one returned is the line of that number.
-    #[must_use]
-    pub fn read(&self, count: usize) -> (Vec<String>, u64) {
-        let kept = self.lock();
-        let skipped = kept.lines.len().saturating_sub(count);
-        let lines = kept.lines.iter().skip(skipped).cloned().collect();
-        (lines, kept.pushed)
-    }
-
-    fn lock(&self) -> std::sync::MutexGuard<'_, Kept> {
-        self.kept
-            .lock()
-            .unwrap_or_else(std::sync::PoisonError::into_inner)
+impl Spawner for ProcessSpawner {
+    fn spawn(&self, order: SpawnOrder) -> WorkerHandle {
+        let (stop, orders) = watch::channel(Stop::Run);
+        let tail = Arc::new(Tail::default());
+        let life = Life::new(Arc::clone(&self.shared), order, orders, Arc::clone(&tail));
+        telemetry::spawn("worker", life.run());
+        WorkerHandle {
+            stop: Arc::new(stop),
+            tail,
+        }
     }
 }

@@ -140,8 +140,14 @@ impl App {
         self.controller.shutdown(grace).await;
         self.closing.cancel();
         self.connections.close();
-        if tokio::time::timeout(CLOSE_TIMEOUT, self.connections.wait()).await.is_err() {
-            debug!(open = self.connections.len(), "connections are still open and will be cut");
+        if tokio::time::timeout(CLOSE_TIMEOUT, self.connections.wait())
+            .await
+            .is_err()
+        {
+            debug!(
+                open = self.connections.len(),
+                "connections are still open and will be cut"
+            );
         }
         for address in &self.addresses {
             if let Listen::Unix(path) = address {
@@ -163,10 +169,11 @@ fn start_controller(config: &Config, store: Store, clock: Clock, options: Option
     );
     let host = sampler.readings().borrow().host.clone();
     let (limit, limit_source) = limit(config, &store, &host);
-    let reserve = config
-        .memory
-        .reserve
-        .unwrap_or_else(|| host.domain_total().percent(RESERVE_PERCENT).max(LEAST_RESERVE));
+    let reserve = config.memory.reserve.unwrap_or_else(|| {
+        host.domain_total()
+            .percent(RESERVE_PERCENT)
+            .max(LEAST_RESERVE)
+    });
     info!(%limit, source = limit_source.as_str(), %reserve, headroom = %host.headroom, models = config.models.len(), "memory");
     let settings = Settings {
         limit,
@@ -179,7 +186,7 @@ fn start_controller(config: &Config, store: Store, clock: Clock, options: Option
     };
     let setups = config.models.iter().map(|spec| Setup {
         spec: Arc::clone(spec),
-        weights: crate::config::weights::total_size(&spec.weights),
+        weights: crate::config::weights::total(&spec.weights),
         peak: store.footprint(&spec.name),
     });
     let policy = Policy::new(settings, setups);
@@ -210,7 +217,11 @@ fn limit(config: &Config, store: &Store, host: &HostReading) -> (Bytes, LimitSou
         Some((limit, LimitOrigin::Env)) => (limit, LimitSource::Env),
         None => {
             let by_cgroup = host.headroom < host.available;
-            let source = if by_cgroup { LimitSource::Cgroup } else { LimitSource::Default };
+            let source = if by_cgroup {
+                LimitSource::Cgroup
+            } else {
+                LimitSource::Default
+            };
             (host.headroom.percent(DEFAULT_LIMIT_PERCENT), source)
         }
     }
@@ -229,7 +240,10 @@ enum Listener {
 }
 
 async fn bind(listen: &Listen) -> Result<(Listen, Listener), AppError> {
-    let failed = |source| AppError::Listen { address: address_text(listen), source };
+    let failed = |source| AppError::Listen {
+        address: address_text(listen),
+        source,
+    };
     match listen {
         Listen::Tcp(address) => {
             let listener = TcpListener::bind(address).await.map_err(failed)?;
@@ -261,7 +275,9 @@ async fn remove_stale_socket(path: &PathBuf) -> std::io::Result<()> {
     }
     match tokio::net::UnixStream::connect(path).await {
         Ok(_) => Err(std::io::ErrorKind::AddrInUse.into()),
-        Err(error) if error.kind() == std::io::ErrorKind::ConnectionRefused => std::fs::remove_file(path),
+        Err(error) if error.kind() == std::io::ErrorKind::ConnectionRefused => {
+            std::fs::remove_file(path)
+        }
         Err(error) => Err(error),
     }
 }
@@ -327,7 +343,10 @@ impl Server {
                 async move { Ok::<_, Infallible>(server.answer(request, peer).await) }
             });
             let mut builder = auto::Builder::new(TokioExecutor::new());
-            builder.http1().timer(TokioTimer::new()).header_read_timeout(HEAD_TIMEOUT);
+            builder
+                .http1()
+                .timer(TokioTimer::new())
+                .header_read_timeout(HEAD_TIMEOUT);
             builder.http2().timer(TokioTimer::new());
             let connection = builder.serve_connection_with_upgrades(io, service);
             tokio::pin!(connection);
@@ -351,7 +370,8 @@ impl Server {
             return self.proxy.handle(request).await.map(Either::Left);
         }
         let answer = self.api.clone().oneshot(request).await;
-        answer.unwrap_or_else(|never| match never {}).map(Either::Right)
+        answer
+            .unwrap_or_else(|never| match never {})
+            .map(Either::Right)
     }
 }
-

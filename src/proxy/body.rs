@@ -1,0 +1,227 @@
+//! The bodies that pass through: towards the worker, and back.
+
+use std::collections::VecDeque;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll, ready};
+
+use bytes::Bytes;
+use hyper::body::{Body, Frame, Incoming, SizeHint};
+
+use super::account::Account;
+use super::pool::{Pool, Sender};
+use crate::control::Lease;
+use crate::model::Bytes as Size;
+
+/// Why a body broke.
+#[derive(Debug, thiserror::Error)]
+pub enum BodyError {
+    /// The client's body broke off, or the worker's.
+    #[error("the body broke off")]
+    Broken(#[from] hyper::Error),
+    /// The client sent more than it may.
+    #[error("the body is larger than {0}")]
+    TooLarge(Size),
+}
+
+/// What goes to the worker: the pieces that were read already, then the rest
+/// as it comes.
+#[derive(Debug)]
+pub(super) struct RequestBody {
+    held: VecDeque<Bytes>,
+    rest: Option<Incoming>,
+    left: u64,
+    most: Size,
+}
+
+impl RequestBody {
+    pub(super) fn new(held: VecDeque<Bytes>, rest: Option<Incoming>, most: Size) -> Self {
+        Self {
+            held,
+            rest,
+            left: most.get(),
+            most,
+        }
+    }
+}
+
+impl Body for RequestBody {
+    type Data = Bytes;
+    type Error = BodyError;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+        let frame = match (self.held.pop_front(), &mut self.rest) {
+            (Some(piece), _) => Frame::data(piece),
+            (None, None) => return Poll::Ready(None),
+            (None, Some(rest)) => match ready!(Pin::new(rest).poll_frame(cx)) {
+                None => return Poll::Ready(None),
+                Some(Err(error)) => return Poll::Ready(Some(Err(error.into()))),
+                Some(Ok(frame)) => frame,
+            },
+        };
+        if let Some(data) = frame.data_ref() {
+            let length = u64::try_from(data.len()).unwrap_or(u64::MAX);
+            match self.left.checked_sub(length) {
+                Some(left) => self.left = left,
+                None => return Poll::Ready(Some(Err(BodyError::TooLarge(self.most)))),
+            }
+        }
+        Poll::Ready(Some(Ok(frame)))
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.held.is_empty() && self.rest.as_ref().is_none_or(Body::is_end_stream)
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        let held: u64 = self
+            .held
+            .iter()
+            .map(|piece| u64::try_from(piece.len()).unwrap_or(0))
+            .sum();
+        let Some(rest) = &self.rest else {
+            return SizeHint::with_exact(held);
+        };
+        let rest = rest.size_hint();
+        let mut hint = SizeHint::new();
+        if let Some(upper) = rest.upper() {
+            hint.set_upper(upper.saturating_add(held));
+        }
+        hint.set_lower(rest.lower().saturating_add(held));
+        hint
+    }
+}
+
+/// What goes to the client.
+#[derive(Debug)]
+pub enum ProxyBody {
+    /// An answer of our own.
+    Full(Option<Bytes>),
+    /// The worker's answer as it comes.
+    Stream(Box<Streamed>),
+}
+
+impl ProxyBody {
+    /// Returns an answer of our own.
+    #[must_use]
+    pub fn text(text: String) -> Self {
+        Self::Full(Some(Bytes::from(text)))
+    }
+
+    /// Returns a body without content.
+    #[must_use]
+    pub const fn empty() -> Self {
+        Self::Full(None)
+    }
+}
+
+/// The worker's answer, and what is held until it ends: the lease, the
+/// connection, the account.
+#[derive(Debug)]
+pub struct Streamed {
+    inner: Incoming,
+    // Dropped in this order: the account is written while the lease is held.
+    account: Account,
+    sender: Option<(Sender, Arc<Pool>)>,
+    events: bool,
+    broken: Option<BodyError>,
+    _lease: Lease,
+}
+
+impl Streamed {
+    pub(super) fn new(
+        inner: Incoming,
+        account: Account,
+        (sender, pool): (Sender, Arc<Pool>),
+        events: bool,
+        lease: Lease,
+    ) -> Self {
+        Self {
+            inner,
+            account,
+            sender: Some((sender, pool)),
+            events,
+            broken: None,
+            _lease: lease,
+        }
+    }
+
+    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+        if let Some(broken) = self.broken.take() {
+            return Poll::Ready(Some(Err(broken)));
+        }
+        match ready!(Pin::new(&mut self.inner).poll_frame(cx)) {
+            None => {
+                self.finish();
+                Poll::Ready(None)
+            }
+            Some(Ok(frame)) => {
+                if let Some(data) = frame.data_ref() {
+                    self.account.passed(data.len());
+                }
+                if self.inner.is_end_stream() {
+                    self.finish();
+                }
+                Poll::Ready(Some(Ok(frame)))
+            }
+            Some(Err(error)) => {
+                self.account.broke();
+                self.sender = None;
+                let error = BodyError::from(error);
+                if !self.events {
+                    return Poll::Ready(Some(Err(error)));
+                }
+                // A stream of events says so in its own words first, and is
+                // cut then: it never looks like a clean end.
+                self.broken = Some(error);
+                Poll::Ready(Some(Ok(Frame::data(Bytes::from_static(BROKEN_EVENT)))))
+            }
+        }
+    }
+
+    /// The answer is whole: the connection serves the next request.
+    fn finish(&mut self) {
+        self.account.finish();
+        if let Some((sender, pool)) = self.sender.take() {
+            pool.put(sender);
+        }
+    }
+}
+
+/// What a client of a stream of events reads when the worker broke.
+const BROKEN_EVENT: &[u8] = b"event: error\ndata: {\"error\":{\"message\":\"the worker broke off\",\"type\":\"server_error\",\"code\":\"worker_failed\"}}\n\n";
+
+impl Body for ProxyBody {
+    type Data = Bytes;
+    type Error = BodyError;
+
+    fn poll_frame(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+        match self.get_mut() {
+            Self::Full(text) => Poll::Ready(text.take().map(|text| Ok(Frame::data(text)))),
+            Self::Stream(streamed) => streamed.poll(cx),
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        match self {
+            Self::Full(text) => text.is_none(),
+            Self::Stream(streamed) => streamed.broken.is_none() && streamed.inner.is_end_stream(),
+        }
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        match self {
+            Self::Full(text) => {
+                let length = text.as_ref().map_or(0, Bytes::len);
+                SizeHint::with_exact(u64::try_from(length).unwrap_or(u64::MAX))
+            }
+            Self::Stream(streamed) => streamed.inner.size_hint(),
+        }
+    }
+}

@@ -1,0 +1,135 @@
+//! Connections to one worker.
+//!
+//! The pool belongs to the worker: when the worker is about to end, its idle
+//! connections are closed at once (llama-server does not end on SIGTERM while
+//! a client is connected and waits), and none is kept any more.
+
+use std::collections::HashMap;
+use std::io;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+
+use hyper::client::conn::http1::{self, SendRequest};
+use hyper_util::rt::TokioIo;
+use tokio::net::{TcpStream, UnixStream};
+use tracing::debug;
+
+use super::body::RequestBody;
+use crate::control::ReadyWorker;
+use crate::model::Upstream;
+use crate::telemetry;
+
+/// Idle connections kept for one worker; more than engines serve at once.
+const MOST_IDLE: usize = 64;
+
+/// A connection to a worker, for one request at a time.
+pub(super) type Sender = SendRequest<RequestBody>;
+
+/// The pools of all workers, by the worker's serial.
+#[derive(Debug, Default)]
+pub(super) struct Pools(RwLock<HashMap<u64, Arc<Pool>>>);
+
+impl Pools {
+    /// Returns the worker's pool, making it at first use. It goes when the
+    /// worker does.
+    pub(super) fn of(self: &Arc<Self>, worker: &ReadyWorker) -> Arc<Pool> {
+        let read = self.0.read().unwrap_or_else(PoisonError::into_inner);
+        if let Some(pool) = read.get(&worker.serial) {
+            return Arc::clone(pool);
+        }
+        drop(read);
+        let mut write = self.0.write().unwrap_or_else(PoisonError::into_inner);
+        let pool = write.entry(worker.serial).or_insert_with(|| {
+            let (pools, closing, serial) =
+                (Arc::clone(self), worker.closing.clone(), worker.serial);
+            telemetry::spawn("pool", async move {
+                closing.cancelled().await;
+                pools.close(serial);
+            });
+            Arc::new(Pool::new(worker.upstream.clone()))
+        });
+        Arc::clone(pool)
+    }
+
+    fn close(&self, serial: u64) {
+        let pool = self
+            .0
+            .write()
+            .unwrap_or_else(PoisonError::into_inner)
+            .remove(&serial);
+        if let Some(pool) = pool {
+            pool.lock().closed = true;
+            pool.lock().idle.clear();
+        }
+    }
+}
+
+/// One worker's connections.
+#[derive(Debug)]
+pub(super) struct Pool {
+    upstream: Upstream,
+    state: Mutex<State>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    idle: Vec<Sender>,
+    closed: bool,
+}
+
+impl Pool {
+    fn new(upstream: Upstream) -> Self {
+        Self {
+            upstream,
+            state: Mutex::default(),
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes the connection that was used last and still lives.
+    pub(super) fn take(&self) -> Option<Sender> {
+        let mut state = self.lock();
+        while let Some(sender) = state.idle.pop() {
+            if sender.is_ready() {
+                return Some(sender);
+            }
+        }
+        None
+    }
+
+    /// Keeps a connection for the next request.
+    pub(super) fn put(&self, sender: Sender) {
+        let mut state = self.lock();
+        if !state.closed && !sender.is_closed() && state.idle.len() < MOST_IDLE {
+            state.idle.push(sender);
+        }
+    }
+
+    /// Opens a new connection.
+    pub(super) async fn connect(&self) -> io::Result<Sender> {
+        match &self.upstream {
+            Upstream::Tcp(address) => {
+                let stream = TcpStream::connect(address).await?;
+                stream.set_nodelay(true)?;
+                handshake(TokioIo::new(stream)).await
+            }
+            Upstream::Unix(path) => handshake(TokioIo::new(UnixStream::connect(path).await?)).await,
+        }
+    }
+}
+
+async fn handshake<I>(io: TokioIo<I>) -> io::Result<Sender>
+where
+    TokioIo<I>: hyper::rt::Read + hyper::rt::Write + Unpin + Send + 'static,
+    I: Send + 'static,
+{
+    let (sender, connection) = http1::handshake(io).await.map_err(io::Error::other)?;
+    telemetry::spawn("upstream", async move {
+        if let Err(error) = connection.with_upgrades().await {
+            debug!(%error, "a connection to a worker ended early");
+        }
+    });
+    Ok(sender)
+}

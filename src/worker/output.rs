@@ -1,0 +1,296 @@
+//! A worker's output: an append-only log file that outlives residentd, and the
+//! last lines of it in memory.
+//!
+//! The worker writes to the file itself, never to a pipe of ours: a pipe would
+//! end the worker when residentd ends. The file is read as it grows, on
+//! inotify's word, and is cut back when it is over its cap.
+
+use std::collections::VecDeque;
+use std::fs::{File, OpenOptions};
+use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use rustix::fs::inotify;
+use tokio::io::unix::AsyncFd;
+
+use super::watched::readable;
+use crate::model::Bytes;
+
+/// Lines a [`Tail`] keeps: enough for a stack trace of an engine.
+pub const TAIL_LINES: usize = 200;
+/// A line longer than this is split.
+const LONGEST_LINE: usize = 16 << 10;
+/// Read at most this much of a burst at once.
+const PIECE: usize = 64 << 10;
+
+/// The last lines of one worker's output, bounded in lines and bytes.
+#[derive(Debug, Default)]
+pub struct Tail {
+    kept: Mutex<Kept>,
+}
+
+#[derive(Debug, Default)]
+struct Kept {
+    lines: VecDeque<String>,
+    pushed: u64,
+}
+
+impl Tail {
+    /// Adds a line; the oldest goes when there are more than [`TAIL_LINES`].
+    pub fn push(&self, line: String) {
+        let mut kept = self.lock();
+        if kept.lines.len() == TAIL_LINES {
+            kept.lines.pop_front();
+        }
+        kept.lines.push_back(line);
+        kept.pushed += 1;
+    }
+
+    /// Returns the last `count` lines, oldest first.
+    #[must_use]
+    pub fn last(&self, count: usize) -> Vec<String> {
+        self.read(count).0
+    }
+
+    /// Returns the last `count` lines, oldest first, and how many lines were
+    /// ever added: the last one returned is the line of that number.
+    #[must_use]
+    pub fn read(&self, count: usize) -> (Vec<String>, u64) {
+        let kept = self.lock();
+        let skipped = kept.lines.len().saturating_sub(count);
+        let lines = kept.lines.iter().skip(skipped).cloned().collect();
+        (lines, kept.pushed)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Kept> {
+        self.kept.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The log file of one model, read from where this life's output begins.
+#[derive(Debug)]
+pub(super) struct Log {
+    path: PathBuf,
+    reader: File,
+    position: u64,
+    partial: Vec<u8>,
+    cap: Bytes,
+    watch: Option<AsyncFd<OwnedFd>>,
+}
+
+impl Log {
+    /// Opens `folder/logs/<model>.log`, making the folders when absent.
+    pub(super) fn open(folder: &Path, model: &str, cap: Bytes) -> io::Result<Self> {
+        let logs = folder.join("logs");
+        std::fs::create_dir_all(&logs)?;
+        let path = logs.join(format!("{}.log", file_name(model)));
+        let mut file = OpenOptions::new().append(true).create(true).open(&path)?;
+        let position = file.seek(SeekFrom::End(0))?;
+        let reader = File::open(&path)?;
+        let watch = watch(&path).ok();
+        Ok(Self {
+            path,
+            reader,
+            position,
+            partial: Vec::new(),
+            cap,
+            watch,
+        })
+    }
+
+    /// Returns a handle the worker writes to.
+    pub(super) fn writer(&self) -> io::Result<File> {
+        OpenOptions::new().append(true).open(&self.path)
+    }
+
+    /// Writes a line of our own.
+    pub(super) fn note(&self, text: &str) -> io::Result<()> {
+        self.writer()?.write_all(format!("{text}\n").as_bytes())
+    }
+
+    /// Waits until the file changed. Without inotify it never returns: the
+    /// caller looks from time to time anyway.
+    pub(super) async fn changed(&self) {
+        let Some(watch) = &self.watch else {
+            return std::future::pending().await;
+        };
+        let Ok(mut ready) = watch.readable().await else {
+            return std::future::pending().await;
+        };
+        let mut buffer = [0_u8; 4096];
+        while rustix::io::read(watch.get_ref(), &mut buffer).is_ok_and(|read| read > 0) {}
+        ready.clear_ready();
+    }
+
+    /// Reads what is new into `tail`. Returns the new whole lines.
+    pub(super) fn drain(&mut self, tail: &Tail) -> Vec<String> {
+        let mut lines = Vec::new();
+        let mut piece = vec![0_u8; PIECE];
+        loop {
+            let length = self.reader.metadata().map_or(0, |m| m.len());
+            if length < self.position {
+                // Somebody cut the file back.
+                self.position = 0;
+            }
+            let read = self
+                .reader
+                .seek(SeekFrom::Start(self.position))
+                .and_then(|_| self.reader.read(&mut piece))
+                .unwrap_or(0);
+            if read == 0 {
+                break;
+            }
+            self.position += u64::try_from(read).unwrap_or(0);
+            self.split(&piece[..read], &mut lines);
+        }
+        for line in &lines {
+            tail.push(line.clone());
+        }
+        self.cut_back();
+        lines
+    }
+
+    /// Ends a line that was never ended.
+    pub(super) fn finish(&mut self, tail: &Tail) {
+        self.drain(tail);
+        if !self.partial.is_empty() {
+            tail.push(text(&std::mem::take(&mut self.partial)));
+        }
+    }
+
+    /// A line ends at a newline, at a lone carriage return (a progress bar
+    /// redraws) or when it is too long.
+    fn split(&mut self, bytes: &[u8], lines: &mut Vec<String>) {
+        for byte in bytes {
+            match byte {
+                b'\n' => lines.push(text(&std::mem::take(&mut self.partial))),
+                byte => {
+                    let redraws = self.partial.last() == Some(&b'\r');
+                    if redraws {
+                        self.partial.clear();
+                    }
+                    self.partial.push(*byte);
+                    if self.partial.len() >= LONGEST_LINE {
+                        let mut line = text(&std::mem::take(&mut self.partial));
+                        line.push('…');
+                        lines.push(line);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Keeps one older file and begins anew when the file is over its cap. The
+    /// worker appends, so its next write goes to the new beginning.
+    fn cut_back(&mut self) {
+        if self.position < self.cap.get() {
+            return;
+        }
+        let older = self.path.with_extension("log.1");
+        let cut = std::fs::copy(&self.path, older)
+            .and_then(|_| OpenOptions::new().write(true).open(&self.path)?.set_len(0));
+        match cut {
+            Ok(()) => self.position = 0,
+            Err(error) => {
+                tracing::warn!(path = %self.path.display(), %error, "a log file cannot be cut back");
+            }
+        }
+    }
+}
+
+fn watch(path: &Path) -> io::Result<AsyncFd<OwnedFd>> {
+    let flags = inotify::CreateFlags::NONBLOCK | inotify::CreateFlags::CLOEXEC;
+    let watch = inotify::init(flags)?;
+    inotify::add_watch(&watch, path, inotify::WatchFlags::MODIFY)?;
+    readable(watch)
+}
+
+fn text(bytes: &[u8]) -> String {
+    let end = bytes.len() - bytes.iter().rev().take_while(|b| **b == b'\r').count();
+    String::from_utf8_lossy(&bytes[..end]).into_owned()
+}
+
+/// A model's name as a file's name: what is no letter, digit, dot, dash or
+/// underscore is written as `%` and its code, so that no two names meet.
+fn file_name(model: &str) -> String {
+    let mut name = String::new();
+    for byte in model.bytes() {
+        if byte.is_ascii_alphanumeric() || b"._-".contains(&byte) {
+            name.push(char::from(byte));
+        } else {
+            escape(&mut name, byte);
+        }
+    }
+    match name.strip_prefix('.') {
+        Some(rest) => format!("%2E{rest}"),
+        None => name,
+    }
+}
+
+fn escape(name: &mut String, byte: u8) {
+    const DIGITS: [char; 16] = [
+        '0', '1', '2', '3', '4', '5', '6', '7', '8', '9', 'A', 'B', 'C', 'D', 'E', 'F',
+    ];
+    name.push('%');
+    name.push(DIGITS[usize::from(byte >> 4)]);
+    name.push(DIGITS[usize::from(byte & 15)]);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lines_are_read_as_they_come_and_a_progress_bar_is_one_line() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .expect("a runtime");
+        runtime.block_on(async {
+            let mut log = Log::open(folder.path(), "a/b", Bytes::mib(1)).expect("a log");
+            let tail = Tail::default();
+            let mut writer = log.writer().expect("a writer");
+            writer.write_all(b"one\ntw").expect("written");
+            assert_eq!(log.drain(&tail), ["one"]);
+            writer
+                .write_all(b"o\r\n10%\r20%\r30%\nrest")
+                .expect("written");
+            assert_eq!(log.drain(&tail), ["two", "30%"]);
+            log.finish(&tail);
+            assert_eq!(tail.last(9), ["one", "two", "30%", "rest"]);
+        });
+    }
+
+    #[test]
+    fn a_log_over_its_cap_is_cut_back_and_keeps_one_older_file() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .expect("a runtime");
+        runtime.block_on(async {
+            let mut log = Log::open(folder.path(), "m", Bytes::kib(8)).expect("a log");
+            let tail = Tail::default();
+            let mut writer = log.writer().expect("a writer");
+            for number in 0..3000 {
+                writeln!(writer, "line {number}").expect("written");
+                log.drain(&tail);
+            }
+            assert_eq!(tail.last(1), ["line 2999"]);
+            let size = |name: &str| {
+                std::fs::metadata(folder.path().join("logs").join(name)).map_or(0, |m| m.len())
+            };
+            assert!(size("m.log") <= 8 << 10 && size("m.log.1") > 0 && size("m.log.1") <= 9 << 10);
+        });
+    }
+
+    #[test]
+    fn names_that_differ_have_files_that_differ() {
+        assert_eq!(file_name("meta/llama:8b"), "meta%2Fllama%3A8b");
+        assert_ne!(file_name("a/b"), file_name("a:b"));
+        assert_eq!(file_name(".."), "%2E.");
+    }
+}

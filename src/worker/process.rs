@@ -1,0 +1,181 @@
+//! One process tree: spawned, waited for, signalled, and ended for good.
+//!
+//! Every process is waited for in one way, by its pidfd, and signalled through
+//! it, so that a number that was given to somebody else is never hit. See
+//! `pidfd_open(2)`, `pidfd_send_signal(2)`, `waitid(2)`.
+
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::time::Duration;
+
+use rustix::process::{
+    Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, WaitIdStatus, pidfd_open, pidfd_send_signal,
+    waitid,
+};
+use tokio::io::unix::AsyncFd;
+use tracing::{debug, error};
+
+use super::ExitStatus;
+use super::watched::readable;
+use crate::clock::Clock;
+use crate::procfs::{ProcessKey, ProcessStat, ProcessTable, ProcessTree};
+
+/// Between two looks at a tree that is being ended.
+const LOOK: Duration = Duration::from_millis(5);
+/// A process that lives this long after SIGKILL hangs in the kernel.
+const STUCK: Duration = Duration::from_secs(10);
+/// Rescans after which new members are no longer waited for with SIGSTOP.
+const MOST_SCANS: usize = 50;
+
+/// The leader of a tree, and the tree.
+#[derive(Debug)]
+pub(super) struct Process {
+    leader: AsyncFd<OwnedFd>,
+    pub(super) tree: Arc<ProcessTree>,
+    ended: Option<ExitStatus>,
+}
+
+impl Process {
+    /// Takes charge of a child that was just spawned and not waited for.
+    pub(super) fn adopt(pid: u32) -> std::io::Result<Self> {
+        let pid = i32::try_from(pid).map_err(std::io::Error::other)?;
+        let number =
+            Pid::from_raw(pid).ok_or_else(|| std::io::Error::other("a pid is positive"))?;
+        let leader = readable(pidfd_open(number, PidfdFlags::empty())?)?;
+        // It has not been reaped, so its number is its own, dead or alive.
+        let stat =
+            ProcessStat::read(pid).ok_or_else(|| std::io::Error::other("it is not in /proc"))?;
+        Ok(Self {
+            leader,
+            tree: Arc::new(ProcessTree::new(stat.key)),
+            ended: None,
+        })
+    }
+
+    /// Returns the leader's pid.
+    pub(super) fn pid(&self) -> i32 {
+        self.tree.leader().pid
+    }
+
+    /// Waits until the leader has ended and reaps it. May be called again.
+    pub(super) async fn exited(&mut self) -> ExitStatus {
+        if let Some(status) = &self.ended {
+            return status.clone();
+        }
+        loop {
+            // A pidfd is readable from the end of the process on.
+            let ready = self.leader.readable().await;
+            let status = reap(&self.leader);
+            if let Some(status) = status {
+                self.ended = Some(status.clone());
+                return status;
+            }
+            if let Ok(mut ready) = ready {
+                ready.clear_ready();
+            }
+        }
+    }
+
+    /// Sends the leader a signal; one that has ended is no error.
+    pub(super) fn signal(&self, number: i32) {
+        if self.ended.is_some() {
+            return;
+        }
+        let Some(signal) = Signal::from_named_raw(number) else {
+            error!(number, "an unknown stop signal");
+            return;
+        };
+        if let Err(failed) = pidfd_send_signal(&self.leader, signal) {
+            debug!(pid = self.pid(), error = %failed, "signalling a leader that has ended");
+        }
+    }
+
+    /// Returns the members that live.
+    pub(super) fn members(&self) -> Vec<ProcessKey> {
+        match ProcessTable::scan() {
+            Ok(table) => self.tree.refresh(&table),
+            Err(failed) => {
+                error!(error = %failed, "listing /proc");
+                self.tree.known()
+            }
+        }
+    }
+
+    /// Ends every member by SIGKILL and returns when all are gone and the
+    /// leader is reaped. All are stopped first, until a scan finds no new one,
+    /// so that none forks away in between.
+    pub(super) async fn kill_tree(&mut self, clock: Clock) {
+        let mut stopped = Vec::new();
+        for _ in 0..MOST_SCANS {
+            let new: Vec<_> = self
+                .members()
+                .into_iter()
+                .filter(|m| !stopped.contains(m))
+                .collect();
+            if new.is_empty() {
+                break;
+            }
+            for member in new {
+                send(member, Signal::STOP);
+                stopped.push(member);
+            }
+        }
+        let since = clock.now();
+        let mut told = false;
+        loop {
+            let members = self.members();
+            for member in &members {
+                send(*member, Signal::KILL);
+            }
+            if members.is_empty() {
+                break;
+            }
+            if !told && clock.now().since(since) > STUCK {
+                told = true;
+                error!(
+                    pid = self.pid(),
+                    left = members.len(),
+                    "processes live on after SIGKILL; their memory stays booked"
+                );
+            }
+            tokio::time::sleep(LOOK).await;
+        }
+        self.exited().await;
+    }
+}
+
+/// Reaps the process behind the pidfd if it has ended.
+fn reap(pidfd: &AsyncFd<OwnedFd>) -> Option<ExitStatus> {
+    use std::os::fd::AsFd;
+    let options = WaitIdOptions::EXITED | WaitIdOptions::NOHANG;
+    match waitid(WaitId::PidFd(pidfd.get_ref().as_fd()), options) {
+        Ok(None) => None,
+        Ok(Some(status)) => Some(describe(&status)),
+        // Somebody else reaped it: that it ended is all there is to know.
+        Err(_) => Some(ExitStatus::Unknown),
+    }
+}
+
+fn describe(status: &WaitIdStatus) -> ExitStatus {
+    if let Some(code) = status.exit_status() {
+        return ExitStatus::Code(code);
+    }
+    status
+        .terminating_signal()
+        .map_or(ExitStatus::Unknown, ExitStatus::Signal)
+}
+
+/// Signals a member if it still is who it was.
+fn send(member: ProcessKey, signal: Signal) {
+    let Some(pid) = Pid::from_raw(member.pid) else {
+        return;
+    };
+    // Opened first, compared then: the number cannot be given away between.
+    let Ok(pidfd) = pidfd_open(pid, PidfdFlags::empty()) else {
+        return;
+    };
+    if ProcessStat::read(member.pid).is_some_and(|stat| stat.key == member) {
+        // It may end at this moment, which is what is wanted.
+        let _ = pidfd_send_signal(&pidfd, signal);
+    }
+}
