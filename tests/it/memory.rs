@@ -14,9 +14,6 @@ use residentd::model::{Bytes, ModelName, WorkerId};
 use residentd::procfs::{ProcessStat, ProcessTree};
 use tempfile::NamedTempFile;
 
-/// A Python process needs this much for itself, within a few MiB.
-const PYTHON: Bytes = Bytes::mib(9);
-
 /// What a held amount needs: `touch` writes one byte to every page.
 const PRELUDE: &str = "
 import mmap, os, signal, sys
@@ -111,6 +108,18 @@ impl Drop for Holder {
     }
 }
 
+/// Returns what a Python process has for itself, by what `ps` shows too.
+fn python() -> Bytes {
+    let bare = Holder::run("bare", "wait()");
+    let status = std::fs::read_to_string(format!("/proc/{}/status", bare.pid()));
+    let status = status.expect("it runs");
+    let kib = status
+        .lines()
+        .find_map(|line| line.strip_prefix("VmRSS:")?.strip_suffix("kB"))
+        .expect("a living process has a size");
+    Bytes::kib(kib.trim().parse().expect("a number"))
+}
+
 fn sampler() -> Arc<Sampler> {
     let sampler = Sampler::start(Clock::start(), SamplerSettings::default());
     sampler.pace(Pace::Busy);
@@ -144,6 +153,7 @@ fn usage(reading: &Reading, holder: &Holder) -> Usage {
 
 #[tokio::test]
 async fn a10_anonymous_memory_of_each_worker_and_their_sum_is_what_they_hold() {
+    let python = python();
     let sampler = sampler();
     let holders = [100, 250, 400].map(|mib| {
         let script = format!("m = anonymous({mib}); wait()");
@@ -161,16 +171,17 @@ async fn a10_anonymous_memory_of_each_worker_and_their_sum_is_what_they_hold() {
     .await;
     for (holder, held) in &holders {
         let usage = usage(&reading, holder);
-        assert!(is_close(usage.rss, *held + PYTHON), "{usage:?}");
+        assert!(is_close(usage.rss, *held + python), "{usage:?}");
         assert!(is_close(usage.anon, *held) && is_close(usage.unreclaimable(), *held));
         assert_eq!(usage.rss, usage.anon + usage.file + usage.shmem);
     }
-    let all = Bytes::mib(750) + PYTHON + PYTHON + PYTHON;
+    let all = Bytes::mib(750) + python + python + python;
     assert!(is_close(reading.total_rss(), all), "{reading:?}");
 }
 
 #[tokio::test]
 async fn a10_a_file_mapped_by_two_workers_counts_once_in_the_total() {
+    let python = python();
     let weights = weights(300);
     let script = format!(
         "m = file({:?}, mmap.MAP_PRIVATE); wait()",
@@ -182,12 +193,12 @@ async fn a10_a_file_mapped_by_two_workers_counts_once_in_the_total() {
     b.followed_by(&sampler);
     let held = Bytes::mib(300);
     let reading = reading(&sampler, "a file counted once", |r| {
-        r.workers.len() == 2 && is_close(r.total_rss(), held + PYTHON + PYTHON)
+        r.workers.len() == 2 && is_close(r.total_rss(), held + python + python)
     })
     .await;
     for holder in [&a, &b] {
         let usage = usage(&reading, holder);
-        assert!(is_close(usage.rss, held + PYTHON), "{usage:?}");
+        assert!(is_close(usage.rss, held + python), "{usage:?}");
         assert!(is_close(usage.file, held), "{usage:?}");
         assert!(usage.unreclaimable() < Bytes::mib(30), "{usage:?}");
     }
@@ -197,12 +208,13 @@ async fn a10_a_file_mapped_by_two_workers_counts_once_in_the_total() {
     drop(a);
     sampler.sample_now();
     let rest = self::reading(&sampler, "the file of the other", |r| r.workers.len() == 1).await;
-    assert!(is_close(rest.total_rss(), held + PYTHON), "{rest:?}");
+    assert!(is_close(rest.total_rss(), held + python), "{rest:?}");
     assert_eq!(rest.counted_twice, Bytes::ZERO);
 }
 
 #[tokio::test]
 async fn a10_halves_of_one_file_touched_by_two_workers_are_both_counted() {
+    let python = python();
     let weights = weights(300);
     let half = |name: &str, from: u64| {
         let script = format!(
@@ -223,14 +235,15 @@ wait()",
     let reading = reading(&sampler, "two halves", |r| r.counted_twice > Bytes::ZERO).await;
     for holder in [&a, &b] {
         let usage = usage(&reading, holder);
-        assert!(is_close(usage.rss, Bytes::mib(150) + PYTHON), "{usage:?}");
+        assert!(is_close(usage.rss, Bytes::mib(150) + python), "{usage:?}");
     }
-    let all = Bytes::mib(300) + PYTHON + PYTHON;
+    let all = Bytes::mib(300) + python + python;
     assert!(is_close(reading.total_rss(), all), "{reading:?}");
 }
 
 #[tokio::test]
 async fn a10_shared_memory_of_a_forked_child_counts_once_in_its_worker() {
+    let python = python();
     let sampler = sampler();
     let holder = Holder::run(
         "ring",
@@ -246,7 +259,7 @@ else:
     let held = Bytes::mib(200);
     let reading = reading(&sampler, "shared memory counted once", |r| {
         let usage = usage(r, &holder);
-        usage.processes == 2 && is_close(usage.rss, held + PYTHON)
+        usage.processes == 2 && is_close(usage.rss, held + python)
     })
     .await;
     let usage = usage(&reading, &holder);
@@ -257,6 +270,7 @@ else:
 
 #[tokio::test]
 async fn a10_shared_memory_of_two_workers_counts_once_in_the_total() {
+    let python = python();
     let sampler = sampler();
     let memory = NamedTempFile::new_in("/dev/shm").expect("shared memory");
     memory.as_file().set_len(200 << 20).expect("room");
@@ -272,7 +286,7 @@ wait()",
     b.followed_by(&sampler);
     let held = Bytes::mib(200);
     let reading = reading(&sampler, "shared memory counted once", |r| {
-        r.workers.len() == 2 && is_close(r.total_rss(), held + PYTHON + PYTHON)
+        r.workers.len() == 2 && is_close(r.total_rss(), held + python + python)
     })
     .await;
     for holder in [&a, &b] {
@@ -283,6 +297,7 @@ wait()",
 
 #[tokio::test]
 async fn a10_pages_forked_children_inherited_count_once_until_one_writes_them() {
+    let python = python();
     let sampler = sampler();
     let mut holder = Holder::run(
         "fork",
@@ -303,7 +318,7 @@ os.wait()",
     let held = Bytes::mib(300);
     let reading = reading(&sampler, "inherited pages counted once", |r| {
         let usage = usage(r, &holder);
-        usage.processes == 4 && is_close(usage.rss, held + PYTHON)
+        usage.processes == 4 && is_close(usage.rss, held + python)
     })
     .await;
     let before = usage(&reading, &holder);
@@ -314,7 +329,7 @@ os.wait()",
     holder.go_on();
     sampler.sample_now();
     self::reading(&sampler, "the child's own pages", |r| {
-        is_close(usage(r, &holder).rss, held + Bytes::mib(100) + PYTHON)
+        is_close(usage(r, &holder).rss, held + Bytes::mib(100) + python)
     })
     .await;
 
@@ -323,7 +338,7 @@ os.wait()",
     self::reading(&sampler, "the pages that are its own now", |r| {
         is_close(
             usage(r, &holder).rss,
-            held + held + Bytes::mib(100) + PYTHON,
+            held + held + Bytes::mib(100) + python,
         )
     })
     .await;
@@ -331,6 +346,7 @@ os.wait()",
 
 #[tokio::test]
 async fn growth_between_two_calm_passes_is_seen_with_all_its_parts() {
+    let python = python();
     let sampler = Sampler::start(Clock::start(), SamplerSettings::default());
     let mut holder = Holder::run("grow", "wait(); m = anonymous(200); n = shared(50); wait()");
     holder.followed_by(&sampler);
@@ -340,7 +356,7 @@ async fn growth_between_two_calm_passes_is_seen_with_all_its_parts() {
     .await;
     holder.go_on();
     let reading = reading(&sampler, "its growth", |r| {
-        is_close(usage(r, &holder).rss, Bytes::mib(250) + PYTHON)
+        is_close(usage(r, &holder).rss, Bytes::mib(250) + python)
     })
     .await;
     let usage = usage(&reading, &holder);
