@@ -3,4 +3,7 @@
 mod api;
 mod cli;
 mod config;
+mod failures;
 mod memory;
+mod story;
+mod support;

@@ -1,0 +1,74 @@
+//! What integration tests share: a real residentd with a config of its own, a
+//! plain HTTP client that hides nothing, and waiting with a deadline.
+
+pub(crate) mod http;
+pub(crate) mod residentd;
+
+use std::time::Duration;
+
+pub(crate) use http::{Answer, request};
+pub(crate) use residentd::Residentd;
+
+/// The longest a test waits for anything before it fails.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
+
+/// Asks `done` again and again until it answers, and fails with `what` when
+/// that takes longer than [`PATIENCE`].
+pub(crate) fn wait_until<T>(what: &str, mut done: impl FnMut() -> Option<T>) -> T {
+    let start = now();
+    loop {
+        if let Some(value) = done() {
+            return value;
+        }
+        assert!(
+            start.elapsed() < PATIENCE,
+            "waited {PATIENCE:?} for: {what}"
+        );
+        pause(Duration::from_millis(5));
+    }
+}
+
+/// Returns the time, for measuring.
+#[expect(
+    clippy::disallowed_methods,
+    clippy::disallowed_types,
+    reason = "tests measure from outside"
+)]
+pub(crate) fn now() -> std::time::Instant {
+    std::time::Instant::now()
+}
+
+/// Lets a moment pass between two looks.
+#[expect(
+    clippy::disallowed_methods,
+    reason = "the pause between two looks of a bounded wait"
+)]
+pub(crate) fn pause(time: Duration) {
+    std::thread::sleep(time);
+}
+
+/// Returns whether a process with this pid runs; a zombie does not.
+pub(crate) fn runs(pid: i64) -> bool {
+    let Ok(stat) = std::fs::read_to_string(format!("/proc/{pid}/stat")) else {
+        return false;
+    };
+    let state = stat
+        .rsplit(") ")
+        .next()
+        .and_then(|rest| rest.chars().next());
+    !matches!(state, Some('Z' | 'X') | None)
+}
+
+/// Returns the pids whose command line holds `mark`.
+pub(crate) fn processes_with(mark: &str) -> Vec<i64> {
+    let Ok(entries) = std::fs::read_dir("/proc") else {
+        return Vec::new();
+    };
+    entries
+        .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse::<i64>().ok())
+        .filter(|pid| {
+            let line = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+            String::from_utf8_lossy(&line).contains(mark) && runs(*pid)
+        })
+        .collect()
+}

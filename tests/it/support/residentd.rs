@@ -1,0 +1,186 @@
+//! A real residentd: the binary, a config, a state folder and a port of its
+//! own. It and all its workers are gone when the test ends, also by a panic.
+
+use std::io::{BufRead, BufReader};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+
+use serde_json::{Value, json};
+
+use super::{Answer, PATIENCE, now, pause, processes_with, request, wait_until};
+
+/// The binary under test.
+pub(crate) const RESIDENTD: &str = env!("CARGO_BIN_EXE_residentd");
+/// The scriptable worker.
+pub(crate) const STUB: &str = env!("CARGO_BIN_EXE_stub-worker");
+
+/// A residentd that runs.
+#[derive(Debug)]
+pub(crate) struct Residentd {
+    child: Child,
+    address: String,
+    folder: tempfile::TempDir,
+}
+
+impl Residentd {
+    /// Starts residentd with these lines of configuration; the listener, the
+    /// state folder and the log level are set here.
+    pub(crate) fn start(config: &str) -> Self {
+        Self::start_with(config, &[])
+    }
+
+    /// As [`Residentd::start`], with environment variables.
+    pub(crate) fn start_with(config: &str, environment: &[(&str, &str)]) -> Self {
+        let folder = tempfile::tempdir().expect("a folder for the test");
+        let file = folder.path().join("residentd.toml");
+        let state = folder.path().join("state");
+        let head = format!(
+            "[server]\nlisten = \"127.0.0.1:0\"\nstate_dir = {state:?}\nlog_level = \"debug\"\n\n"
+        );
+        std::fs::write(&file, head + config).expect("the config can be written");
+        Self::launch(folder, &file, environment)
+    }
+
+    fn launch(folder: tempfile::TempDir, file: &Path, environment: &[(&str, &str)]) -> Self {
+        let log = std::fs::File::create(folder.path().join("log")).expect("a log file");
+        let mut child = Command::new(RESIDENTD)
+            .args(["serve", "--config"])
+            .arg(file)
+            .current_dir(folder.path())
+            .envs(environment.iter().copied())
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(log)
+            .spawn()
+            .expect("residentd can be spawned");
+        let mut lines = BufReader::new(child.stdout.take().expect("its output is piped")).lines();
+        let address = lines.find_map(|line| {
+            let line = line.ok()?;
+            line.strip_prefix("residentd is listening on http://")
+                .map(str::to_owned)
+        });
+        let Some(address) = address else {
+            let status = child.wait();
+            let log = std::fs::read_to_string(folder.path().join("log")).unwrap_or_default();
+            panic!("residentd did not start ({status:?}):\n{log}");
+        };
+        Self {
+            child,
+            address,
+            folder,
+        }
+    }
+
+    /// Returns `host:port`.
+    pub(crate) fn address(&self) -> &str {
+        &self.address
+    }
+
+    /// Returns the folder of config, state and log.
+    pub(crate) fn folder(&self) -> PathBuf {
+        self.folder.path().to_owned()
+    }
+
+    /// Returns what residentd logged so far.
+    pub(crate) fn log(&self) -> String {
+        std::fs::read_to_string(self.folder.path().join("log")).unwrap_or_default()
+    }
+
+    /// Sends a request and reads the whole answer.
+    pub(crate) fn ask(&self, method: &str, path: &str, body: Option<&str>) -> Answer {
+        request(&self.address, method, path, body)
+            .unwrap_or_else(|error| panic!("{method} {path}: {error}\n{}", self.log()))
+    }
+
+    /// Asks the model for a completion through the OpenAI API.
+    pub(crate) fn complete(&self, model: &str) -> Answer {
+        let body = json!({"model": model, "prompt": "hello"}).to_string();
+        self.ask("POST", "/v1/completions", Some(&body))
+    }
+
+    /// Returns the data of a memory endpoint.
+    pub(crate) fn memory(&self, endpoint: &str) -> Value {
+        let answer = self.ask("GET", &format!("/api/v1/memory/{endpoint}"), None);
+        assert_eq!(answer.status, 200, "{}", answer.text());
+        answer.json()["data"].clone()
+    }
+
+    /// Returns what `/api/v1/memory/models` says of one model.
+    pub(crate) fn model(&self, name: &str) -> Value {
+        let all = self.memory("models");
+        let list = all["models"].as_array().expect("a list of models");
+        list.iter()
+            .find(|m| m["name"] == name)
+            .unwrap_or_else(|| panic!("no model {name} in {all}"))
+            .clone()
+    }
+
+    /// Returns the pid of the model's worker.
+    pub(crate) fn worker_pid(&self, name: &str) -> Option<i64> {
+        self.model(name)["pid"].as_i64()
+    }
+
+    /// Waits until the model is in this phase.
+    pub(crate) fn wait_for_phase(&self, name: &str, phase: &str) -> Value {
+        wait_until(&format!("{name} to be {phase}"), || {
+            let model = self.model(name);
+            (model["phase"] == phase).then_some(model)
+        })
+    }
+
+    /// Sends a signal to residentd itself.
+    pub(crate) fn signal(&self, signal: nix::sys::signal::Signal) {
+        let pid = nix::unistd::Pid::from_raw(i32::try_from(self.child.id()).expect("a pid fits"));
+        nix::sys::signal::kill(pid, signal).expect("residentd runs");
+    }
+
+    /// Ends it by SIGTERM and returns how it ended.
+    pub(crate) fn stop(mut self) -> ExitStatus {
+        self.signal(nix::sys::signal::Signal::SIGTERM);
+        self.wait()
+    }
+
+    /// Waits for its end.
+    pub(crate) fn wait(&mut self) -> ExitStatus {
+        wait_until("residentd to end", || {
+            self.child.try_wait().expect("it is our child")
+        })
+    }
+}
+
+impl Drop for Residentd {
+    fn drop(&mut self) {
+        if matches!(self.child.try_wait(), Ok(None)) {
+            self.signal(nix::sys::signal::Signal::SIGTERM);
+            let start = now();
+            while matches!(self.child.try_wait(), Ok(None)) && start.elapsed() < PATIENCE {
+                pause(std::time::Duration::from_millis(5));
+            }
+            // Either is gone already or is gone now.
+            let _ = self.child.kill();
+            let _ = self.child.wait();
+        }
+        #[expect(
+            clippy::print_stdout,
+            reason = "a failed test shows what residentd logged"
+        )]
+        if std::thread::panicking() {
+            let log = self.log();
+            let from = log.len().saturating_sub(6000);
+            println!(
+                "--- end of residentd's log ---\n{}",
+                log.get(from..).unwrap_or(&log)
+            );
+        }
+        // Whatever the test did, no worker of its own may outlive it.
+        let mark = self.folder.path().display().to_string();
+        for pid in processes_with(&mark) {
+            if let Ok(pid) = i32::try_from(pid) {
+                let _ = nix::sys::signal::kill(
+                    nix::unistd::Pid::from_raw(pid),
+                    nix::sys::signal::Signal::SIGKILL,
+                );
+            }
+        }
+    }
+}

@@ -1,0 +1,139 @@
+//! Takes connections and speaks HTTP/1.1 on them.
+
+use std::future::poll_fn;
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use hyper::server::conn::http1;
+use hyper::service::service_fn;
+use hyper_util::rt::TokioIo;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
+use tokio::task::JoinSet;
+use tokio::time::sleep;
+
+use crate::answer::ResetFlag;
+use crate::args::Args;
+use crate::routes;
+use crate::state::Stub;
+
+/// Rest after a failed accept: the process is out of descriptors.
+const ACCEPT_REST: Duration = Duration::from_millis(10);
+
+/// Where the worker listens.
+#[derive(Debug)]
+pub(crate) enum Listener {
+    Tcp(TcpListener),
+    Unix(UnixListener),
+}
+
+/// A connection just taken.
+enum Socket {
+    Tcp(TcpStream),
+    Unix(UnixStream),
+}
+
+impl Listener {
+    /// Binds and listens. A socket file that was left behind is replaced.
+    ///
+    /// # Errors
+    /// When the address is taken or not ours.
+    pub(crate) async fn bind(args: &Args) -> io::Result<Self> {
+        let Some(path) = &args.socket else {
+            return Ok(Self::Tcp(TcpListener::bind((args.host, args.port)).await?));
+        };
+        match std::fs::remove_file(path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+            _ => Ok(Self::Unix(UnixListener::bind(path)?)),
+        }
+    }
+
+    async fn accept(&self) -> io::Result<Socket> {
+        match self {
+            Self::Tcp(listener) => {
+                let (stream, _) = listener.accept().await?;
+                stream.set_nodelay(true)?;
+                Ok(Socket::Tcp(stream))
+            }
+            Self::Unix(listener) => Ok(Socket::Unix(listener.accept().await?.0)),
+        }
+    }
+
+    /// Returns the address as people write it.
+    pub(crate) fn address(&self) -> String {
+        match self {
+            Self::Tcp(listener) => listener
+                .local_addr()
+                .map_or_else(|error| error.to_string(), |address| address.to_string()),
+            Self::Unix(listener) => listener
+                .local_addr()
+                .ok()
+                .and_then(|address| Some(format!("unix:{}", address.as_pathname()?.display())))
+                .unwrap_or_default(),
+        }
+    }
+}
+
+/// Serves until the worker is closing, then until the last connection ends.
+pub(crate) async fn serve(stub: &Arc<Stub>, listener: Listener) {
+    let mut connections = JoinSet::new();
+    loop {
+        tokio::select! {
+            accepted = listener.accept() => match accepted {
+                Ok(Socket::Tcp(stream)) => {
+                    connections.spawn(converse(Arc::clone(stub), stream));
+                }
+                Ok(Socket::Unix(stream)) => {
+                    connections.spawn(converse(Arc::clone(stub), stream));
+                }
+                Err(_) => sleep(ACCEPT_REST).await,
+            },
+            Some(_) = connections.join_next() => {}
+            () = stub.closing.cancelled() => break,
+        }
+    }
+    drop(listener);
+    while connections.join_next().await.is_some() {}
+}
+
+/// Answers the requests of one connection, then closes it or resets it.
+async fn converse<S>(stub: Arc<Stub>, stream: S)
+where
+    S: Reset + AsyncRead + AsyncWrite + Unpin,
+{
+    stub.count_connection();
+    let reset = ResetFlag::default();
+    let service = service_fn(|request| {
+        Box::pin(routes::answer(
+            Arc::clone(&stub),
+            request,
+            Arc::clone(&reset),
+        ))
+    });
+    let mut connection = http1::Builder::new().serve_connection(TokioIo::new(stream), service);
+    // An error here is a client that left or an answer broken off; the books
+    // of the request have it already.
+    let _ = poll_fn(|cx| connection.poll_without_shutdown(cx)).await;
+    if reset.load(Ordering::Relaxed) {
+        connection.into_parts().io.into_inner().reset();
+    }
+}
+
+/// A stream that can end without a farewell.
+trait Reset {
+    /// Closes at once; over TCP the other side gets a reset.
+    fn reset(self);
+}
+
+impl Reset for TcpStream {
+    fn reset(self) {
+        // Without it the close is a plain one, which the test will see.
+        let _ = self.set_zero_linger();
+    }
+}
+
+impl Reset for UnixStream {
+    fn reset(self) {}
+}
