@@ -284,8 +284,18 @@ impl ModelState {
         self.enter(Phase::Starting, now);
     }
 
-    /// Takes in a measurement of the current life.
+    /// Takes in a measurement of the current life. Of a worker that is being
+    /// ended the most counts: what a dying tree no longer shows is not back
+    /// before the tree is reaped.
     pub fn measure(&mut self, usage: &BTreeMap<Domain, Measure>) {
+        if self.phase == Phase::Stopping {
+            for (domain, measure) in usage {
+                let kept = self.usage.entry(*domain).or_default();
+                kept.usage = kept.usage.max(measure.usage);
+                kept.unreclaimable = kept.unreclaimable.max(measure.unreclaimable);
+            }
+            return;
+        }
         self.usage.clone_from(usage);
         let life: BTreeMap<Domain, Bytes> =
             usage.iter().map(|(domain, m)| (*domain, m.usage)).collect();

@@ -570,3 +570,16 @@ fn bytes_that_do_not_come_back_are_reported_and_hold_up_only_for_a_while() {
     );
     assert_eq!(spawned(&effects), ["b"]);
 }
+
+#[test]
+fn a_dying_worker_that_shows_less_and_less_memory_is_charged_until_it_is_reaped() {
+    let specs = vec![spec("a", None), spec("b", Some(600))];
+    let mut world = World::with(1000, specs, &[("a", 600), ("b", 600)]);
+    world.use_once("a");
+    assert_eq!(gone(&world.acquire("b").1), ["a"]);
+    // Its pages are being freed, but it is not gone.
+    world.size.insert(name("a"), 1);
+    assert_eq!(spawned(&world.measure()), [] as [&str; 0]);
+    assert_eq!(world.policy.charged(Domain::Host), Bytes::mib(600));
+    assert_eq!(spawned(&world.exit("a")), ["b"]);
+}

@@ -110,6 +110,11 @@ impl Log {
         self.writer()?.write_all(format!("{text}\n").as_bytes())
     }
 
+    /// Leaves out what is in the file now.
+    pub(super) fn skip(&mut self) {
+        self.position = self.reader.metadata().map_or(self.position, |m| m.len());
+    }
+
     /// Waits until the file changed. Without inotify it never returns: the
     /// caller looks from time to time anyway.
     pub(super) async fn changed(&self) {

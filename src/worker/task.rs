@@ -151,10 +151,8 @@ impl Life {
         // Opening files and the spawn itself wait for the disk.
         let spawned =
             tokio::task::spawn_blocking(move || Body::spawn(&shared, &worker, &spec, hold_port));
-        let (pid, mut body) = spawned.await.map_err(|error| error.to_string())??;
+        let (pid, body) = spawned.await.map_err(|error| error.to_string())??;
         debug!(worker = %self.worker, pid, "spawned");
-        // Only lines of this life count.
-        body.log.drain(&Tail::default());
         Ok(body)
     }
 
@@ -321,10 +319,12 @@ impl Body {
         };
         let launch = Launch::new(spec, names)?;
         let failed = |what: &'static str| move |error: std::io::Error| format!("{what}: {error}");
-        let log = Log::open(&shared.state_dir, spec.name.as_str(), shared.log_cap)
+        let mut log = Log::open(&shared.state_dir, spec.name.as_str(), shared.log_cap)
             .map_err(failed("open its log"))?;
         log.note(&format!("--- {worker} starts: {} ---", launch.program()))
             .map_err(failed("write its log"))?;
+        // Before the spawn, so that a worker that ends at once loses no line.
+        log.skip();
         let output = log.writer().map_err(failed("open its log"))?;
         let errors = output.try_clone().map_err(failed("open its log"))?;
         let mut command = launch.command(output, errors);

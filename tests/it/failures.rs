@@ -172,7 +172,7 @@ fn a31_a_stream_whose_worker_dies_never_looks_complete() {
 
 #[test]
 fn unknown_models_bad_bodies_and_other_peoples_paths_are_clear_errors() {
-    let config = one("", "[models.n]\ncommand = [\"true\"]\n");
+    let config = one("", "[models.n]\ncommand = [\"true\", \"${PORT}\"]\n");
     let residentd = Residentd::start(&config);
     let answer = residentd.complete("nobody");
     assert_eq!(

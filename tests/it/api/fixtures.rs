@@ -205,7 +205,7 @@ async fn a_controllers_refusal_has_its_status_code_and_time_to_retry() {
     });
     let answer = world.post("/api/v1/memory/cleanup", "").await;
     same_as_recorded(&answer, 503, "draining");
-    assert_eq!(answer.header("retry-after"), "1");
+    assert_eq!(answer.header("retry-after"), "5");
 }
 
 #[tokio::test(start_paused = true)]
