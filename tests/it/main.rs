@@ -1,1 +1,3 @@
 //! Integration tests: the app with real stub workers.
+
+mod stub;
