@@ -6,4 +6,5 @@ mod config;
 mod failures;
 mod memory;
 mod story;
+mod stub;
 mod support;

@@ -50,12 +50,12 @@ pub(crate) fn daemonize(args: &Args) -> io::Result<()> {
 /// Returns the command of a process that only holds `--child-anon`.
 fn idle(args: &Args) -> io::Result<Command> {
     let mut command = Command::new(std::env::current_exe()?);
-    let held = if args.daemonize {
-        args.anon
+    // The process between passes on what it was given.
+    let (name, held) = if args.daemonize {
+        (args.name.clone(), args.anon)
     } else {
-        args.child_anon
+        (format!("{}-child", args.name), args.child_anon)
     };
-    let name = format!("{}-child", args.name);
     command.args(["--idle", "--silent", "--name", &name]);
     command.args(["--anon", &held.to_string()]);
     if args.child_ignore_term || (args.daemonize && args.ignore_term) {

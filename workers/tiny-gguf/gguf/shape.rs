@@ -41,12 +41,13 @@ const FRAMES: [(usize, usize); 11] = [
 /// than this many times as wide as itself.
 const WIDEST: usize = 6;
 
-/// The rail's value: this times the root of the width. Half of it is left of
-/// the whole stream's length after 16 layers, and enough after 32.
+/// The rail's value: this times the root of the width. Each layer adds noise of
+/// about 1.25 to the stream's mean square, so the last norm makes 0.7 roots of
+/// it after two layers, 0.4 after 16 and 0.3 after 32 (estimates).
 const RAIL: f32 = 2.0;
 
-/// Output weight on the rail. With a rail of 0.4 roots or more after the last
-/// norm, a word is at least 32 ahead of anything else.
+/// Output weight on the rail. The narrowest network that is deep enough to
+/// matter (width 256, 8 layers) so puts words about 80 ahead of all else.
 const VOTE: f32 = 5.0;
 
 /// The sizes of one network.
