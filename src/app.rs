@@ -28,10 +28,11 @@ use crate::control::{self, Controller, LimitSource, Routes};
 use crate::memory::{HostReading, MemorySource, Sampler, SamplerSettings};
 use crate::model::{Bytes, Domain};
 use crate::policy::{Policy, Settings, Setup, Threshold};
+use crate::procfs::mark::Owner;
 use crate::proxy::{Proxy, ProxyBody, ProxySettings};
 use crate::store::{Store, StoreError};
 use crate::telemetry;
-use crate::worker::{ProcessSpawner, WorkerSettings};
+use crate::worker::{self, ProcessSpawner, WorkerSettings};
 
 /// Share of what is available at start that workers get when no limit is set.
 const DEFAULT_LIMIT_PERCENT: u64 = 80;
@@ -66,8 +67,9 @@ pub enum AppError {
 /// How this residentd differs from another with the same configuration.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Options {
-    /// Reap every orphan, not only those of our workers. Right when residentd
-    /// is its own process, wrong when it runs inside a test.
+    /// Reap every orphan, not only those of our workers, and end every child at
+    /// the end. Right when residentd is its own process, wrong when it runs
+    /// inside a test.
     pub owns_process: bool,
 }
 
@@ -75,6 +77,8 @@ pub struct Options {
 #[derive(Debug)]
 pub struct App {
     controller: Controller,
+    clock: Clock,
+    options: Options,
     addresses: Vec<Listen>,
     closing: CancellationToken,
     connections: tokio_util::task::TaskTracker,
@@ -94,7 +98,10 @@ impl App {
         }
         let addresses = listeners.iter().map(|(listen, _)| listen.clone()).collect();
         let store = Store::open(&config.server.state_dir, &config.models)?;
-        let controller = start_controller(&config, store, clock, options);
+        let owner = Owner::this_process(store.name().to_owned());
+        // The state is held by us now: whoever held it before is no more.
+        worker::end_left_behind(&owner, clock).await;
+        let controller = start_controller(&config, store, owner, clock, options);
         let proxy = Proxy::new(
             controller.clone(),
             ProxySettings {
@@ -110,6 +117,8 @@ impl App {
         };
         let app = Self {
             controller,
+            clock,
+            options,
             addresses,
             closing: server.closing.clone(),
             connections: server.connections.clone(),
@@ -138,6 +147,9 @@ impl App {
     /// grace while the first call waits.
     pub async fn shutdown(&self, grace: Duration) {
         self.controller.shutdown(grace).await;
+        if self.options.owns_process {
+            worker::end_orphans(self.clock).await;
+        }
         self.closing.cancel();
         self.connections.close();
         if tokio::time::timeout(CLOSE_TIMEOUT, self.connections.wait())
@@ -158,8 +170,14 @@ impl App {
     }
 }
 
-fn start_controller(config: &Config, store: Store, clock: Clock, options: Options) -> Controller {
-    crate::worker::become_subreaper();
+fn start_controller(
+    config: &Config,
+    store: Store,
+    owner: Owner,
+    clock: Clock,
+    options: Options,
+) -> Controller {
+    worker::become_subreaper();
     let sampler = Sampler::start(
         clock,
         SamplerSettings {
@@ -192,7 +210,7 @@ fn start_controller(config: &Config, store: Store, clock: Clock, options: Option
     let policy = Policy::new(settings, setups);
     let spawner = ProcessSpawner::new(WorkerSettings {
         reap_all: options.owns_process,
-        ..WorkerSettings::new(clock, config.server.state_dir.clone())
+        ..WorkerSettings::new(clock, config.server.state_dir.clone(), owner)
     });
     control::start(control::Parts {
         policy,

@@ -19,6 +19,10 @@ use crate::telemetry;
 const FOOTPRINTS: TableDefinition<&str, u64> = TableDefinition::new("footprints_v1");
 /// Limits in bytes by domain.
 const LIMITS: TableDefinition<&str, u64> = TableDefinition::new("limits_v1");
+/// Facts about the database itself.
+const META: TableDefinition<&str, &str> = TableDefinition::new("meta_v1");
+/// Key of [`Store::name`] in [`META`].
+const NAME: &str = "name";
 /// Between the parts of a key; no name holds it.
 const SEPARATOR: char = '\u{1f}';
 /// Writes waiting for the disk at most; one more is dropped with a warning.
@@ -44,9 +48,9 @@ pub enum StoreError {
         /// Why.
         source: Box<redb::DatabaseError>,
     },
-    /// It could not be read.
-    #[error("read the state database {path}")]
-    Read {
+    /// It could not be read, or nothing can be written to it.
+    #[error("use the state database {path}")]
+    Use {
         /// Which.
         path: PathBuf,
         /// Why.
@@ -54,13 +58,14 @@ pub enum StoreError {
     },
 }
 
-/// The database, or nothing when state is not kept. Cheap to clone.
+/// The database. Cheap to clone.
 #[derive(Clone, Debug)]
 pub struct Store {
     footprints: Arc<BTreeMap<String, u64>>,
     limits: Arc<BTreeMap<String, u64>>,
     fingerprints: Arc<BTreeMap<ModelName, String>>,
-    writer: Option<std_mpsc::SyncSender<Write>>,
+    name: Arc<str>,
+    writer: std_mpsc::SyncSender<Write>,
 }
 
 enum Write {
@@ -69,17 +74,6 @@ enum Write {
 }
 
 impl Store {
-    /// Returns a store that remembers nothing.
-    #[must_use]
-    pub fn forgetful() -> Self {
-        Self {
-            footprints: Arc::default(),
-            limits: Arc::default(),
-            fingerprints: Arc::default(),
-            writer: None,
-        }
-    }
-
     /// Opens `folder/residentd.redb`, making both when absent.
     ///
     /// # Errors
@@ -94,14 +88,13 @@ impl Store {
             path: path.clone(),
             source: Box::new(source),
         })?;
-        let read = |table| {
-            read_all(&database, table).map_err(|source| StoreError::Read {
-                path: path.clone(),
-                source: Box::new(source),
-            })
+        let failed = |source| StoreError::Use {
+            path: path.clone(),
+            source: Box::new(source),
         };
-        let footprints = read(FOOTPRINTS)?;
-        let limits = read(LIMITS)?;
+        let footprints = read_all(&database, FOOTPRINTS).map_err(failed)?;
+        let limits = read_all(&database, LIMITS).map_err(failed)?;
+        let name = name(&database).map_err(failed)?;
         let (writer, writes) = std_mpsc::sync_channel(WRITE_QUEUE);
         std::thread::Builder::new()
             .name("store".into())
@@ -119,8 +112,16 @@ impl Store {
                     .map(|m| (m.name.clone(), fingerprint(m)))
                     .collect(),
             ),
-            writer: Some(writer),
+            name: name.into(),
+            writer,
         })
+    }
+
+    /// Returns the name that the database was given when it was made: no other
+    /// has it, and only one residentd at a time can have this one open.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.name
     }
 
     /// Returns the peak use of past lives of this model, as long as its
@@ -170,8 +171,7 @@ impl Store {
     }
 
     fn write(&self, write: Write) {
-        let Some(writer) = &self.writer else { return };
-        if writer.try_send(write).is_err() {
+        if self.writer.try_send(write).is_err() {
             warn!("the state database does not keep up; a write is dropped");
         }
     }
@@ -227,6 +227,26 @@ fn read_all(
         all.insert(key.value().to_owned(), value.value());
     }
     Ok(all)
+}
+
+/// Reads the database's name, giving it one at first.
+fn name(database: &Database) -> Result<String, redb::Error> {
+    let transaction = database.begin_write()?;
+    let name = {
+        let mut meta = transaction.open_table(META)?;
+        let kept = meta.get(NAME)?.map(|name| name.value().to_owned());
+        match kept {
+            Some(name) => name,
+            None => {
+                // A new one at each read; see `random(4)`.
+                let name = std::fs::read_to_string("/proc/sys/kernel/random/uuid")?;
+                meta.insert(NAME, name.trim())?;
+                name.trim().to_owned()
+            }
+        }
+    };
+    transaction.commit()?;
+    Ok(name)
 }
 
 /// Ends when the last [`Store`] is gone; what was sent before is written.

@@ -5,14 +5,19 @@
 //! `proc_pid_stat(5)`. Memory numbers live in `memory/`, signals in `worker/`;
 //! both walk the same [`ProcessTree`].
 
+pub mod mark;
 pub mod tree;
 
 use std::collections::BTreeMap;
+use std::io::Read;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::{fs, io};
 
 pub use tree::ProcessTree;
+
+/// 52 numbers of at most 20 digits, and a name of at most 64 bytes.
+const LONGEST_STAT: usize = 2048;
 
 /// A process, told apart from a later one with the same pid by its start.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -44,8 +49,13 @@ impl ProcessStat {
     /// Reads one process; `None` when it is gone.
     #[must_use]
     pub fn read(pid: i32) -> Option<Self> {
-        let text = fs::read(format!("/proc/{pid}/stat")).ok()?;
-        Self::parse(&text)
+        // One read into a buffer that holds any such line: `fs::read` takes
+        // several, since these files say that they are empty.
+        let mut line = [0_u8; LONGEST_STAT];
+        let read = fs::File::open(format!("/proc/{pid}/stat"))
+            .and_then(|mut file| file.read(&mut line))
+            .ok()?;
+        Self::parse(&line[..read])
     }
 
     /// Returns whether the process has ended and only waits to be reaped.

@@ -1,13 +1,14 @@
 //! Which processes belong to one worker.
 //!
 //! A process belongs when it is the leader, is in a known process group or
-//! session led by a member, has a member as its parent, or was seen to belong
-//! before: whoever re-parents to us after a double fork stays in the tree.
-//! Identity is always pid and start time.
+//! session led by a member, has a member as its parent, was seen to belong
+//! before, or came to us as an orphan and carries the worker's mark: whoever
+//! forks twice stays in the tree. Identity is always pid and start time.
 
 use std::collections::BTreeSet;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
+use super::mark::{Mark, Marks};
 use super::{ProcessKey, ProcessTable};
 
 /// One worker's processes. Shared by the worker task, which signals them, and
@@ -16,6 +17,7 @@ use super::{ProcessKey, ProcessTable};
 #[derive(Debug)]
 pub struct ProcessTree {
     leader: ProcessKey,
+    mark: Option<(Mark, Arc<Marks>)>,
     members: Mutex<Members>,
 }
 
@@ -33,10 +35,31 @@ impl ProcessTree {
     pub fn new(leader: ProcessKey) -> Self {
         Self {
             leader,
+            mark: None,
             members: Mutex::new(Members {
                 known: BTreeSet::from([leader]),
                 newest: 0,
             }),
+        }
+    }
+
+    /// Returns a tree whose roots are these processes; `None` without any.
+    #[must_use]
+    pub fn of(roots: &[ProcessKey]) -> Option<Self> {
+        let tree = Self::new(*roots.first()?);
+        let mut members = tree.members.lock().unwrap_or_else(PoisonError::into_inner);
+        members.known.extend(roots);
+        drop(members);
+        Some(tree)
+    }
+
+    /// As [`ProcessTree::new`], for a leader that was spawned with `mark` in
+    /// its environment.
+    #[must_use]
+    pub fn marked(leader: ProcessKey, mark: Mark, marks: Arc<Marks>) -> Self {
+        Self {
+            mark: Some((mark, marks)),
+            ..Self::new(leader)
         }
     }
 
@@ -59,6 +82,9 @@ impl ProcessTree {
             .filter(|key| table.get(key.pid).is_some_and(|stat| stat.key == **key))
             .map(|key| key.pid)
             .collect();
+        if let Some((mark, marks)) = &self.mark {
+            pids.extend(marks.carriers(mark, table).map(|stat| stat.key.pid));
+        }
         // The group outlives its leader; its number cannot be given away while
         // the group has a member, and a group without one matches nobody.
         let leader_reused = table

@@ -4,6 +4,7 @@
 use std::error::Error;
 use std::fmt;
 use std::future::Future;
+use std::io::IsTerminal;
 
 use tracing::Instrument;
 use tracing_subscriber::EnvFilter;
@@ -26,9 +27,13 @@ pub enum LogFormat {
 /// The text of what is wrong with `level`.
 pub fn init(format: LogFormat, level: &str) -> Result<(), String> {
     let filter = EnvFilter::try_new(level).map_err(|error| error.to_string())?;
-    let builder = tracing_subscriber::fmt()
+    let mut builder = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr);
+    if !std::io::stderr().is_terminal() {
+        // Colours only where they are seen; `NO_COLOR` is respected anyway.
+        builder = builder.with_ansi(false);
+    }
     // A logger set earlier in this process stays: tests start several apps.
     let _ = match format {
         LogFormat::Text => builder.try_init(),
@@ -70,7 +75,7 @@ where
         clippy::disallowed_methods,
         reason = "this is the wrapper that names the task"
     )]
-    tokio::spawn(task.instrument(tracing::info_span!("task", name)))
+    tokio::spawn(task.instrument(tracing::info_span!(parent: None, "task", name)))
 }
 
 #[cfg(test)]

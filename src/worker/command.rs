@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use crate::model::{ModelSpec, Upstream, UpstreamSpec};
+use crate::procfs::mark::{self, Mark};
 use crate::template::Template;
 
 /// A command with every `${…}` filled in.
@@ -71,14 +72,21 @@ impl Launch {
         self.program.display()
     }
 
-    /// Builds the command: a process group of its own, nothing on standard
-    /// input, and nothing that would make the spawn a fork.
-    pub(super) fn command(&self, output: std::fs::File, errors: std::fs::File) -> Command {
+    /// Builds the command: a process group of its own, the worker's mark in
+    /// the environment, nothing on standard input, and nothing that would make
+    /// the spawn a fork.
+    pub(super) fn command(
+        &self,
+        mark: &Mark,
+        output: std::fs::File,
+        errors: std::fs::File,
+    ) -> Command {
         use std::os::unix::process::CommandExt;
         let mut command = Command::new(&self.program);
         command
             .args(&self.arguments)
             .envs(&self.environment)
+            .env(mark::VARIABLE, mark.as_str())
             .stdin(Stdio::null())
             .stdout(output)
             .stderr(errors)

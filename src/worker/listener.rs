@@ -5,6 +5,8 @@
 //! among the open files of the worker's tree (`proc_pid_net(5)`, `proc_pid_fd(5)`).
 
 use std::collections::BTreeSet;
+use std::fs::File;
+use std::io::{BufRead, BufReader};
 use std::path::Path;
 
 use crate::model::Upstream;
@@ -34,14 +36,18 @@ pub(super) fn owner(upstream: &Upstream, tree: &ProcessTree) -> Owner {
     if inodes.is_empty() {
         return Owner::Hidden;
     }
+    // Most workers are one process: it is asked before all are looked for.
+    if holds(tree.leader().pid, &inodes) == Some(true) {
+        return Owner::Ours;
+    }
     let Ok(table) = ProcessTable::scan() else {
         return Owner::Hidden;
     };
     let mut hidden = false;
     for member in tree.refresh(&table) {
-        match sockets(member.pid) {
-            Some(open) if !open.is_disjoint(&inodes) => return Owner::Ours,
-            Some(_) => {}
+        match holds(member.pid, &inodes) {
+            Some(true) => return Owner::Ours,
+            Some(false) => {}
             None => hidden = true,
         }
     }
@@ -52,24 +58,34 @@ pub(super) fn owner(upstream: &Upstream, tree: &ProcessTree) -> Owner {
     }
 }
 
+/// A listener on `::` takes IPv4 too, but one on IPv4 is found first: reading
+/// the other table costs milliseconds, because the kernel walks all its sockets.
 fn listening_on(port: u16, files: [&str; 2]) -> BTreeSet<u64> {
-    let texts = files
-        .iter()
-        .filter_map(|file| std::fs::read_to_string(file).ok());
-    texts.flat_map(|text| parse_tcp(&text, port)).collect()
+    let texts = files.iter().filter_map(|file| File::open(file).ok());
+    texts
+        .map(|text| parse_tcp(BufReader::new(text), port))
+        .find(|inodes| !inodes.is_empty())
+        .unwrap_or_default()
+        .into_iter()
+        .collect()
 }
 
-/// Inodes of sockets in state LISTEN (`0A`) on `port`.
-fn parse_tcp(text: &str, port: u16) -> Vec<u64> {
+/// Inodes of sockets in state LISTEN (`0A`) on `port`. The kernel lists them
+/// before all others, of which there may be tens of thousands.
+fn parse_tcp(text: impl BufRead, port: u16) -> Vec<u64> {
     let wanted = format!(":{port:04X}");
-    text.lines()
-        .skip(1)
-        .filter_map(|line| {
-            let fields: Vec<&str> = line.split_ascii_whitespace().collect();
-            let listens = fields.get(3) == Some(&"0A") && fields.get(1)?.ends_with(&wanted);
-            listens.then(|| fields.get(9)?.parse().ok()).flatten()
-        })
-        .collect()
+    let mut inodes = Vec::new();
+    for line in text.lines().skip(1).map_while(Result::ok) {
+        let mut fields = line.split_ascii_whitespace().skip(1);
+        let (local, _remote, state) = (fields.next(), fields.next(), fields.next());
+        if state != Some("0A") {
+            break;
+        }
+        if local.is_some_and(|local| local.ends_with(&wanted)) {
+            inodes.extend(fields.nth(5).and_then(|inode| inode.parse::<u64>().ok()));
+        }
+    }
+    inodes
 }
 
 fn listening_at(path: &Path) -> BTreeSet<u64> {
@@ -85,22 +101,17 @@ fn listening_at(path: &Path) -> BTreeSet<u64> {
         .collect()
 }
 
-/// Inodes of the sockets a process has open; `None` when they cannot be seen.
-fn sockets(pid: i32) -> Option<BTreeSet<u64>> {
-    let files = std::fs::read_dir(format!("/proc/{pid}/fd")).ok()?;
-    Some(
-        files
-            .filter_map(|file| {
-                let target = std::fs::read_link(file.ok()?.path()).ok()?;
-                target
-                    .to_str()?
-                    .strip_prefix("socket:[")?
-                    .strip_suffix(']')?
-                    .parse()
-                    .ok()
-            })
-            .collect(),
-    )
+/// Returns whether a process has one of these sockets open; `None` when that
+/// cannot be seen.
+fn holds(pid: i32, inodes: &BTreeSet<u64>) -> Option<bool> {
+    let mut files = std::fs::read_dir(format!("/proc/{pid}/fd")).ok()?;
+    Some(files.any(|file| socket(file).is_some_and(|inode| inodes.contains(&inode))))
+}
+
+fn socket(file: std::io::Result<std::fs::DirEntry>) -> Option<u64> {
+    let target = std::fs::read_link(file.ok()?.path()).ok()?;
+    let inode = target.to_str()?.strip_prefix("socket:[")?;
+    inode.strip_suffix(']')?.parse().ok()
 }
 
 #[cfg(test)]
@@ -111,9 +122,11 @@ mod tests {
     fn only_listening_sockets_on_the_port_are_found() {
         let text = "  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode\n\
             0: 0100007F:1F90 00000000:0000 0A 00000000:00000000 00:00000000 00000000     0        0 4711 1 0\n\
-            1: 0100007F:1F90 0100007F:A000 01 00000000:00000000 00:00000000 00000000     0        0 4712 1 0\n\
-            2: 0100007F:1F91 00000000:0000 0A 00000000:00000000 00:00000000 00000000     0        0 4713 1 0\n";
-        assert_eq!(parse_tcp(text, 8080), [4711]);
+            1: 0100007F:1F91 00000000:0000 0A 00000000:00000000 00:00000000 00000000     0        0 4713 1 0\n\
+            2: 0100007F:1F90 0100007F:A000 01 00000000:00000000 00:00000000 00000000     0        0 4712 1 0\n";
+        assert_eq!(parse_tcp(text.as_bytes(), 8080), [4711]);
+        assert_eq!(parse_tcp(text.as_bytes(), 8081), [4713]);
+        assert!(parse_tcp(text.as_bytes(), 0xA000).is_empty());
     }
 
     #[test]

@@ -13,6 +13,7 @@
 //! `Exited` means that the whole tree is gone and reaped, not just the leader.
 
 mod command;
+mod leftovers;
 mod listener;
 mod output;
 mod port;
@@ -31,6 +32,7 @@ use std::time::Duration;
 
 use tokio::sync::{mpsc, watch};
 
+pub use self::leftovers::{end_left_behind, end_orphans};
 pub use self::output::{TAIL_LINES, Tail};
 use self::port::Ports;
 use self::reaper::Leaders;
@@ -39,6 +41,7 @@ use self::task::Life;
 use crate::clock::Clock;
 use crate::model::{Bytes, ModelSpec, Upstream, WorkerId};
 use crate::procfs::ProcessTree;
+use crate::procfs::mark::{Marks, Owner};
 use crate::telemetry;
 
 /// Starts workers. The seam along which tests put a fake and a worker host in
@@ -166,6 +169,8 @@ pub struct WorkerSettings {
     pub clock: Clock,
     /// Logs and sockets go below it.
     pub state_dir: PathBuf,
+    /// Whose workers they are; goes into their environment.
+    pub owner: Owner,
     /// Ports to give out; outside the range the system gives out itself.
     pub ports: RangeInclusive<u16>,
     /// Size at which a model's log file is cut back.
@@ -177,10 +182,11 @@ pub struct WorkerSettings {
 impl WorkerSettings {
     /// Returns the defaults for this state folder.
     #[must_use]
-    pub fn new(clock: Clock, state_dir: PathBuf) -> Self {
+    pub fn new(clock: Clock, state_dir: PathBuf, owner: Owner) -> Self {
         Self {
             clock,
             state_dir,
+            owner,
             ports: 20_000..=29_999,
             log_cap: Bytes::mib(16),
             reap_all: false,
@@ -199,6 +205,8 @@ pub struct ProcessSpawner {
 struct Shared {
     clock: Clock,
     state_dir: PathBuf,
+    owner: Owner,
+    marks: Arc<Marks>,
     log_cap: Bytes,
     ports: Ports,
     leaders: Arc<Leaders>,
@@ -237,6 +245,8 @@ impl ProcessSpawner {
         let shared = Shared {
             clock: settings.clock,
             state_dir: settings.state_dir,
+            marks: Arc::new(Marks::new(settings.owner.process.pid)),
+            owner: settings.owner,
             log_cap: settings.log_cap,
             ports: Ports::new(settings.ports),
             leaders,

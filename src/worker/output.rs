@@ -24,6 +24,8 @@ pub const TAIL_LINES: usize = 200;
 const LONGEST_LINE: usize = 16 << 10;
 /// Read at most this much of a burst at once.
 const PIECE: usize = 64 << 10;
+/// Pieces after which other tasks get their turn.
+const PIECES: usize = 16;
 
 /// The last lines of one worker's output, bounded in lines and bytes.
 #[derive(Debug, Default)]
@@ -76,6 +78,8 @@ pub(super) struct Log {
     reader: File,
     position: u64,
     partial: Vec<u8>,
+    /// There is more to read than was read at the last turn.
+    behind: bool,
     cap: Bytes,
     watch: Option<AsyncFd<OwnedFd>>,
 }
@@ -95,6 +99,7 @@ impl Log {
             reader,
             position,
             partial: Vec::new(),
+            behind: false,
             cap,
             watch,
         })
@@ -115,9 +120,12 @@ impl Log {
         self.position = self.reader.metadata().map_or(self.position, |m| m.len());
     }
 
-    /// Waits until the file changed. Without inotify it never returns: the
+    /// Waits until there is something to read. Without inotify it never returns: the
     /// caller looks from time to time anyway.
     pub(super) async fn changed(&self) {
+        if self.behind {
+            return tokio::task::yield_now().await;
+        }
         let Some(watch) = &self.watch else {
             return std::future::pending().await;
         };
@@ -129,15 +137,26 @@ impl Log {
         ready.clear_ready();
     }
 
-    /// Reads what is new into `tail`. Returns the new whole lines.
-    pub(super) fn drain(&mut self, tail: &Tail) -> Vec<String> {
+    /// Reads what is new into `tail`, as far as one turn goes. Returns the new
+    /// whole lines. What a worker prints faster than it can be read is left
+    /// out, so that its file stays bounded.
+    pub(super) async fn drain(&mut self, tail: &Tail) -> Vec<String> {
         let mut lines = Vec::new();
         let mut piece = vec![0_u8; PIECE];
-        loop {
+        self.behind = true;
+        for _ in 0..PIECES {
             let length = self.reader.metadata().map_or(0, |m| m.len());
             if length < self.position {
                 // Somebody cut the file back.
                 self.position = 0;
+            }
+            if length - self.position > self.cap.get() {
+                // The last piece is kept: it says how it went.
+                let kept = length.saturating_sub(u64::try_from(PIECE).unwrap_or(0));
+                let left_out = kept.saturating_sub(self.position);
+                self.partial.clear();
+                lines.push(format!("… {left_out} bytes of output left out …"));
+                self.position = kept.max(self.position);
             }
             let read = self
                 .reader
@@ -145,6 +164,7 @@ impl Log {
                 .and_then(|_| self.reader.read(&mut piece))
                 .unwrap_or(0);
             if read == 0 {
+                self.behind = false;
                 break;
             }
             self.position += u64::try_from(read).unwrap_or(0);
@@ -153,13 +173,17 @@ impl Log {
         for line in &lines {
             tail.push(line.clone());
         }
-        self.cut_back();
+        self.cut_back().await;
         lines
     }
 
-    /// Ends a line that was never ended.
-    pub(super) fn finish(&mut self, tail: &Tail) {
-        self.drain(tail);
+    /// Reads to the end, for a worker that is gone, and ends a line that was
+    /// never ended.
+    pub(super) async fn finish(&mut self, tail: &Tail) {
+        self.drain(tail).await;
+        while self.behind {
+            self.drain(tail).await;
+        }
         if !self.partial.is_empty() {
             tail.push(text(&std::mem::take(&mut self.partial)));
         }
@@ -188,15 +212,19 @@ impl Log {
     }
 
     /// Keeps one older file and begins anew when the file is over its cap. The
-    /// worker appends, so its next write goes to the new beginning.
-    fn cut_back(&mut self) {
+    /// worker appends, so its next write goes to the new beginning; what it
+    /// writes between the copy and the cut is lost.
+    async fn cut_back(&mut self) {
         if self.position < self.cap.get() {
             return;
         }
-        let older = self.path.with_extension("log.1");
-        let cut = std::fs::copy(&self.path, older)
-            .and_then(|_| OpenOptions::new().write(true).open(&self.path)?.set_len(0));
-        match cut {
+        let path = self.path.clone();
+        // Copying waits for the disk.
+        let cut = tokio::task::spawn_blocking(move || {
+            std::fs::copy(&path, path.with_extension("log.1"))?;
+            OpenOptions::new().write(true).open(&path)?.set_len(0)
+        });
+        match cut.await.map_err(io::Error::other).flatten() {
             Ok(()) => self.position = 0,
             Err(error) => {
                 tracing::warn!(path = %self.path.display(), %error, "a log file cannot be cut back");
@@ -247,49 +275,61 @@ fn escape(name: &mut String, byte: u8) {
 mod tests {
     use super::*;
 
-    #[test]
-    fn lines_are_read_as_they_come_and_a_progress_bar_is_one_line() {
+    #[tokio::test]
+    async fn lines_are_read_as_they_come_and_a_progress_bar_is_one_line() {
         let folder = tempfile::tempdir().expect("a folder");
-        let runtime = tokio::runtime::Builder::new_current_thread()
-            .enable_all()
-            .build()
-            .expect("a runtime");
-        runtime.block_on(async {
-            let mut log = Log::open(folder.path(), "a/b", Bytes::mib(1)).expect("a log");
-            let tail = Tail::default();
-            let mut writer = log.writer().expect("a writer");
-            writer.write_all(b"one\ntw").expect("written");
-            assert_eq!(log.drain(&tail), ["one"]);
-            writer
-                .write_all(b"o\r\n10%\r20%\r30%\nrest")
-                .expect("written");
-            assert_eq!(log.drain(&tail), ["two", "30%"]);
-            log.finish(&tail);
-            assert_eq!(tail.last(9), ["one", "two", "30%", "rest"]);
-        });
+        let mut log = Log::open(folder.path(), "a/b", Bytes::mib(1)).expect("a log");
+        let tail = Tail::default();
+        let mut writer = log.writer().expect("a writer");
+        writer.write_all(b"one\ntw").expect("written");
+        assert_eq!(log.drain(&tail).await, ["one"]);
+        writer
+            .write_all(b"o\r\n10%\r20%\r30%\nrest")
+            .expect("written");
+        assert_eq!(log.drain(&tail).await, ["two", "30%"]);
+        log.finish(&tail).await;
+        assert_eq!(tail.last(9), ["one", "two", "30%", "rest"]);
     }
 
-    #[test]
-    fn a_log_over_its_cap_is_cut_back_and_keeps_one_older_file() {
+    #[tokio::test]
+    async fn a_log_over_its_cap_is_cut_back_and_keeps_one_older_file() {
         let folder = tempfile::tempdir().expect("a folder");
-        let runtime = tokio::runtime::Builder::new_current_thread()
-            .enable_all()
-            .build()
-            .expect("a runtime");
-        runtime.block_on(async {
-            let mut log = Log::open(folder.path(), "m", Bytes::kib(8)).expect("a log");
-            let tail = Tail::default();
-            let mut writer = log.writer().expect("a writer");
-            for number in 0..3000 {
-                writeln!(writer, "line {number}").expect("written");
-                log.drain(&tail);
-            }
-            assert_eq!(tail.last(1), ["line 2999"]);
-            let size = |name: &str| {
-                std::fs::metadata(folder.path().join("logs").join(name)).map_or(0, |m| m.len())
-            };
-            assert!(size("m.log") <= 8 << 10 && size("m.log.1") > 0 && size("m.log.1") <= 9 << 10);
-        });
+        let mut log = Log::open(folder.path(), "m", Bytes::kib(8)).expect("a log");
+        let tail = Tail::default();
+        let mut writer = log.writer().expect("a writer");
+        for number in 0..3000 {
+            writeln!(writer, "line {number}").expect("written");
+            log.drain(&tail).await;
+        }
+        assert_eq!(tail.last(1), ["line 2999"]);
+        let size = |name: &str| {
+            std::fs::metadata(folder.path().join("logs").join(name)).map_or(0, |m| m.len())
+        };
+        assert!(size("m.log") <= 8 << 10 && size("m.log.1") > 0 && size("m.log.1") <= 9 << 10);
+    }
+
+    #[tokio::test]
+    async fn a_burst_larger_than_the_cap_is_left_out_and_the_last_lines_are_kept() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let mut log = Log::open(folder.path(), "m", Bytes::mib(2)).expect("a log");
+        let tail = Tail::default();
+        let mut writer = log.writer().expect("a writer");
+        writer.write_all(&vec![b'x'; 3 << 20]).expect("written");
+        writer.write_all(b"\nlast words\n").expect("written");
+        log.drain(&tail).await;
+        let kept = tail.last(99);
+        assert_eq!(kept[0], "… 3080204 bytes of output left out …");
+        assert_eq!(kept[kept.len() - 1], "last words");
+        // More than one turn reads, less than the cap.
+        let line = "y".repeat(99);
+        for _ in 0..15_000 {
+            writeln!(writer, "{line}").expect("written");
+        }
+        writer.write_all(b"the end\n").expect("written");
+        log.drain(&tail).await;
+        assert_eq!(tail.last(1), [line]);
+        log.finish(&tail).await;
+        assert_eq!(tail.last(1), ["the end"]);
     }
 
     #[test]

@@ -18,6 +18,7 @@ use tracing::{debug, error};
 use super::ExitStatus;
 use super::watched::readable;
 use crate::clock::Clock;
+use crate::procfs::mark::{Mark, Marks};
 use crate::procfs::{ProcessKey, ProcessStat, ProcessTable, ProcessTree};
 
 /// Between two looks at a tree that is being ended.
@@ -36,8 +37,9 @@ pub(super) struct Process {
 }
 
 impl Process {
-    /// Takes charge of a child that was just spawned and not waited for.
-    pub(super) fn adopt(pid: u32) -> std::io::Result<Self> {
+    /// Takes charge of a child that was just spawned with `mark` in its
+    /// environment and not waited for.
+    pub(super) fn adopt(pid: u32, mark: Mark, marks: Arc<Marks>) -> std::io::Result<Self> {
         let pid = i32::try_from(pid).map_err(std::io::Error::other)?;
         let number =
             Pid::from_raw(pid).ok_or_else(|| std::io::Error::other("a pid is positive"))?;
@@ -47,7 +49,7 @@ impl Process {
             ProcessStat::read(pid).ok_or_else(|| std::io::Error::other("it is not in /proc"))?;
         Ok(Self {
             leader,
-            tree: Arc::new(ProcessTree::new(stat.key)),
+            tree: Arc::new(ProcessTree::marked(stat.key, mark, marks)),
             ended: None,
         })
     }
@@ -92,55 +94,67 @@ impl Process {
 
     /// Returns the members that live.
     pub(super) fn members(&self) -> Vec<ProcessKey> {
-        match ProcessTable::scan() {
-            Ok(table) => self.tree.refresh(&table),
-            Err(failed) => {
-                error!(error = %failed, "listing /proc");
-                self.tree.known()
-            }
-        }
+        members(&self.tree)
     }
 
     /// Ends every member by SIGKILL and returns when all are gone and the
-    /// leader is reaped. All are stopped first, until a scan finds no new one,
-    /// so that none forks away in between.
+    /// leader is reaped.
     pub(super) async fn kill_tree(&mut self, clock: Clock) {
-        let mut stopped = Vec::new();
-        for _ in 0..MOST_SCANS {
-            let new: Vec<_> = self
-                .members()
-                .into_iter()
-                .filter(|m| !stopped.contains(m))
-                .collect();
-            if new.is_empty() {
-                break;
-            }
-            for member in new {
-                send(member, Signal::STOP);
-                stopped.push(member);
-            }
-        }
-        let since = clock.now();
-        let mut told = false;
-        loop {
-            let members = self.members();
-            for member in &members {
-                send(*member, Signal::KILL);
-            }
-            if members.is_empty() {
-                break;
-            }
-            if !told && clock.now().since(since) > STUCK {
-                told = true;
-                error!(
-                    pid = self.pid(),
-                    left = members.len(),
-                    "processes live on after SIGKILL; their memory stays booked"
-                );
-            }
-            tokio::time::sleep(LOOK).await;
-        }
+        end(&self.tree, clock, None).await;
         self.exited().await;
+    }
+}
+
+/// Returns the members that live.
+fn members(tree: &ProcessTree) -> Vec<ProcessKey> {
+    match ProcessTable::scan() {
+        Ok(table) => tree.refresh(&table),
+        Err(failed) => {
+            error!(error = %failed, "listing /proc");
+            tree.known()
+        }
+    }
+}
+
+/// Ends every member by SIGKILL and returns when all are gone, or when
+/// `patience` is over. All are stopped first, until a scan finds no new one,
+/// so that none forks away in between.
+pub(super) async fn end(tree: &ProcessTree, clock: Clock, patience: Option<Duration>) {
+    let mut stopped = Vec::new();
+    for _ in 0..MOST_SCANS {
+        let live = members(tree);
+        if live.is_empty() {
+            return;
+        }
+        let new: Vec<_> = live.into_iter().filter(|m| !stopped.contains(m)).collect();
+        if new.is_empty() {
+            break;
+        }
+        for member in new {
+            send(member, Signal::STOP);
+            stopped.push(member);
+        }
+    }
+    let since = clock.now();
+    let mut told = false;
+    loop {
+        let members = members(tree);
+        for member in &members {
+            send(*member, Signal::KILL);
+        }
+        let waited = clock.now().since(since);
+        if members.is_empty() || patience.is_some_and(|patience| waited > patience) {
+            break;
+        }
+        if !told && waited > STUCK {
+            told = true;
+            error!(
+                pid = tree.leader().pid,
+                left = members.len(),
+                "processes live on after SIGKILL; their memory stays booked"
+            );
+        }
+        tokio::time::sleep(LOOK).await;
     }
 }
 

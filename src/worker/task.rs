@@ -131,7 +131,7 @@ impl Life {
         // Whatever is left of the tree ends now; for most there is nothing.
         body.process.kill_tree(self.shared.clock).await;
         let status = body.process.exited().await;
-        body.log.finish(&self.tail);
+        body.log.finish(&self.tail).await;
         // Written last, so that a gone worker's log says how it went.
         let _ = body
             .log
@@ -171,8 +171,8 @@ impl Life {
                 _ = body.process.exited() => return End::ByItself,
                 () = stopped(&mut self.stop) => return End::Asked,
                 () = tokio::time::sleep_until(deadline) => return End::NeverReady,
-                () = body.log.changed() => lines = body.log.drain(&self.tail),
-                () = tokio::time::sleep(poll) => lines = body.log.drain(&self.tail),
+                () = body.log.changed() => lines = body.log.drain(&self.tail).await,
+                () = tokio::time::sleep(poll) => lines = body.log.drain(&self.tail).await,
             }
             if let ReadyCheck::Log(pattern) = &self.spec.ready {
                 if lines.iter().any(|line| pattern.is_match(line)) {
@@ -216,7 +216,7 @@ impl Life {
                 _ = body.process.exited() => return End::ByItself,
                 () = stopped(&mut self.stop) => return End::Asked,
                 () = body.log.changed() => {
-                    body.log.drain(&self.tail);
+                    body.log.drain(&self.tail).await;
                 }
             }
         }
@@ -327,13 +327,15 @@ impl Body {
         log.skip();
         let output = log.writer().map_err(failed("open its log"))?;
         let errors = output.try_clone().map_err(failed("open its log"))?;
-        let mut command = launch.command(output, errors);
+        let mark = shared.owner.mark(worker);
+        let mut command = launch.command(&mark, output, errors);
         // Held until the child is noted, so that the reaper leaves it alone.
         let mut leaders = shared.leaders.lock();
         let child = command
             .spawn()
             .map_err(|error| format!("{}: {error}", launch.program()))?;
-        let process = Process::adopt(child.id()).map_err(failed("take charge of it"))?;
+        let process = Process::adopt(child.id(), mark, Arc::clone(&shared.marks))
+            .map_err(failed("take charge of it"))?;
         leaders.insert(process.pid(), Arc::clone(&process.tree));
         drop(leaders);
         let pid = process.pid();

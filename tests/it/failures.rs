@@ -7,7 +7,7 @@ use serde_json::json;
 
 use crate::support::http::send;
 use crate::support::residentd::STUB;
-use crate::support::{Residentd, now, processes_with, runs, wait_until};
+use crate::support::{Residentd, now, wait_until};
 
 fn one(flags: &str, more: &str) -> String {
     format!(
@@ -195,44 +195,6 @@ fn unknown_models_bad_bodies_and_other_peoples_paths_are_clear_errors() {
     );
     assert_eq!(residentd.ask("GET", "/health", None).status, 200);
     assert_eq!(residentd.ask("GET", "/nowhere", None).status, 404);
-}
-
-#[test]
-fn sigterm_ends_residentd_and_every_tree_with_exit_code_zero() {
-    let residentd = Residentd::start(&one("--child --daemon-child", ""));
-    let pid = residentd.complete("m").worker_pid();
-    let mark = residentd.folder().display().to_string();
-    assert!(runs(pid));
-    let children = || {
-        let all = processes_with("stub-worker");
-        all.into_iter()
-            .filter(|p| descends_or_shares(*p, pid))
-            .collect::<Vec<_>>()
-    };
-    let before = children();
-    assert!(!before.is_empty());
-    let status = residentd.stop();
-    assert_eq!(status.code(), Some(0), "{mark}");
-    for pid in before {
-        assert!(!runs(pid), "{pid} outlived residentd");
-    }
-}
-
-/// Whether `pid` is `leader`, its child, or a process that carries its name in
-/// the environment.
-fn descends_or_shares(pid: i64, leader: i64) -> bool {
-    if pid == leader {
-        return true;
-    }
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-    let fields: Vec<&str> = stat
-        .rsplit(") ")
-        .next()
-        .unwrap_or_default()
-        .split(' ')
-        .collect();
-    let is = |field: usize| fields.get(field).and_then(|f| f.parse::<i64>().ok()) == Some(leader);
-    is(1) || is(2)
 }
 
 #[test]

@@ -8,3 +8,4 @@ mod memory;
 mod story;
 mod stub;
 mod support;
+mod worker;

@@ -108,8 +108,9 @@ fn a10_reported_usage_is_what_the_workers_hold_and_a_file_mapped_by_two_counts_o
         );
     };
     wait_until("readings that hold all three", || {
-        let loaded = residentd.memory("stats")["total_memory_usage"].as_u64()?;
-        (loaded > 250 << 20).then_some(())
+        let held = |name| residentd.model(name)["memory_usage"].as_u64();
+        let all = ["anon", "one", "two"].map(|name| held(name) > Some(120 << 20));
+        (all == [true; 3]).then_some(())
     });
     for (name, held) in [
         ("anon", 128_u64 << 20),

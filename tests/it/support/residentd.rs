@@ -42,33 +42,20 @@ impl Residentd {
     }
 
     fn launch(folder: tempfile::TempDir, file: &Path, environment: &[(&str, &str)]) -> Self {
-        let log = std::fs::File::create(folder.path().join("log")).expect("a log file");
-        let mut child = Command::new(RESIDENTD)
-            .args(["serve", "--config"])
-            .arg(file)
-            .current_dir(folder.path())
-            .envs(environment.iter().copied())
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .stderr(log)
-            .spawn()
-            .expect("residentd can be spawned");
-        let mut lines = BufReader::new(child.stdout.take().expect("its output is piped")).lines();
-        let address = lines.find_map(|line| {
-            let line = line.ok()?;
-            line.strip_prefix("residentd is listening on http://")
-                .map(str::to_owned)
-        });
-        let Some(address) = address else {
-            let status = child.wait();
-            let log = std::fs::read_to_string(folder.path().join("log")).unwrap_or_default();
-            panic!("residentd did not start ({status:?}):\n{log}");
-        };
+        let (child, address) = serve(folder.path(), file, environment);
         Self {
             child,
             address,
             folder,
         }
+    }
+
+    /// Ends it by this signal and starts another with the same state.
+    pub(crate) fn restart_after(&mut self, signal: nix::sys::signal::Signal) {
+        self.signal(signal);
+        self.wait();
+        let file = self.folder.path().join("residentd.toml");
+        (self.child, self.address) = serve(self.folder.path(), &file, &[]);
     }
 
     /// Returns `host:port`.
@@ -146,6 +133,37 @@ impl Residentd {
             self.child.try_wait().expect("it is our child")
         })
     }
+}
+
+/// Starts the binary and returns it with the address it listens on.
+fn serve(folder: &Path, file: &Path, environment: &[(&str, &str)]) -> (Child, String) {
+    let log = std::fs::File::options()
+        .append(true)
+        .create(true)
+        .open(folder.join("log"))
+        .expect("a log file");
+    let mut child = Command::new(RESIDENTD)
+        .args(["serve", "--config"])
+        .arg(file)
+        .current_dir(folder)
+        .envs(environment.iter().copied())
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(log)
+        .spawn()
+        .expect("residentd can be spawned");
+    let mut lines = BufReader::new(child.stdout.take().expect("its output is piped")).lines();
+    let address = lines.find_map(|line| {
+        let line = line.ok()?;
+        line.strip_prefix("residentd is listening on http://")
+            .map(str::to_owned)
+    });
+    let Some(address) = address else {
+        let status = child.wait();
+        let log = std::fs::read_to_string(folder.join("log")).unwrap_or_default();
+        panic!("residentd did not start ({status:?}):\n{log}");
+    };
+    (child, address)
 }
 
 impl Drop for Residentd {

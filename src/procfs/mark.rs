@@ -1,0 +1,214 @@
+//! A mark in the environment of every worker, so that a process can be told to
+//! be a worker's whoever its parent has become.
+//!
+//! A daemon that forks twice and leads a session of its own re-parents to us
+//! and has nothing in common with its worker but what it inherited. The
+//! environment is inherited; see `proc_pid_environ(5)`.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use super::{ProcessKey, ProcessStat, ProcessTable};
+use crate::model::WorkerId;
+
+/// The variable that holds the mark.
+pub const VARIABLE: &str = "RESIDENTD_WORKER";
+
+/// Which residentd a worker belongs to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Owner {
+    /// The state database's own name: one residentd at a time can hold it.
+    pub state: String,
+    /// The residentd that spawned the worker.
+    pub process: ProcessKey,
+}
+
+impl Owner {
+    /// Returns this process as the owner of workers under the state `state`.
+    #[must_use]
+    pub fn this_process(state: String) -> Self {
+        let pid = i32::try_from(std::process::id()).unwrap_or_default();
+        let start_time = ProcessStat::read(pid).map_or(0, |stat| stat.key.start_time);
+        Self {
+            state,
+            process: ProcessKey { pid, start_time },
+        }
+    }
+
+    /// Returns the value of [`VARIABLE`] for one worker.
+    #[must_use]
+    pub fn mark(&self, worker: &WorkerId) -> Mark {
+        Mark(format!("{self} {worker}").into())
+    }
+
+    /// Reads the owner out of a mark.
+    fn parse(mark: &Mark) -> Option<Self> {
+        let mut words = mark.0.split(' ');
+        let state = words.next()?.to_owned();
+        let pid = words.next()?.parse().ok()?;
+        let start_time = words.next()?.parse().ok()?;
+        Some(Self {
+            state,
+            process: ProcessKey { pid, start_time },
+        })
+    }
+}
+
+impl fmt::Display for Owner {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let ProcessKey { pid, start_time } = self.process;
+        write!(f, "{} {pid} {start_time}", self.state)
+    }
+}
+
+/// The value of [`VARIABLE`]: the same for all processes of one worker.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Mark(Arc<str>);
+
+impl Mark {
+    /// Returns the text for the environment.
+    #[must_use]
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+
+    /// Reads the mark of a process; `None` when it has none, or when its
+    /// environment may not be read.
+    fn read(pid: i32) -> Option<Self> {
+        let environment = std::fs::read(format!("/proc/{pid}/environ")).ok()?;
+        Self::find(&environment)
+    }
+
+    fn find(environment: &[u8]) -> Option<Self> {
+        environment.split(|byte| *byte == 0).find_map(|entry| {
+            let value = std::str::from_utf8(entry)
+                .ok()?
+                .strip_prefix(VARIABLE)?
+                .strip_prefix('=')?;
+            Some(Self(value.into()))
+        })
+    }
+}
+
+/// Marks of the orphans that came to us. Shared by all trees, since each asks
+/// about the same orphans.
+#[derive(Debug)]
+pub struct Marks {
+    /// Orphans become children of this process.
+    guardian: i32,
+    seen: Mutex<BTreeMap<ProcessKey, Mark>>,
+}
+
+impl Marks {
+    /// Returns marks of the orphans that come to this process.
+    #[must_use]
+    pub fn new(guardian: i32) -> Self {
+        Self {
+            guardian,
+            seen: Mutex::default(),
+        }
+    }
+
+    /// Returns our children in `table` that carry this mark.
+    pub(super) fn carriers<'t>(
+        &self,
+        mark: &Mark,
+        table: &'t ProcessTable,
+    ) -> impl Iterator<Item = &'t ProcessStat> {
+        let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
+        seen.retain(|key, _| table.get(key.pid).is_some_and(|stat| stat.key == *key));
+        let orphans = table
+            .iter()
+            .filter(|stat| stat.ppid == self.guardian && !stat.is_zombie());
+        let mut carriers = Vec::new();
+        for stat in orphans {
+            // One whose mark cannot be read, as in the middle of an exec, is
+            // asked again at the next pass.
+            let known = seen.get(&stat.key).cloned();
+            let Some(found) = known.or_else(|| Mark::read(stat.key.pid)) else {
+                continue;
+            };
+            if found == *mark {
+                carriers.push(stat);
+            }
+            seen.insert(stat.key, found);
+        }
+        carriers.into_iter()
+    }
+}
+
+/// Returns the processes that a residentd left behind which held the same
+/// state as `owner` and is no more.
+#[must_use]
+pub fn left_behind(owner: &Owner, table: &ProcessTable) -> Vec<ProcessKey> {
+    let runs = |process: ProcessKey| {
+        table
+            .get(process.pid)
+            .is_some_and(|stat| stat.key == process && !stat.is_zombie())
+    };
+    let left = table.iter().filter(|stat| {
+        let mark = Mark::read(stat.key.pid);
+        let its = mark.as_ref().and_then(Owner::parse);
+        its.is_some_and(|its| its.state == owner.state && !runs(its.process))
+    });
+    left.map(|stat| stat.key).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_mark_is_found_whole_among_other_variables() {
+        let environment = b"A=1\0NOT_RESIDENTD_WORKER=x\0RESIDENTD_WORKER=s 7 9 m#1\0B=2\0";
+        let mark = Mark::find(environment).expect("it is there");
+        assert_eq!(mark.as_str(), "s 7 9 m#1");
+        assert_eq!(
+            Owner::parse(&mark),
+            Some(Owner {
+                state: "s".into(),
+                process: ProcessKey {
+                    pid: 7,
+                    start_time: 9
+                }
+            })
+        );
+        assert_eq!(Mark::find(b"RESIDENTD_WORKERS=x\0"), None);
+        assert_eq!(Mark::find(b""), None);
+    }
+
+    #[test]
+    fn only_workers_of_a_dead_residentd_with_the_same_state_were_left_behind() {
+        let me = Owner::this_process("a-state".into());
+        let dead = Owner {
+            process: ProcessKey {
+                start_time: me.process.start_time + 1,
+                ..me.process
+            },
+            ..me.clone()
+        };
+        let other = Owner {
+            state: "other-state".into(),
+            ..dead.clone()
+        };
+        let mut children: Vec<_> = [&me, &dead, &other]
+            .map(|owner| {
+                std::process::Command::new("sleep")
+                    .arg("60")
+                    .env(VARIABLE, format!("{owner} m#1"))
+                    .spawn()
+                    .expect("sleep can be spawned")
+            })
+            .into();
+        let table = ProcessTable::scan().expect("/proc can be listed");
+        let left = left_behind(&me, &table);
+        let pids: Vec<_> = left.iter().map(|key| key.pid.unsigned_abs()).collect();
+        let expected = children[1].id();
+        for child in &mut children {
+            child.kill().expect("it runs");
+            child.wait().expect("it is our child");
+        }
+        assert_eq!(pids, [expected]);
+    }
+}
