@@ -5,7 +5,6 @@ use serde::{Deserialize, Serialize};
 
 use super::args::{CleanupArgs, LimitArgs};
 use super::client::{Answer, CallError, Client};
-use super::models::message;
 use super::show;
 use crate::model::Bytes;
 
@@ -96,10 +95,11 @@ fn limited(answer: &Answer) -> Result<String, CallError> {
     #[derive(Deserialize)]
     struct Data {
         current_usage: u64,
+        memory_limit: u64,
     }
     let data: Data = answer.data()?;
-    let usage = Bytes(data.current_usage).formatted();
-    Ok(format!("{}; usage {usage}", message(answer)?))
+    let (limit, usage) = (Bytes(data.memory_limit), Bytes(data.current_usage));
+    Ok(format!("limit {limit}; usage {usage}"))
 }
 
 #[cfg(test)]

@@ -60,7 +60,7 @@ pub fn check(args: &CheckArgs) -> anyhow::Result<ExitCode> {
     match config::load(&sources(args, Vec::new())?) {
         Ok(config) => {
             if !config.warnings.is_empty() {
-                write!(std::io::stderr().lock(), "{}", config.warnings)?;
+                writeln!(std::io::stderr().lock(), "{}", config.warnings)?;
             }
             let count = config.models.len();
             let models = if count == 1 { "model" } else { "models" };
@@ -79,7 +79,7 @@ fn sources(args: &CheckArgs, flags: Vec<(String, String)>) -> anyhow::Result<Sou
 }
 
 fn complain(problems: &Problems) -> anyhow::Result<ExitCode> {
-    write!(std::io::stderr().lock(), "{problems}")?;
+    writeln!(std::io::stderr().lock(), "{problems}")?;
     Ok(ExitCode::from(WRONG_CONFIG))
 }
 
@@ -91,6 +91,8 @@ async fn serve(config: Config) -> anyhow::Result<ExitCode> {
     // Before the first worker, so that no signal finds nobody listening.
     let mut terminate = signal(SignalKind::terminate()).context("listen for SIGTERM")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("listen for SIGINT")?;
+    // A terminal that is closed must not leave workers behind.
+    let mut hangup = signal(SignalKind::hangup()).context("listen for SIGHUP")?;
     let app = App::start(config, Options { owns_process: true }).await?;
     for address in app.addresses() {
         // Scripts wait for this line; logs go to standard error.
@@ -103,6 +105,7 @@ async fn serve(config: Config) -> anyhow::Result<ExitCode> {
     tokio::select! {
         _ = terminate.recv() => info!("SIGTERM: draining"),
         _ = interrupt.recv() => info!("SIGINT: draining"),
+        _ = hangup.recv() => info!("SIGHUP: draining"),
     }
     let graceful = app.shutdown(grace);
     tokio::pin!(graceful);

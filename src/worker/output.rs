@@ -170,10 +170,11 @@ impl Log {
             self.position += u64::try_from(read).unwrap_or(0);
             self.split(&piece[..read], &mut lines);
         }
+        let meanwhile = self.cut_back().await;
+        self.split(&meanwhile, &mut lines);
         for line in &lines {
             tail.push(line.clone());
         }
-        self.cut_back().await;
         lines
     }
 
@@ -212,25 +213,44 @@ impl Log {
     }
 
     /// Keeps one older file and begins anew when the file is over its cap. The
-    /// worker appends, so its next write goes to the new beginning; what it
-    /// writes between the copy and the cut is lost.
-    async fn cut_back(&mut self) {
+    /// worker appends, so its next write goes to the new beginning. Returns
+    /// what it wrote meanwhile.
+    async fn cut_back(&mut self) -> Vec<u8> {
         if self.position < self.cap.get() {
-            return;
+            return Vec::new();
         }
-        let path = self.path.clone();
+        let (path, position, cap) = (self.path.clone(), self.position, self.cap.get());
         // Copying waits for the disk.
-        let cut = tokio::task::spawn_blocking(move || {
-            std::fs::copy(&path, path.with_extension("log.1"))?;
-            OpenOptions::new().write(true).open(&path)?.set_len(0)
-        });
+        let cut = tokio::task::spawn_blocking(move || cut(&path, position, cap));
         match cut.await.map_err(io::Error::other).flatten() {
-            Ok(()) => self.position = 0,
+            Ok(rest) => {
+                self.position = 0;
+                rest
+            }
             Err(error) => {
                 tracing::warn!(path = %self.path.display(), %error, "a log file cannot be cut back");
+                Vec::new()
             }
         }
     }
+}
+
+/// Copies a log aside, empties it, and returns what was behind `position` in
+/// it, at most `cap` bytes. What is written between the last read and the cut,
+/// some microseconds, is lost.
+fn cut(path: &Path, position: u64, cap: u64) -> io::Result<Vec<u8>> {
+    let mut older = File::create(path.with_extension("log.1"))?;
+    let mut file = OpenOptions::new().read(true).write(true).open(path)?;
+    file.seek(SeekFrom::Start(position.saturating_sub(cap)))?;
+    io::copy(
+        &mut Read::by_ref(&mut file).take(cap.min(position)),
+        &mut older,
+    )?;
+    let mut rest = Vec::new();
+    Read::by_ref(&mut file).take(cap).read_to_end(&mut rest)?;
+    file.set_len(0)?;
+    older.write_all(&rest)?;
+    Ok(rest)
 }
 
 fn watch(path: &Path) -> io::Result<AsyncFd<OwnedFd>> {

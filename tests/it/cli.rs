@@ -103,11 +103,8 @@ async fn a51_wishes_are_carried_out_and_answered_in_words() {
         ("unload org/nano:e5", "org/nano:e5 is unloaded\n"),
         ("pin gpt-4o-mini", "gemma is pinned\n"),
         ("unpin gemma", "gemma is unpinned\n"),
-        ("limit", "memory limit is 2.00 GB; usage 1.00 GB\n"),
-        (
-            "limit 1.5GiB",
-            "memory limit set to 1.50 GB; usage 1.00 GB\n",
-        ),
+        ("limit", "limit 2.00 GiB; usage 1.00 GiB\n"),
+        ("limit 1.5GiB", "limit 1.50 GiB; usage 1.00 GiB\n"),
         (
             "cleanup --model gemma --target 1GiB --dry-run",
             "would unload gemma: 512.00 MB expected back\n512.00 MiB are missing\n",
