@@ -195,7 +195,7 @@ impl Policy {
             .models
             .values()
             .filter(|m| (m.wanted || !m.queue.is_empty()) && m.may_start(now))
-            .filter(|m| !self.ledger.is_reclaiming(&m.worker()))
+            .filter(|m| !self.ledger.is_held(&m.worker()))
             .map(|m| {
                 (
                     m.queue.is_empty(),

@@ -248,7 +248,7 @@ impl Policy {
             self.freed_in_cleanups(&reclaimed);
         }
         for model in self.models.values_mut() {
-            let gone = !model.is_live() && !self.ledger.is_reclaiming(&model.worker());
+            let gone = !model.is_live() && !self.ledger.is_held(&model.worker());
             if gone {
                 out.extend(
                     model

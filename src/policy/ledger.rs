@@ -29,10 +29,12 @@ pub(super) type Need = BTreeMap<(Domain, Constraint), i128>;
 /// Measured bytes have to be back to this many hundredths of what was
 /// expected, as in Ollama's scheduler.
 const BACK_PERCENT: u64 = 75;
-/// How long bytes of a reaped worker are waited for. For host RAM they were
-/// measured to be back when the last process is reaped, so this only covers
-/// memory that a neighbour took at the same moment.
+/// How long a device's headroom is watched for bytes of a reaped worker:
+/// drivers give VRAM back after the process is gone.
 const BACK_DEADLINE: Duration = Duration::from_secs(2);
+/// The same for host RAM, which the kernel gives back before a process can be
+/// reaped: what is still missing was taken by a neighbour.
+const HOST_BACK_DEADLINE: Duration = Duration::from_millis(500);
 /// Headroom of a whole machine moves by itself; less than this is not missed.
 const BACK_NOISE: Bytes = Bytes::mib(64);
 
@@ -56,17 +58,34 @@ impl DomainBooks {
 }
 
 /// Bytes of a reaped worker that are not measured back yet.
+///
+/// They are *held*, that is they count against the limit and no load starts
+/// in the domain, until a measurement shows them gone. On a device that is its
+/// headroom. In host RAM it is any measurement after the last process was
+/// reaped: no process holds them, and whether the machine has enough headroom
+/// for the next load is in the same measurement, whoever took some meanwhile.
 #[derive(Clone, Debug)]
 struct Reclaim {
     worker: WorkerId,
     domain: Domain,
-    /// What counts against the limit until it is back.
+    held: bool,
+    /// What counts against the limit while it is held.
     charge: Bytes,
     /// What physics should get back.
     expected: Bytes,
     /// Headroom and the other workers' unreclaimable bytes before the end.
     before: (Bytes, Bytes),
     reaped_at: Timestamp,
+}
+
+impl Reclaim {
+    /// When its bytes are no longer watched for.
+    fn deadline(&self) -> Timestamp {
+        match self.domain {
+            Domain::Host => self.reaped_at + HOST_BACK_DEADLINE,
+            Domain::Gpu(_) => self.reaped_at + BACK_DEADLINE,
+        }
+    }
 }
 
 /// What became of one worker's bytes.
@@ -124,7 +143,7 @@ impl Ledger {
     }
 
     /// Returns what counts against the limit: charges of all live workers,
-    /// and of reaped ones until their bytes are back.
+    /// and of reaped ones while their bytes are held.
     #[must_use]
     pub(super) fn charged(
         &self,
@@ -135,7 +154,7 @@ impl Ledger {
         let gone: Bytes = self
             .reclaims
             .iter()
-            .filter(|r| r.domain == domain)
+            .filter(|r| r.domain == domain && r.held)
             .map(|r| r.charge)
             .sum();
         live + gone - self.shared(domain)
@@ -171,7 +190,9 @@ impl Ledger {
             physics += model.unreclaimable(domain) + model.outstanding(domain);
         }
         for reclaim in self.reclaims.iter().filter(|r| r.domain == domain) {
-            limit += reclaim.charge;
+            if reclaim.held {
+                limit += reclaim.charge;
+            }
             physics += reclaim.expected;
         }
         Need::from([
@@ -249,6 +270,7 @@ impl Ledger {
             self.reclaims.push(Reclaim {
                 worker: worker.clone(),
                 domain,
+                held: true,
                 charge: model.used(domain),
                 expected: model.unreclaimable(domain),
                 before,
@@ -266,7 +288,7 @@ impl Ledger {
     ) -> Vec<Reclaimed> {
         let mut settled = Vec::new();
         let pending = std::mem::take(&mut self.reclaims);
-        for reclaim in pending {
+        for mut reclaim in pending {
             if self.measured_at < reclaim.reaped_at {
                 self.reclaims.push(reclaim);
                 continue;
@@ -275,7 +297,7 @@ impl Ledger {
             // Others' growth took headroom that did come back.
             let back = (headroom + others) - (reclaim.before.0 + reclaim.before.1);
             let enough = back + BACK_NOISE >= reclaim.expected.percent(BACK_PERCENT);
-            let late = now.since(reclaim.reaped_at) >= BACK_DEADLINE;
+            let late = now >= reclaim.deadline();
             if enough || late {
                 let missing = if enough {
                     Bytes::ZERO
@@ -289,31 +311,35 @@ impl Ledger {
                     missing,
                 });
             } else {
+                reclaim.held &= reclaim.domain != Domain::Host;
                 self.reclaims.push(reclaim);
             }
         }
         settled
     }
 
-    /// Returns whether bytes of this worker are still outstanding.
+    /// Returns whether bytes of this worker are still watched for.
     #[must_use]
     pub(super) fn is_reclaiming(&self, worker: &WorkerId) -> bool {
         self.reclaims.iter().any(|r| r.worker == *worker)
     }
 
-    /// Returns whether bytes are outstanding in this domain.
+    /// Returns whether bytes of a reaped worker are held in this domain.
     #[must_use]
     pub(super) fn is_settling(&self, domain: Domain) -> bool {
-        self.reclaims.iter().any(|r| r.domain == domain)
+        self.reclaims.iter().any(|r| r.domain == domain && r.held)
+    }
+
+    /// Returns whether bytes of this worker are held anywhere.
+    #[must_use]
+    pub(super) fn is_held(&self, worker: &WorkerId) -> bool {
+        self.reclaims.iter().any(|r| r.worker == *worker && r.held)
     }
 
     /// Returns when the first outstanding reclaim is given up.
     #[must_use]
     pub(super) fn next_deadline(&self) -> Option<Timestamp> {
-        self.reclaims
-            .iter()
-            .map(|r| r.reaped_at + BACK_DEADLINE)
-            .min()
+        self.reclaims.iter().map(Reclaim::deadline).min()
     }
 
     /// Headroom, and what workers other than `except` hold and cannot give back:

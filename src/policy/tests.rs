@@ -554,21 +554,43 @@ fn shutdown_refuses_waiters_drains_and_finishes_when_nothing_lives() {
 }
 
 #[test]
-fn bytes_that_do_not_come_back_are_reported_and_hold_up_only_for_a_while() {
+fn host_memory_of_a_reaped_worker_holds_up_the_next_load_until_it_is_measured() {
     let mut world = World::new(1000, &[("a", 600), ("b", 600)]);
     world.use_once("a");
-    let before = Bytes::gib(16) - Bytes::mib(600);
     world.acquire("b");
+    let a = world.worker("a");
+    assert_eq!(spawned(&world.exit_unmeasured(&a)), [] as [&str; 0]);
+    world.pass(Duration::from_millis(1));
+    // A neighbour took as much as came back, but enough is left.
+    let before = Bytes::gib(16) - Bytes::mib(600);
+    assert_eq!(spawned(&world.measure_headroom(before)), ["b"]);
+}
+
+#[test]
+fn headroom_that_a_neighbour_took_is_waited_for_and_the_loss_is_reported() {
+    let mut world = World::new(1000, &[("a", 600), ("b", 600)]);
+    world.use_once("a");
+    // Under the need of b, over what counts as pressure.
+    let short = Bytes::mib(1000);
+    world.measure_headroom(short);
+    let (waiter, _) = world.acquire("b");
     let a = world.worker("a");
     world.exit_unmeasured(&a);
     world.pass(Duration::from_millis(1));
-    assert_eq!(spawned(&world.measure_headroom(before)), [] as [&str; 0]);
-    world.pass(Duration::from_secs(3));
-    let effects = world.measure_headroom(before);
+    let effects = world.measure_headroom(short);
+    assert_eq!(
+        (spawned(&effects), refused(&effects, waiter)),
+        (vec![], None)
+    );
+    world.pass(Duration::from_secs(1));
+    let effects = world.measure_headroom(short);
     assert!(
         matches!(&effects[0], Effect::ReclaimShortfall { missing, .. } if *missing == Bytes::mib(600))
     );
-    assert_eq!(spawned(&effects), ["b"]);
+    assert_eq!(spawned(&effects), [] as [&str; 0]);
+    // There is nobody left whose end would help.
+    let refusal = refused(&effects, waiter).expect("an answer");
+    assert_eq!(refusal.code(), "no_room");
 }
 
 #[test]
