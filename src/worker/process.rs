@@ -16,6 +16,7 @@ use tokio::io::unix::AsyncFd;
 use tracing::{debug, error};
 
 use super::ExitStatus;
+use super::reaper::Leaders;
 use super::watched::readable;
 use crate::clock::Clock;
 use crate::procfs::mark::{Mark, Marks};
@@ -97,10 +98,19 @@ impl Process {
         members(&self.tree)
     }
 
+    /// Returns whether the leader is reaped and nothing is left of its tree.
+    /// Mostly so, and then there is no need to look at every process of the
+    /// machine; false when in doubt.
+    pub(super) fn left_nothing(&self, leaders: &Leaders) -> bool {
+        self.ended.is_some() && leaders.have_orphans() == Some(false)
+    }
+
     /// Ends every member by SIGKILL and returns when all are gone and the
     /// leader is reaped.
-    pub(super) async fn kill_tree(&mut self, clock: Clock) {
-        end(&self.tree, clock, None).await;
+    pub(super) async fn kill_tree(&mut self, leaders: &Leaders, clock: Clock) {
+        if !self.left_nothing(leaders) {
+            end(&self.tree, clock, None).await;
+        }
         self.exited().await;
     }
 }

@@ -3,7 +3,7 @@
 //! residentd is a child subreaper: whatever a worker leaves behind becomes our
 //! child. Leaders are reaped by their own task; everything else here.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -25,6 +25,20 @@ pub(super) struct Leaders(Mutex<BTreeMap<i32, Arc<ProcessTree>>>);
 impl Leaders {
     pub(super) fn lock(&self) -> MutexGuard<'_, BTreeMap<i32, Arc<ProcessTree>>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Returns whether this process has a child that leads no worker. When it
+    /// has none, nothing is left of a worker whose leader was reaped, since
+    /// whatever a leader leaves becomes our child. `None` when the kernel does
+    /// not list children (`CONFIG_PROC_CHILDREN`, `proc_tid_children(5)`).
+    pub(super) fn have_orphans(&self) -> Option<bool> {
+        let mut children = BTreeSet::new();
+        for thread in std::fs::read_dir("/proc/self/task").ok()? {
+            let list = std::fs::read_to_string(thread.ok()?.path().join("children")).ok()?;
+            children.extend(list.split_ascii_whitespace().flat_map(str::parse::<i32>));
+        }
+        let leaders = self.lock();
+        Some(children.iter().any(|pid| !leaders.contains_key(pid)))
     }
 }
 

@@ -129,7 +129,9 @@ impl Life {
             End::Asked => self.stopping(&mut body).await,
         }
         // Whatever is left of the tree ends now; for most there is nothing.
-        body.process.kill_tree(self.shared.clock).await;
+        body.process
+            .kill_tree(&self.shared.leaders, self.shared.clock)
+            .await;
         let status = body.process.exited().await;
         body.log.finish(&self.tail).await;
         // Written last, so that a gone worker's log says how it went.
@@ -239,6 +241,9 @@ impl Life {
                 () = killed(&mut self.stop) => return,
                 () = tokio::time::sleep_until(until) => {}
             }
+        }
+        if body.process.left_nothing(&self.shared.leaders) {
+            return;
         }
         let stragglers = end.min(clock.instant(clock.now() + STRAGGLERS));
         let mut pause = Duration::from_millis(1);
