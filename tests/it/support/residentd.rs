@@ -38,11 +38,14 @@ impl Residentd {
             "[server]\nlisten = \"127.0.0.1:0\"\nstate_dir = {state:?}\nlog_level = \"debug\"\n\n"
         );
         std::fs::write(&file, head + config).expect("the config can be written");
-        Self::launch(folder, &file, environment)
+        let mut command = command(&file, environment);
+        command.current_dir(folder.path());
+        Self::launch(folder, command)
     }
 
-    fn launch(folder: tempfile::TempDir, file: &Path, environment: &[(&str, &str)]) -> Self {
-        let (child, address) = serve(folder.path(), file, environment);
+    /// Runs `command`, which serves, with its log in `folder`.
+    pub(crate) fn launch(folder: tempfile::TempDir, command: Command) -> Self {
+        let (child, address) = serve(command, folder.path());
         Self {
             child,
             address,
@@ -55,7 +58,9 @@ impl Residentd {
         self.signal(signal);
         self.wait();
         let file = self.folder.path().join("residentd.toml");
-        (self.child, self.address) = serve(self.folder.path(), &file, &[]);
+        let mut command = command(&file, &[]);
+        command.current_dir(self.folder.path());
+        (self.child, self.address) = serve(command, self.folder.path());
     }
 
     /// Returns `host:port`.
@@ -135,18 +140,25 @@ impl Residentd {
     }
 }
 
-/// Starts the binary and returns it with the address it listens on.
-fn serve(folder: &Path, file: &Path, environment: &[(&str, &str)]) -> (Child, String) {
+/// Returns the command that serves this file.
+pub(crate) fn command(file: &Path, environment: &[(&str, &str)]) -> Command {
+    let mut command = Command::new(RESIDENTD);
+    command
+        .args(["serve", "--config"])
+        .arg(file)
+        .envs(environment.iter().copied());
+    command
+}
+
+/// Starts the binary, its log in `folder`, and returns it with the address it
+/// listens on.
+fn serve(mut command: Command, folder: &Path) -> (Child, String) {
     let log = std::fs::File::options()
         .append(true)
         .create(true)
         .open(folder.join("log"))
         .expect("a log file");
-    let mut child = Command::new(RESIDENTD)
-        .args(["serve", "--config"])
-        .arg(file)
-        .current_dir(folder)
-        .envs(environment.iter().copied())
+    let mut child = command
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .stderr(log)

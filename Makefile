@@ -1,0 +1,24 @@
+# What each target does is in README.md. None needs anything but a Rust toolchain and Python 3.
+.PHONY: run test real demo accept
+
+RESIDENTD := target/release/residentd
+
+# Everything needed, then the quick start on 127.0.0.1:8080. Ctrl-C ends it.
+run:
+	@scripts/run
+
+# Every check and test that CI requires.
+test:
+	@scripts/test
+
+# The story against real engines and real models.
+real:
+	@scripts/real
+
+# The story step by step, with what `ps` says of the same processes.
+demo:
+	@scripts/demo
+
+# A line for each acceptance claim that can be judged here; IDS="A10 A14" picks.
+accept:
+	@scripts/accept $(IDS)
