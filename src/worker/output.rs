@@ -181,6 +181,11 @@ impl Log {
     /// Reads to the end, for a worker that is gone, and ends a line that was
     /// never ended.
     pub(super) async fn finish(&mut self, tail: &Tail) {
+        if let Some(watch) = self.watch.take() {
+            // The kernel takes some 10 ms to close it, waiting for others.
+            let watch = watch.into_inner();
+            tokio::task::spawn_blocking(move || drop(watch));
+        }
         self.drain(tail).await;
         while self.behind {
             self.drain(tail).await;
