@@ -127,8 +127,17 @@ pub struct Streamed {
     account: Account,
     sender: Option<(Sender, Arc<Pool>)>,
     events: bool,
-    broken: Option<BodyError>,
+    broken: Option<Broken>,
     _lease: Lease,
+}
+
+/// How far telling a client of a stream of events has come.
+#[derive(Debug)]
+enum Broken {
+    /// The event was given to the connection, which has not sent it yet.
+    Told(BodyError),
+    /// It had its turn to send it.
+    Sent(BodyError),
 }
 
 impl Streamed {
@@ -150,8 +159,15 @@ impl Streamed {
     }
 
     fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
-        if let Some(broken) = self.broken.take() {
-            return Poll::Ready(Some(Err(broken)));
+        match self.broken.take() {
+            None => {}
+            Some(Broken::Told(error)) => {
+                // The error makes the connection drop what it has not sent.
+                self.broken = Some(Broken::Sent(error));
+                cx.waker().wake_by_ref();
+                return Poll::Pending;
+            }
+            Some(Broken::Sent(error)) => return Poll::Ready(Some(Err(error))),
         }
         match ready!(Pin::new(&mut self.inner).poll_frame(cx)) {
             None => {
@@ -171,12 +187,13 @@ impl Streamed {
                 self.account.broke();
                 self.sender = None;
                 let error = BodyError::from(error);
-                if !self.events {
+                // With a length there is no room for another event.
+                if !self.events || self.inner.size_hint().exact().is_some() {
                     return Poll::Ready(Some(Err(error)));
                 }
                 // A stream of events says so in its own words first, and is
                 // cut then: it never looks like a clean end.
-                self.broken = Some(error);
+                self.broken = Some(Broken::Told(error));
                 Poll::Ready(Some(Ok(Frame::data(Bytes::from_static(BROKEN_EVENT)))))
             }
         }

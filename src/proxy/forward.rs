@@ -14,7 +14,7 @@ use tracing::debug;
 
 use super::Proxy;
 use super::account::Account;
-use super::body::{ProxyBody, RequestBody, Streamed};
+use super::body::{BodyError, ProxyBody, RequestBody, Streamed};
 use super::pool::{Pool, Sender};
 use super::resolve::Held;
 use crate::clock::Timestamp;
@@ -51,6 +51,8 @@ enum Tried {
     Answered(Response<Incoming>, Sender),
     /// Nothing came back.
     Broke(String),
+    /// The client's own body was at fault.
+    BadBody(Fault),
 }
 
 impl Proxy {
@@ -86,6 +88,7 @@ impl Proxy {
                     }
                     return Ok(answer(response, account, (sender, pool), lease));
                 }
+                Tried::BadBody(fault) => return Err(fault),
                 Tried::Broke(cause) => {
                     debug!(worker = %lease.worker().id, cause, "a worker broke before it answered");
                     if retried || !passage.held.is_whole() {
@@ -138,7 +141,14 @@ impl Proxy {
         };
         match sender.send_request(request).await {
             Ok(response) => Tried::Answered(response, sender),
-            Err(error) => Tried::Broke(telemetry::chain(&error).to_string()),
+            Err(error) => match body_error(&error) {
+                Some(BodyError::TooLarge(most)) => Tried::BadBody(Fault::BodyTooLarge(*most)),
+                Some(BodyError::Broken(why)) => Tried::BadBody(Fault::BadRequest(format!(
+                    "the body broke off: {}",
+                    telemetry::chain(why)
+                ))),
+                None => Tried::Broke(telemetry::chain(&error).to_string()),
+            },
         }
     }
 
@@ -163,6 +173,12 @@ impl Proxy {
         *request.headers_mut() = headers;
         Ok(request)
     }
+}
+
+/// Returns what was wrong with the client's body, when sending it failed for
+/// that.
+fn body_error(error: &hyper::Error) -> Option<&BodyError> {
+    std::error::Error::source(error)?.downcast_ref()
 }
 
 /// Whether the client wants to leave HTTP, as for a websocket.

@@ -189,17 +189,31 @@ pub(super) async fn by_body(
         .unwrap_or_default();
     match multipart::boundary(kind) {
         Some(boundary) => by_multipart(held, &boundary, prefix).await,
-        None => by_json(held, prefix).await,
+        None if may_be_json(kind) => by_json(held, prefix).await,
+        None => Ok(None),
     }
 }
 
+/// Whether a body of this type is looked into: JSON by any name, and what
+/// clients send it as that do not say so (none, text, `curl -d`).
+fn may_be_json(kind: &str) -> bool {
+    let kind = kind.split(';').next().unwrap_or_default().trim();
+    let kind = kind.to_ascii_lowercase();
+    kind.is_empty()
+        || kind.ends_with("json")
+        || kind.starts_with("text/")
+        || kind == "application/x-www-form-urlencoded"
+}
+
+/// The first `model` of the body's top level counts; what follows it is not
+/// looked at any more.
 async fn by_json(held: &mut Held, prefix: Size) -> Result<Option<String>, Fault> {
     let mut scanner = Scanner::new();
     let mut seen = Scan::More;
     while seen == Scan::More {
-        within(held, prefix)?;
+        let left = left(held, prefix)?;
         seen = match held.read().await? {
-            Some(piece) => scanner.feed(&piece),
+            Some(piece) => scanner.feed(&piece[..piece.len().min(left)]),
             None if held.size == 0 => Scan::Absent,
             None => scanner.end(),
         };
@@ -219,20 +233,22 @@ async fn by_multipart(
 ) -> Result<Option<String>, Fault> {
     let mut read = Vec::new();
     loop {
-        within(held, prefix)?;
+        let left = left(held, prefix)?;
         let Some(piece) = held.read().await? else {
             return Ok(multipart::field(&read, boundary, "model"));
         };
-        read.extend_from_slice(&piece);
+        read.extend_from_slice(&piece[..piece.len().min(left)]);
         if let Some(name) = multipart::field(&read, boundary, "model") {
             return Ok(Some(name));
         }
     }
 }
 
-fn within(held: &Held, prefix: Size) -> Result<(), Fault> {
-    if u64::try_from(held.size).unwrap_or(u64::MAX) < prefix.get() {
-        return Ok(());
+/// How much more of the body may be looked at.
+fn left(held: &Held, prefix: Size) -> Result<usize, Fault> {
+    let prefix_bytes = usize::try_from(prefix.get()).unwrap_or(usize::MAX);
+    match prefix_bytes.saturating_sub(held.size) {
+        0 => Err(Fault::PrefixTooLong(prefix)),
+        left => Ok(left),
     }
-    Err(Fault::PrefixTooLong(prefix))
 }

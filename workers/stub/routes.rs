@@ -9,7 +9,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use http_body_util::BodyExt;
 use hyper::body::Incoming;
-use hyper::header::{CONTENT_TYPE, HeaderValue};
+use hyper::header::{CONNECTION, CONTENT_TYPE, HeaderValue, UPGRADE};
 use hyper::{HeaderMap, Request, Response, StatusCode};
 use serde_json::{Value, json};
 use tokio::time::sleep;
@@ -60,7 +60,7 @@ async fn route(
         "/v1/models" => return Ok(document(StatusCode::OK, &models(&stub.args.name))),
         "/v1/completions" => Some(Shape::Completion),
         "/v1/chat/completions" => Some(Shape::Chat),
-        "/v1/embeddings" | "/echo" | "/sink" => None,
+        "/v1/embeddings" | "/echo" | "/sink" | "/upgrade" => None,
         _ => return Ok(failure(StatusCode::NOT_FOUND, "no such route")),
     };
     let mut in_flight = stub.begin();
@@ -73,6 +73,7 @@ async fn route(
     let answer = match request.uri().path() {
         "/echo" => echo(request).await,
         "/sink" => sink(request).await,
+        "/upgrade" => upgrade(&request),
         _ => embed(stub, request).await,
     };
     in_flight.finish();
@@ -188,6 +189,22 @@ async fn sink(request: Request<Incoming>) -> Response<Answer> {
         ),
         Err(_) => failure(StatusCode::BAD_REQUEST, "the body broke off"),
     }
+}
+
+/// Leaves HTTP when asked to; from then on the connection echoes.
+fn upgrade(request: &Request<Incoming>) -> Response<Answer> {
+    let Some(protocol) = request.headers().get(UPGRADE).cloned() else {
+        return failure(
+            StatusCode::UPGRADE_REQUIRED,
+            "name a protocol to upgrade to",
+        );
+    };
+    let mut response = Response::new(whole(Bytes::new()));
+    *response.status_mut() = StatusCode::SWITCHING_PROTOCOLS;
+    let headers = response.headers_mut();
+    headers.insert(CONNECTION, HeaderValue::from_static("upgrade"));
+    headers.insert(UPGRADE, protocol);
+    response
 }
 
 async fn embed(stub: &Stub, request: Request<Incoming>) -> Response<Answer> {

@@ -3,18 +3,19 @@
 use std::future::poll_fn;
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use hyper::StatusCode;
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::TokioIo;
-use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 use tokio::task::JoinSet;
 use tokio::time::sleep;
 
-use crate::answer::ResetFlag;
+use crate::answer::{BrokenOff, ResetFlag};
 use crate::args::Args;
 use crate::routes;
 use crate::state::Stub;
@@ -105,19 +106,38 @@ where
 {
     stub.count_connection();
     let reset = ResetFlag::default();
+    let upgraded = AtomicBool::new(false);
     let service = service_fn(|request| {
-        Box::pin(routes::answer(
-            Arc::clone(&stub),
-            request,
-            Arc::clone(&reset),
-        ))
+        let answer = routes::answer(Arc::clone(&stub), request, Arc::clone(&reset));
+        let upgraded = &upgraded;
+        Box::pin(async move {
+            let answer = answer.await?;
+            let leaves = answer.status() == StatusCode::SWITCHING_PROTOCOLS;
+            upgraded.store(leaves, Ordering::Relaxed);
+            Ok::<_, BrokenOff>(answer)
+        })
     });
     let mut connection = http1::Builder::new().serve_connection(TokioIo::new(stream), service);
     // An error here is a client that left or an answer broken off; the books
     // of the request have it already.
     let _ = poll_fn(|cx| connection.poll_without_shutdown(cx)).await;
+    let parts = connection.into_parts();
     if reset.load(Ordering::Relaxed) {
-        connection.into_parts().io.into_inner().reset();
+        parts.io.into_inner().reset();
+    } else if upgraded.load(Ordering::Relaxed) {
+        echo(parts.io.into_inner(), &parts.read_buf).await;
+    }
+}
+
+/// Sends back what comes, until the other side ends.
+async fn echo<S: AsyncRead + AsyncWrite + Unpin>(mut stream: S, first: &[u8]) {
+    let mut piece = vec![0_u8; 16 << 10];
+    // Whoever leaves in between has had enough.
+    let _ = stream.write_all(first).await;
+    while let Ok(read @ 1..) = stream.read(&mut piece).await {
+        if stream.write_all(&piece[..read]).await.is_err() {
+            return;
+        }
     }
 }
 

@@ -44,7 +44,8 @@ impl Answer {
         pid.unwrap_or_else(|| panic!("no stub answered: {} {}", self.status, self.text()))
     }
 
-    fn parse(raw: &[u8]) -> Option<Self> {
+    /// Reads an answer as it came over the wire; `None` without a whole head.
+    pub(crate) fn parse(raw: &[u8]) -> Option<Self> {
         let end = raw.windows(4).position(|w| w == b"\r\n\r\n")?;
         let head = String::from_utf8_lossy(&raw[..end]).into_owned();
         let mut lines = head.split("\r\n");

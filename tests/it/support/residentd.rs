@@ -68,6 +68,11 @@ impl Residentd {
         &self.address
     }
 
+    /// Returns its own pid.
+    pub(crate) fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
     /// Returns the folder of config, state and log.
     pub(crate) fn folder(&self) -> PathBuf {
         self.folder.path().to_owned()
