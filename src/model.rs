@@ -287,6 +287,36 @@ pub struct ModelSpec {
     pub queue_timeout: Duration,
 }
 
+impl ModelSpec {
+    /// Returns a model of which nothing is said but its name and command:
+    /// ready when its port accepts, two minutes to start, ten seconds to stop,
+    /// 256 waiting at most, a minute each.
+    #[must_use]
+    pub fn plain(name: ModelName, command: Vec<String>) -> Self {
+        Self {
+            name,
+            aliases: Vec::new(),
+            kind: "llm".into(),
+            command,
+            cwd: None,
+            env: BTreeMap::new(),
+            variables: Arc::default(),
+            upstream: UpstreamSpec::Tcp("127.0.0.1:${PORT}".into()),
+            ready: ReadyCheck::Tcp,
+            start_timeout: Duration::from_secs(120),
+            stop_timeout: Duration::from_secs(10),
+            stop_signal: 15,
+            idle_timeout: None,
+            pinned: false,
+            preload: false,
+            memory: None,
+            weights: Vec::new(),
+            max_queue: 256,
+            queue_timeout: Duration::from_secs(60),
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand};
 
 use super::client::Server;
+use crate::config::units;
 use crate::model::{Bytes, ModelName};
 
 /// Decides which models are resident in memory.
@@ -224,36 +225,13 @@ fn model_name(text: &str) -> Result<ModelName, String> {
     ModelName::new(text).map_err(|error| error.to_string())
 }
 
-/// Parses `8GiB`, `1.5 GB` or a plain number of bytes.
+/// Parses `8GiB`, `1.5 GB` or a plain number of bytes, above zero.
 fn size(text: &str) -> Result<Bytes, String> {
-    let wrong =
-        || "a size is a number with B, KiB, MiB, GiB, TiB, KB, MB, GB or TB, above zero".to_owned();
-    let text = text.trim();
-    let digits = text.find(|c: char| c != '.' && !c.is_ascii_digit());
-    let (number, unit) = text.split_at(digits.unwrap_or(text.len()));
-    let unit = match unit.trim() {
-        "" | "B" => 1.0,
-        "KiB" => Bytes::kib(1).as_f64(),
-        "MiB" => Bytes::mib(1).as_f64(),
-        "GiB" => Bytes::gib(1).as_f64(),
-        "TiB" => Bytes::gib(1024).as_f64(),
-        "KB" => 1e3,
-        "MB" => 1e6,
-        "GB" => 1e9,
-        "TB" => 1e12,
-        _ => return Err(wrong()),
-    };
-    let number: f64 = number.parse().map_err(|_| wrong())?;
-    let bytes = number * unit;
-    if bytes < 1.0 {
-        return Err(wrong());
+    match units::size(text) {
+        Ok(Bytes::ZERO) => Err("a size is above zero".to_owned()),
+        Ok(bytes) => Ok(bytes),
+        Err(complaint) => Err(complaint.to_string()),
     }
-    #[expect(
-        clippy::cast_possible_truncation,
-        clippy::cast_sign_loss,
-        reason = "at least one byte by the check above; more than any machine has saturates"
-    )]
-    Ok(Bytes(bytes as u64))
 }
 
 #[cfg(test)]

@@ -15,7 +15,7 @@ use super::{
     Ticket,
 };
 use crate::clock::Timestamp;
-use crate::model::{Bytes, Domain, ModelName, ModelSpec, ReadyCheck, UpstreamSpec, WorkerId};
+use crate::model::{Bytes, Domain, ModelName, ModelSpec, WorkerId};
 
 pub(crate) fn name(text: &str) -> ModelName {
     ModelName::new(text).expect("a good name")
@@ -24,25 +24,9 @@ pub(crate) fn name(text: &str) -> ModelName {
 /// A model that declares its need in MiB.
 pub(crate) fn spec(model: &str, declared: Option<u64>) -> ModelSpec {
     ModelSpec {
-        name: name(model),
-        aliases: Vec::new(),
-        kind: "llm".into(),
-        command: vec!["worker".into()],
-        cwd: None,
-        env: BTreeMap::new(),
-        variables: Arc::default(),
-        upstream: UpstreamSpec::Tcp("http://127.0.0.1:${PORT}".into()),
-        ready: ReadyCheck::Tcp,
-        start_timeout: Duration::from_secs(120),
-        stop_timeout: Duration::from_secs(10),
-        stop_signal: 15,
-        idle_timeout: None,
-        pinned: false,
-        preload: false,
         memory: declared.map(Bytes::mib),
-        weights: Vec::new(),
         max_queue: 4,
-        queue_timeout: Duration::from_secs(60),
+        ..ModelSpec::plain(name(model), vec!["worker".into()])
     }
 }
 

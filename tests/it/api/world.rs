@@ -141,25 +141,9 @@ pub(crate) fn at(seconds: u64) -> Timestamp {
 
 fn spec(model: &str, kind: &str, aliases: &[&str]) -> Arc<ModelSpec> {
     Arc::new(ModelSpec {
-        name: name(model),
         aliases: aliases.iter().map(|alias| name(alias)).collect(),
         kind: kind.to_owned(),
-        command: vec!["worker".to_owned()],
-        cwd: None,
-        env: BTreeMap::new(),
-        variables: Arc::default(),
-        upstream: UpstreamSpec::Tcp("http://127.0.0.1:${PORT}".to_owned()),
-        ready: ReadyCheck::Tcp,
-        start_timeout: Duration::from_secs(120),
-        stop_timeout: Duration::from_secs(10),
-        stop_signal: 15,
-        idle_timeout: None,
-        pinned: false,
-        preload: false,
-        memory: None,
-        weights: Vec::new(),
-        max_queue: 256,
-        queue_timeout: Duration::from_secs(60),
+        ..ModelSpec::plain(name(model), vec!["worker".to_owned()])
     })
 }
 

@@ -1,0 +1,4 @@
+//! One rule of the policy at a time, told as a story.
+
+mod admission;
+mod leaving;
