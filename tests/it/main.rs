@@ -1,5 +1,6 @@
 //! Integration tests: the app with real stub workers.
 
+mod adapter;
 mod api;
 mod cli;
 mod config;

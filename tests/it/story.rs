@@ -261,3 +261,48 @@ fn a_model_idle_for_its_timeout_is_unloaded() {
     assert_eq!(model["last_eviction"]["reason"], "idle");
     assert!(!runs(pid));
 }
+
+/// Two idle models and one that grows over the limit by what it is asked.
+fn one_that_grows() -> String {
+    format!(
+        "[memory]\nlimit = \"200MiB\"\nreserve = \"16MiB\"\n{}{}[models.grows]\ncommand = [{STUB:?}, \"--port\", \"${{PORT}}\", \"--grow\", \"24MiB\"]\nmemory = \"40MiB\"\n",
+        model("old", 40, ""),
+        model("young", 40, ""),
+    )
+}
+
+fn grow_over_the_limit(residentd: &Residentd) {
+    for name in ["old", "young"] {
+        assert_eq!(residentd.complete(name).status, 200);
+    }
+    for _ in 0..5 {
+        assert_eq!(residentd.complete("grows").status, 200);
+    }
+}
+
+#[test]
+fn a_worker_that_grows_over_the_limit_makes_the_oldest_idle_one_go() {
+    let residentd = Residentd::start(&one_that_grows());
+    grow_over_the_limit(&residentd);
+    let old = residentd.wait_for_phase("old", "stopped");
+    assert_eq!(old["last_eviction"]["reason"], "pressure");
+    assert_eq!(residentd.model("young")["phase"], "ready", "one was enough");
+    wait_until("the pressure to be over", || {
+        let pressure = residentd.memory("pressure");
+        (pressure["memory_pressure"] == false).then_some(())
+    });
+}
+
+#[test]
+fn without_auto_cleanup_pressure_is_only_told() {
+    let environment = [("AUTO_CLEANUP_ENABLED", "false")];
+    let residentd = Residentd::start_with(&one_that_grows(), &environment);
+    grow_over_the_limit(&residentd);
+    let pressure = wait_until("the pressure to be seen", || {
+        let pressure = residentd.memory("pressure");
+        (pressure["memory_pressure"] == true).then_some(pressure)
+    });
+    assert_eq!(pressure["recommended_cleanup"][0], "old", "{pressure}");
+    assert_eq!(residentd.model("old")["phase"], "ready");
+    assert_eq!(residentd.memory("stats")["evictions_total"], 0);
+}

@@ -61,6 +61,33 @@ fn nothing_of_a_tree_outlives_residentd_after_sigterm() {
 }
 
 #[test]
+fn no_zombie_is_left_of_a_tree_that_ended_in_any_order() {
+    let flags = "--child --daemon-child --child-anon 1MiB";
+    let residentd = Residentd::start(&format!("{ROOM}{}", model("m", flags, "")));
+    residentd.complete("m");
+    let family = children(&residentd, "m");
+    // A daemon that ends by itself, then the leader by surprise.
+    kill(family[1], Signal::SIGKILL);
+    kill(
+        residentd.worker_pid("m").expect("it is loaded"),
+        Signal::SIGKILL,
+    );
+    wait_until("residentd to have no child in any state", || {
+        let table = std::fs::read_dir("/proc").expect("/proc can be listed");
+        let stats =
+            table.filter_map(|entry| std::fs::read_to_string(entry.ok()?.path().join("stat")).ok());
+        let mine = format!(" {} ", residentd.pid());
+        let mut children = stats.filter(|stat| {
+            let rest = stat.rsplit(") ").next().unwrap_or_default();
+            rest.get(1..).is_some_and(|rest| rest.starts_with(&mine))
+        });
+        children.next().is_none().then_some(())
+    });
+    assert!(family.iter().all(|pid| !runs(*pid)));
+    assert_eq!(residentd.complete("m").status, 200);
+}
+
+#[test]
 fn workers_of_a_residentd_that_was_killed_are_ended_when_the_next_one_starts() {
     let config = format!(
         "{ROOM}{}{}",
