@@ -1,27 +1,11 @@
 //! What values mean together. Turns the merged sources into a [`Config`], or
 //! tells everything that does not fit.
 
-use std::path::{Path, PathBuf};
-
-use super::env::Environment;
+use super::context::{Context, given};
 use super::problem::{Origin, Place, Problems};
 use super::raw::{RawConfig, RawMemory, RawPressure, RawServer};
-use super::section::Setting;
-use super::units::write_size;
 use super::variables::Scope;
 use super::{Config, LimitOrigin, Listen, Memory, Pressure, Server, Threshold, models};
-use crate::model::Bytes;
-
-/// What the checks need to know of the world.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Context<'a> {
-    pub(super) working_dir: &'a Path,
-    pub(super) environment: &'a Environment,
-    /// Every file could be read; else what is missing may stand in the others.
-    pub(super) is_whole: bool,
-    /// Some file was named or found.
-    pub(super) has_files: bool,
-}
 
 /// Checks what was merged. A problem that merely follows from another is not
 /// told. `None` when no configuration could be made of it.
@@ -54,13 +38,6 @@ pub(super) fn check(
         models: models::share_variables(models, scope.into_values()),
         warnings: Problems::default(),
     })
-}
-
-/// Takes a value that `configs/default.toml` sets, so that it is always there.
-pub(super) fn given<T>(setting: Option<Setting<T>>) -> T {
-    setting
-        .expect("configs/default.toml sets every key that has a default")
-        .value
 }
 
 fn server(raw: RawServer, context: &Context<'_>, problems: &mut Problems) -> Server {
@@ -153,22 +130,4 @@ fn no_models(context: &Context<'_>, problems: &mut Problems) {
         "name a file with --config, or write residentd.toml, with [models.NAME] in it"
     };
     problems.error(&place, "no models are configured", fix);
-}
-
-/// Returns the texts of a declared need and of the limit it is over.
-pub(super) fn over_limit(need: Bytes, limit: &Setting<Bytes>) -> Option<String> {
-    (need > limit.value).then(|| {
-        format!(
-            "{} is over {} ({})",
-            write_size(need),
-            limit.place.key,
-            write_size(limit.value)
-        )
-    })
-}
-
-/// Returns a path as seen from residentd's working directory.
-pub(super) fn from_working_dir(context: &Context<'_>, path: &str) -> PathBuf {
-    let path = path.strip_prefix("./").unwrap_or(path);
-    context.working_dir.join(path)
 }

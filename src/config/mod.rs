@@ -13,6 +13,7 @@
 //! ```
 
 mod check;
+mod context;
 mod env;
 mod files;
 mod models;
@@ -192,7 +193,7 @@ pub fn load(sources: &Sources) -> Result<Config, Problems> {
         merged = layer.over(merged, &mut problems);
     }
 
-    let context = check::Context {
+    let context = context::Context {
         working_dir: &sources.working_dir,
         environment: &environment,
         is_whole: files.is_whole,

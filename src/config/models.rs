@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use super::check::{Context, from_working_dir, given, over_limit};
+use super::context::{Context, from_working_dir, given};
 use super::problem::{Place, Problems};
 use super::raw::RawModel;
 use super::section::Setting;
@@ -377,4 +377,16 @@ impl Model<'_> {
             _ => path,
         }
     }
+}
+
+/// Returns the texts of a declared need and of the limit it is over.
+fn over_limit(need: Bytes, limit: &Setting<Bytes>) -> Option<String> {
+    (need > limit.value).then(|| {
+        format!(
+            "{} is over {} ({})",
+            write_size(need),
+            limit.place.key,
+            write_size(limit.value)
+        )
+    })
 }

@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
 use super::Listen;
-use super::check::Context;
+use super::context::Context;
 use super::problem::Complaint;
 use crate::model::UpstreamSpec;
 use crate::template::Template;

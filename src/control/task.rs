@@ -11,7 +11,7 @@ use tracing::{info, warn};
 use super::command::Reply;
 use super::{
     CleanupReport, Command, Controller, Counters, Lease, LimitSource, LogTail, ReadyWorker,
-    Refusal, Routes, Signal, Snapshot, view,
+    Refusal, Routes, Signal, Snapshot,
 };
 use crate::clock::{Clock, Timestamp};
 use crate::gate::Gate;
@@ -382,7 +382,7 @@ impl Task {
     }
 
     fn take_reading(&mut self) {
-        let measured = view::measured(&self.reading, &self.workers);
+        let measured = self.measured();
         self.feed(Event::Measured(measured));
     }
 
@@ -396,11 +396,6 @@ impl Task {
             end,
             lines,
         }
-    }
-
-    fn snapshot(&mut self) -> Snapshot {
-        self.seq += 1;
-        view::snapshot(self)
     }
 
     fn answer_the_rest(&mut self) {

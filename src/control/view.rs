@@ -10,8 +10,20 @@ use crate::memory::Reading;
 use crate::model::{Domain, WorkerId};
 use crate::policy::{DomainMeasure, Measure, Measured, ModelState, PressureLevel};
 
-/// Puts a reading into the policy's terms.
-pub(super) fn measured(reading: &Reading, workers: &BTreeMap<WorkerId, Live>) -> Measured {
+impl Task {
+    /// Returns the newest reading in the policy's terms.
+    pub(super) fn measured(&self) -> Measured {
+        measured(&self.reading, &self.workers)
+    }
+
+    /// Makes the next view to publish.
+    pub(super) fn snapshot(&mut self) -> Snapshot {
+        self.seq += 1;
+        snapshot(self)
+    }
+}
+
+fn measured(reading: &Reading, workers: &BTreeMap<WorkerId, Live>) -> Measured {
     let host = DomainMeasure {
         total: reading.host.domain_total(),
         headroom: reading.host.headroom,
@@ -62,8 +74,7 @@ pub(super) fn measured(reading: &Reading, workers: &BTreeMap<WorkerId, Live>) ->
     }
 }
 
-/// Makes the published view.
-pub(super) fn snapshot(task: &Task) -> Snapshot {
+fn snapshot(task: &Task) -> Snapshot {
     let models: BTreeMap<_, _> = task
         .policy
         .models()

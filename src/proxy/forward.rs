@@ -14,9 +14,10 @@ use tracing::debug;
 
 use super::Proxy;
 use super::account::Account;
-use super::body::{BodyError, ProxyBody, RequestBody, Streamed};
+use super::body::{ProxyBody, Streamed};
 use super::pool::{Pool, Sender};
 use super::resolve::Held;
+use super::upload::{BodyError, RequestBody};
 use crate::clock::Timestamp;
 use crate::control::{Lease, ModelRoute};
 use crate::model::Upstream;

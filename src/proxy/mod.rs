@@ -12,6 +12,7 @@ mod multipart;
 mod pool;
 mod resolve;
 mod scan;
+mod upload;
 
 use std::sync::Arc;
 
@@ -19,10 +20,11 @@ use hyper::body::{Body, Incoming};
 use hyper::{Request, Response};
 use tracing::debug;
 
-pub use self::body::{BodyError, ProxyBody, Streamed};
+pub use self::body::{ProxyBody, Streamed};
 use self::forward::Passage;
 use self::pool::Pools;
 use self::resolve::{ByPath, Held};
+pub use self::upload::BodyError;
 use crate::control::{Controller, ModelRoute};
 use crate::model::Bytes;
 use crate::reply::Fault;

@@ -13,7 +13,7 @@ use hyper_util::rt::TokioIo;
 use tokio::net::{TcpStream, UnixStream};
 use tracing::debug;
 
-use super::body::RequestBody;
+use super::upload::RequestBody;
 use crate::control::ReadyWorker;
 use crate::model::Upstream;
 use crate::telemetry;

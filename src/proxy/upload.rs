@@ -1,0 +1,92 @@
+//! What goes to the worker: a client's body, its beginning read already.
+
+use std::collections::VecDeque;
+use std::pin::Pin;
+use std::task::{Context, Poll, ready};
+
+use bytes::Bytes;
+use hyper::body::{Body, Frame, Incoming, SizeHint};
+
+use crate::model::Bytes as Size;
+
+/// Why a body broke.
+#[derive(Debug, thiserror::Error)]
+pub enum BodyError {
+    /// The client's body broke off, or the worker's.
+    #[error("the body broke off")]
+    Broken(#[from] hyper::Error),
+    /// The client sent more than it may.
+    #[error("the body is larger than {0}")]
+    TooLarge(Size),
+}
+
+/// What goes to the worker: the pieces that were read already, then the rest
+/// as it comes.
+#[derive(Debug)]
+pub(super) struct RequestBody {
+    held: VecDeque<Bytes>,
+    rest: Option<Incoming>,
+    left: u64,
+    most: Size,
+}
+
+impl RequestBody {
+    pub(super) fn new(held: VecDeque<Bytes>, rest: Option<Incoming>, most: Size) -> Self {
+        Self {
+            held,
+            rest,
+            left: most.get(),
+            most,
+        }
+    }
+}
+
+impl Body for RequestBody {
+    type Data = Bytes;
+    type Error = BodyError;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+        let frame = match (self.held.pop_front(), &mut self.rest) {
+            (Some(piece), _) => Frame::data(piece),
+            (None, None) => return Poll::Ready(None),
+            (None, Some(rest)) => match ready!(Pin::new(rest).poll_frame(cx)) {
+                None => return Poll::Ready(None),
+                Some(Err(error)) => return Poll::Ready(Some(Err(error.into()))),
+                Some(Ok(frame)) => frame,
+            },
+        };
+        if let Some(data) = frame.data_ref() {
+            let length = u64::try_from(data.len()).unwrap_or(u64::MAX);
+            match self.left.checked_sub(length) {
+                Some(left) => self.left = left,
+                None => return Poll::Ready(Some(Err(BodyError::TooLarge(self.most)))),
+            }
+        }
+        Poll::Ready(Some(Ok(frame)))
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.held.is_empty() && self.rest.as_ref().is_none_or(Body::is_end_stream)
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        let held: u64 = self
+            .held
+            .iter()
+            .map(|piece| u64::try_from(piece.len()).unwrap_or(0))
+            .sum();
+        let Some(rest) = &self.rest else {
+            return SizeHint::with_exact(held);
+        };
+        let rest = rest.size_hint();
+        let mut hint = SizeHint::new();
+        if let Some(upper) = rest.upper() {
+            hint.set_upper(upper.saturating_add(held));
+        }
+        hint.set_lower(rest.lower().saturating_add(held));
+        hint
+    }
+}
