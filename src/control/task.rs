@@ -281,7 +281,6 @@ impl Task {
                 info!(%worker, %status, "worker is gone");
                 self.bury(&worker);
                 self.memory.forget(&worker);
-                self.memory.sample_now();
                 let from = last_lines.len().saturating_sub(ERROR_LINES);
                 last_lines.drain(..from);
                 self.feed(Event::Exited {
@@ -289,6 +288,8 @@ impl Task {
                     status: status.to_string(),
                     last_lines,
                 });
+                // Only a reading later than the step above shows bytes back.
+                self.memory.sample_now();
             }
         }
     }
