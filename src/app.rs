@@ -51,6 +51,14 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// Why residentd could not start.
 #[derive(Debug, thiserror::Error)]
 pub enum AppError {
+    /// Somebody listens on an address already.
+    #[error(
+        "listen on {address}: another program does; end it, or name another address with --listen or server.listen"
+    )]
+    Taken {
+        /// Which.
+        address: String,
+    },
     /// An address could not be listened on.
     #[error("listen on {address}")]
     Listen {
@@ -258,9 +266,12 @@ enum Listener {
 }
 
 async fn bind(listen: &Listen) -> Result<(Listen, Listener), AppError> {
-    let failed = |source| AppError::Listen {
-        address: address_text(listen),
-        source,
+    let failed = |source: std::io::Error| {
+        let address = address_text(listen);
+        match source.kind() {
+            std::io::ErrorKind::AddrInUse => AppError::Taken { address },
+            _ => AppError::Listen { address, source },
+        }
     };
     match listen {
         Listen::Tcp(address) => {

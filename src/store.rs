@@ -39,8 +39,15 @@ pub enum StoreError {
         /// Why.
         source: std::io::Error,
     },
-    /// The file could not be opened: held by another residentd, damaged, or
-    /// of a newer version.
+    /// Another residentd has the file open.
+    #[error(
+        "open the state database {path}: another residentd uses it; give each its own server.state_dir"
+    )]
+    Held {
+        /// Which.
+        path: PathBuf,
+    },
+    /// The file could not be opened: damaged, or of a newer version.
     #[error("open the state database {path}")]
     Open {
         /// Which.
@@ -84,9 +91,12 @@ impl Store {
             source,
         })?;
         let path = folder.join("residentd.redb");
-        let database = Database::create(&path).map_err(|source| StoreError::Open {
-            path: path.clone(),
-            source: Box::new(source),
+        let database = Database::create(&path).map_err(|source| match source {
+            redb::DatabaseError::DatabaseAlreadyOpen => StoreError::Held { path: path.clone() },
+            source => StoreError::Open {
+                path: path.clone(),
+                source: Box::new(source),
+            },
         })?;
         let failed = |source| StoreError::Use {
             path: path.clone(),

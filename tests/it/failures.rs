@@ -198,6 +198,41 @@ fn unknown_models_bad_bodies_and_other_peoples_paths_are_clear_errors() {
 }
 
 #[test]
+fn a_second_residentd_on_the_same_address_or_state_is_told_what_to_do() {
+    let residentd = Residentd::start(&one("", ""));
+    let pid = residentd.complete("m").worker_pid();
+    let folder = residentd.folder();
+    let state = folder.join("state").display().to_string();
+    let serve = |listen: &str, state: &str| {
+        let output = std::process::Command::new(crate::support::residentd::RESIDENTD)
+            .args(["serve", "--config"])
+            .arg(folder.join("residentd.toml"))
+            .args(["--listen", listen, "--state-dir", state])
+            .output()
+            .expect("residentd can be spawned");
+        let text = String::from_utf8_lossy(&output.stderr).into_owned();
+        (output.status.code(), text)
+    };
+    let (code, text) = serve(residentd.address(), &format!("{state}-other"));
+    assert_eq!(code, Some(1));
+    assert!(
+        text.contains(residentd.address()) && text.contains("--listen"),
+        "{text}"
+    );
+    let (code, text) = serve("127.0.0.1:0", &state);
+    assert_eq!(code, Some(1));
+    assert!(
+        text.contains(&state) && text.contains("server.state_dir"),
+        "{text}"
+    );
+    assert_eq!(
+        residentd.complete("m").worker_pid(),
+        pid,
+        "the first goes on"
+    );
+}
+
+#[test]
 fn a_second_sigterm_ends_a_long_grace() {
     let residentd = Residentd::start(&one("", ""));
     residentd.complete("m");
