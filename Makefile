@@ -1,5 +1,5 @@
 # What each target does is in README.md. None needs anything but a Rust toolchain and Python 3.
-.PHONY: run test real demo accept
+.PHONY: run test real demo bench accept
 
 RESIDENTD := target/release/residentd
 
@@ -18,6 +18,10 @@ real:
 # The story step by step, with what `ps` says of the same processes.
 demo:
 	@scripts/demo
+
+# What it costs, a line for each figure.
+bench:
+	@scripts/bench
 
 # A line for each acceptance claim that can be judged here; IDS="A10 A14" picks.
 accept:

@@ -1,0 +1,46 @@
+//! What residentd costs, a line for each figure:
+//! `BENCH <name> ours=<n> base=<n> ratio=<n> unit=<u>`.
+//!
+//! Where there is something to compare with it is measured in the same run,
+//! in turns; where a goal is absolute, `base` is the goal. Medians.
+
+mod policy;
+mod serving;
+#[path = "../tests/it/support/mod.rs"]
+#[expect(dead_code, reason = "shared with the integration tests")]
+mod support;
+
+use std::time::Duration;
+
+fn main() {
+    // `cargo test --benches` asks for a list; nothing here is a test.
+    if std::env::args().any(|argument| argument == "--list") {
+        return;
+    }
+    policy::steps();
+    serving::proxied_request();
+    serving::swap();
+    serving::readiness();
+}
+
+/// Prints one figure.
+#[expect(clippy::print_stdout, reason = "that is what a bench is for")]
+fn print(name: &str, ours: f64, base: f64, unit: &str) {
+    println!(
+        "BENCH {name} ours={ours:.3} base={base:.3} ratio={:.3} unit={unit}",
+        ours / base
+    );
+}
+
+fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values[values.len() / 2]
+}
+
+fn micros(time: Duration) -> f64 {
+    time.as_secs_f64() * 1e6
+}
+
+fn millis(time: Duration) -> f64 {
+    time.as_secs_f64() * 1e3
+}

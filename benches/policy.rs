@@ -1,0 +1,147 @@
+//! The pure policy with 512 models, half of them resident.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use residentd::clock::Timestamp;
+use residentd::model::{Bytes, Domain, ModelName, ModelSpec, WorkerId};
+use residentd::policy::{
+    Activity, DomainMeasure, Effect, Event, Measure, Measured, Policy, Settings, Setup, Threshold,
+};
+
+use crate::support::now;
+use crate::{median, micros, print};
+
+const MODELS: usize = 512;
+const RESIDENT: usize = 256;
+const ROUNDS: usize = 201;
+
+fn name(index: usize) -> ModelName {
+    ModelName::new(&format!("model-{index}")).expect("a good name")
+}
+
+/// A policy whose limit holds exactly half of its models, all of that half
+/// ready and idle.
+struct World {
+    policy: Policy,
+    now: Timestamp,
+    workers: Vec<WorkerId>,
+}
+
+impl World {
+    fn new() -> Self {
+        let half = u64::try_from(RESIDENT).expect("it fits");
+        let settings = Settings {
+            limit: Bytes::gib(half),
+            reserve: Bytes::gib(1),
+            soft: Threshold::Percent(10),
+            hard: Threshold::Percent(5),
+            auto_cleanup: true,
+            emergency: true,
+            drain_timeout: Duration::from_secs(30),
+        };
+        let setups = (0..MODELS).map(|index| Setup {
+            spec: Arc::new(ModelSpec {
+                memory: Some(Bytes::gib(1)),
+                ..ModelSpec::plain(name(index), vec!["worker".into()])
+            }),
+            weights: Bytes::ZERO,
+            peak: BTreeMap::new(),
+        });
+        let mut world = Self {
+            policy: Policy::new(settings, setups),
+            now: Timestamp::START,
+            workers: Vec::new(),
+        };
+        world.step(world.measured());
+        for index in 0..RESIDENT {
+            let spawned = world.step(world.acquire(index));
+            let worker = spawned.into_iter().find_map(|effect| match effect {
+                Effect::Spawn { worker, .. } => Some(worker),
+                _ => None,
+            });
+            let worker = worker.expect("there is room for it");
+            world.step(Event::Ready {
+                worker: worker.clone(),
+            });
+            world.workers.push(worker);
+        }
+        let idle = Activity {
+            inside: 0,
+            last_left: world.now,
+        };
+        let workers = world.workers.clone();
+        world
+            .policy
+            .observe(workers.iter().map(|worker| (worker, idle)));
+        world.step(world.measured());
+        world
+    }
+
+    fn step(&mut self, event: Event) -> Vec<Effect> {
+        self.now = self.now + Duration::from_millis(1);
+        self.policy.step(self.now, event)
+    }
+
+    fn acquire(&self, index: usize) -> Event {
+        Event::Acquire {
+            ticket: u64::try_from(index).expect("it fits"),
+            model: name(index),
+            deadline: self.now + Duration::from_secs(600),
+        }
+    }
+
+    fn measured(&self) -> Event {
+        let held = Measure {
+            usage: Bytes::gib(1),
+            unreclaimable: Bytes::gib(1),
+        };
+        let host = DomainMeasure {
+            total: Bytes::gib(2048),
+            headroom: Bytes::gib(1500),
+        };
+        let of = |worker: &WorkerId| (worker.clone(), BTreeMap::from([(Domain::Host, held)]));
+        Event::Measured(Measured {
+            at: self.now,
+            domains: BTreeMap::from([(Domain::Host, host)]),
+            workers: self.workers.iter().map(of).collect(),
+            counted_twice: Bytes::ZERO,
+        })
+    }
+}
+
+/// S21: a step takes at most 50 µs at 512 models, a plan of victims 1 ms.
+pub(crate) fn steps() {
+    let mut world = World::new();
+    let cold: Vec<_> = (0..ROUNDS)
+        .map(|_| {
+            let mut copy = world.policy.clone();
+            let event = world.acquire(MODELS - 1);
+            let start = now();
+            let effects = copy.step(world.now, event);
+            let took = start.elapsed();
+            let evicts = effects.iter().any(|e| matches!(e, Effect::Evict { .. }));
+            assert!(evicts, "a cold model needs a victim: {effects:?}");
+            micros(took)
+        })
+        .collect();
+    print("S21-plan", median(cold), 1000.0, "us");
+    let tick: Vec<_> = (0..ROUNDS)
+        .map(|_| {
+            let start = now();
+            world.step(Event::Tick);
+            micros(start.elapsed())
+        })
+        .collect();
+    print("S21-tick", median(tick), 50.0, "us");
+    let measured: Vec<_> = (0..ROUNDS)
+        .map(|_| {
+            let event = world.measured();
+            let start = now();
+            world.step(event);
+            micros(start.elapsed())
+        })
+        .collect();
+    print("S21-measured", median(measured), 50.0, "us");
+}

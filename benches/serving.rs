@@ -1,0 +1,172 @@
+//! The release binary with real stub workers, beside the same workers without it.
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::TcpStream;
+use std::process::{Command, Stdio};
+
+use serde_json::json;
+
+use crate::support::residentd::STUB;
+use crate::support::{Residentd, now, request};
+use crate::{median, micros, millis, print};
+
+const ROUNDS: usize = 7;
+const REQUESTS: usize = 1500;
+const SWAPS: usize = 21;
+const BODY: &str = r#"{"model": "a", "prompt": "hello", "max_tokens": 1}"#;
+/// Tests log everything; what is measured here logs what it does by default.
+const LOG: [(&str, &str); 1] = [("RESIDENTD_LOG_LEVEL", "info")];
+
+fn model(name: &str, flags: &str) -> String {
+    format!(
+        "[models.{name}]\ncommand = '{STUB} --port ${{PORT}} --name {name} {flags}'\nmemory = \"80MiB\"\n"
+    )
+}
+
+fn residentd(limit: &str, models: &str) -> Residentd {
+    let config = format!("[memory]\nlimit = \"{limit}\"\nreserve = \"16MiB\"\n{models}");
+    Residentd::start_with(&config, &LOG)
+}
+
+/// A stub worker without residentd.
+struct Bare {
+    child: std::process::Child,
+    address: String,
+}
+
+impl Bare {
+    fn start(flags: &[&str]) -> Self {
+        let mut child = Command::new(STUB)
+            .args(["--name", "bare"])
+            .args(flags)
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("the stub can be spawned");
+        let mut lines = BufReader::new(child.stdout.take().expect("it is piped")).lines();
+        let line = lines.find_map(|line| line.ok().filter(|line| line.contains("ready on")));
+        let line = line.expect("the stub says when it is ready");
+        let address = line.rsplit(' ').next().expect("an address").to_owned();
+        Self { child, address }
+    }
+
+    fn end(mut self) {
+        let pid = nix::unistd::Pid::from_raw(i32::try_from(self.child.id()).expect("a pid fits"));
+        nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM).expect("it runs");
+        self.child.wait().expect("it is our child");
+    }
+}
+
+/// Median time of one small completion on one kept connection, in µs.
+fn round(address: &str) -> f64 {
+    let mut stream = TcpStream::connect(address).expect("it listens");
+    stream.set_nodelay(true).expect("it can be set");
+    let message = format!(
+        "POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n{BODY}",
+        BODY.len()
+    );
+    let mut buffer = [0_u8; 4096];
+    let mut took = Vec::with_capacity(REQUESTS);
+    for _ in 0..REQUESTS {
+        let start = now();
+        stream.write_all(message.as_bytes()).expect("it is written");
+        let mut read = 0;
+        // Head and body of such an answer come in one or two pieces.
+        while !whole(&buffer[..read]) {
+            let more = stream.read(&mut buffer[read..]).expect("an answer");
+            assert!(more > 0, "the connection was closed");
+            read += more;
+        }
+        took.push(micros(start.elapsed()));
+    }
+    median(took)
+}
+
+fn whole(answer: &[u8]) -> bool {
+    let text = String::from_utf8_lossy(answer);
+    let Some((head, body)) = text.split_once("\r\n\r\n") else {
+        return false;
+    };
+    let length = head
+        .lines()
+        .find_map(|line| line.strip_prefix("content-length: "))
+        .and_then(|length| length.parse::<usize>().ok());
+    length.is_some_and(|length| body.len() >= length)
+}
+
+/// A small request through residentd beside the same one to the worker itself,
+/// one connection.
+pub(crate) fn proxied_request() {
+    let residentd = residentd("400MiB", &model("a", ""));
+    assert_eq!(residentd.complete("a").status, 200);
+    let bare = Bare::start(&[]);
+    let (mut ours, mut base) = (Vec::new(), Vec::new());
+    for _ in 0..ROUNDS {
+        ours.push(round(residentd.address()));
+        base.push(round(&bare.address));
+    }
+    bare.end();
+    print("request-p50-direct", median(ours), median(base), "us");
+}
+
+/// S10: a swap of two models with room for one, beside the exit and the start
+/// of the same worker alone.
+pub(crate) fn swap() {
+    let flags = "--anon 64MiB";
+    let residentd = residentd("120MiB", &(model("a", flags) + &model("b", flags)));
+    let (mut ours, mut base) = (Vec::new(), Vec::new());
+    assert_eq!(residentd.complete("b").status, 200);
+    let mut held = Bare::start(&["--anon", "64MiB"]);
+    for index in 0..SWAPS {
+        let name = ["a", "b"][index % 2];
+        let start = now();
+        assert_eq!(residentd.complete(name).status, 200);
+        ours.push(millis(start.elapsed()));
+        let start = now();
+        held.end();
+        held = Bare::start(&["--anon", "64MiB"]);
+        let answer = request(&held.address, "POST", "/v1/completions", Some(BODY));
+        assert_eq!(answer.expect("an answer").status, 200);
+        base.push(millis(start.elapsed()));
+    }
+    held.end();
+    let own: Vec<f64> = ours
+        .iter()
+        .zip(&base)
+        .map(|(ours, base)| ours - base)
+        .collect();
+    print("S10-swap-whole", median(ours), median(base), "ms");
+    print("S10-swap-own-part", median(own), 3.0, "ms");
+}
+
+/// S11: from the worker's first possible answer to the request that waited
+/// for it; the goal as base.
+pub(crate) fn readiness() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let stamp = folder.path().join("stamp");
+    let flags = |more: &str| {
+        format!(
+            "--ready-after 200ms --ready-stamp {} {more}",
+            stamp.display()
+        )
+    };
+    let models = model("talks", &flags("--listen late")) + &model("silent", &flags("--silent"));
+    let residentd = residentd("400MiB", &models);
+    for (name, goal) in [("talks", 2.0), ("silent", 15.0)] {
+        let took = (0..SWAPS).map(|_| {
+            let body = json!({"model": name, "prompt": "x"}).to_string();
+            let answer = residentd.ask("POST", "/v1/completions", Some(&body));
+            let received = answer.header("x-stub-received-ns");
+            let received: f64 = received.and_then(|ns| ns.parse().ok()).expect("a time");
+            let text = std::fs::read_to_string(&stamp).expect("the worker stamps");
+            let ready: serde_json::Value = serde_json::from_str(&text).expect("JSON");
+            residentd.ask("POST", &format!("/api/v1/models/{name}/unload"), None);
+            (received - ready["monotonic_ns"].as_f64().expect("a time")) / 1e6
+        });
+        print(
+            &format!("S11-ready-{name}"),
+            median(took.collect()),
+            goal,
+            "ms",
+        );
+    }
+}
