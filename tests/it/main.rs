@@ -5,6 +5,7 @@ mod cli;
 mod config;
 mod failures;
 mod memory;
+mod proxy;
 mod story;
 mod stub;
 mod support;

@@ -1,0 +1,16 @@
+//! The data path: which model a request is for, and what becomes of its bytes
+//! on their way to a worker and back.
+
+#[path = "../../../workers/stub/checksum.rs"]
+mod checksum;
+
+mod bodies;
+mod endings;
+mod headers;
+mod hostile;
+mod http2;
+mod kept;
+mod naming;
+mod refusals;
+mod rig;
+mod upgrade;
