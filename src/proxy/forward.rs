@@ -47,7 +47,7 @@ enum Tried {
 
 impl Proxy {
     /// Leases, sends, and tries once more when the worker broke before its
-    /// head and the whole body is still here.
+    /// head and nothing of the body is gone.
     pub(super) async fn pass(
         &self,
         mut passage: Passage<'_>,
@@ -77,7 +77,7 @@ impl Proxy {
                 Tried::Broke(cause) => cause,
             };
             debug!(worker = %lease.worker().id, cause, "a worker broke before it answered");
-            if retried || !passage.held.is_whole() {
+            if retried || !passage.held.can_be_sent() {
                 return Err(passage.broke(cause));
             }
             retried = true;

@@ -36,10 +36,16 @@ impl Held {
         }
     }
 
-    /// Returns whether the body is here as a whole, so that it can be sent
-    /// again.
+    /// Returns whether the body is here as a whole, so that sending it uses
+    /// nothing up.
     pub(super) fn is_whole(&self) -> bool {
         self.rest.is_none() && !self.spent
+    }
+
+    /// Returns whether nothing of the rest was given away, so that the body can
+    /// be sent (again) from its beginning.
+    pub(super) fn can_be_sent(&self) -> bool {
+        !self.spent
     }
 
     /// Returns how many bytes were read.

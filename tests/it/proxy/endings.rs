@@ -1,8 +1,8 @@
 //! How an exchange ends: by a client that leaves, and by a worker that breaks.
 
 use super::rig::Played;
-use crate::support::wait_until;
 use crate::support::wire::Wire;
+use crate::support::{runs, wait_until};
 
 /// A client and a worker in the middle of an answer whose head is `head`.
 fn answering(played: &Played, head: &str) -> (Wire, Wire) {
@@ -173,6 +173,22 @@ fn a_worker_killed_before_its_head_is_replaced_and_the_request_asked_once_more()
     wait_until("the second crash to be seen", || {
         (residentd.model("m")["loaded"] == false).then_some(())
     });
+}
+
+#[test]
+fn an_upload_just_after_its_worker_was_killed_goes_to_the_next_one() {
+    let residentd = super::rig::one("");
+    let first = residentd.complete("m").worker_pid();
+    let mut client = Wire::to(residentd.address());
+    let pid = nix::unistd::Pid::from_raw(i32::try_from(first).expect("a pid fits"));
+    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL).expect("it lives");
+    // Gone, but perhaps not yet seen to be.
+    wait_until("the worker to end", || (!runs(first)).then_some(()));
+    client.ask("POST /upstream/m/sink", "", vec![b'x'; 1 << 20]);
+    let (head, text) = client.answer();
+    // Nobody had taken a byte of it when the connection was refused.
+    assert_eq!(head.status(), 200, "{text}");
+    assert_ne!(head.get("x-stub-pid"), Some(&*first.to_string()));
 }
 
 #[test]
