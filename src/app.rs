@@ -394,10 +394,10 @@ impl Server {
     }
 
     async fn answer(&self, mut request: Request<Incoming>, peer: PeerAddr) -> Response<Body> {
-        request.extensions_mut().insert(peer);
         if Proxy::takes(request.uri().path()) {
-            return self.proxy.handle(request).await.map(Either::Left);
+            return self.proxy.handle(request, peer.0).await.map(Either::Left);
         }
+        request.extensions_mut().insert(peer);
         let answer = self.api.clone().oneshot(request).await;
         answer
             .unwrap_or_else(|never| match never {})

@@ -43,48 +43,38 @@ pub struct Streamed {
     // Dropped in this order: the account is written while the lease is held.
     account: Account,
     sender: Option<(Sender, Arc<Pool>)>,
-    events: bool,
+    /// How a stream of events ends so far.
+    events: Option<Tail>,
     broken: Option<Broken>,
     _lease: Lease,
-}
-
-/// How far telling a client of a stream of events has come.
-#[derive(Debug)]
-enum Broken {
-    /// The event was given to the connection, which has not sent it yet.
-    Told(BodyError),
-    /// It had its turn to send it.
-    Sent(BodyError),
 }
 
 impl Streamed {
     pub(super) fn new(
         inner: Incoming,
         account: Account,
-        (sender, pool): (Sender, Arc<Pool>),
+        connection: (Sender, Arc<Pool>),
         events: bool,
         lease: Lease,
     ) -> Self {
-        Self {
+        let mut streamed = Self {
             inner,
             account,
-            sender: Some((sender, pool)),
-            events,
+            sender: Some(connection),
+            events: events.then(Tail::default),
             broken: None,
             _lease: lease,
+        };
+        // A body without content is never asked for a frame.
+        if streamed.inner.is_end_stream() {
+            streamed.finish();
         }
+        streamed
     }
 
     fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
-        match self.broken.take() {
-            None => {}
-            Some(Broken::Told(error)) => {
-                // The error makes the connection drop what it has not sent.
-                self.broken = Some(Broken::Sent(error));
-                cx.waker().wake_by_ref();
-                return Poll::Pending;
-            }
-            Some(Broken::Sent(error)) => return Poll::Ready(Some(Err(error))),
+        if let Some(broken) = self.broken.take() {
+            return self.end_broken(broken, cx);
         }
         match ready!(Pin::new(&mut self.inner).poll_frame(cx)) {
             None => {
@@ -94,6 +84,9 @@ impl Streamed {
             Some(Ok(frame)) => {
                 if let Some(data) = frame.data_ref() {
                     self.account.passed(data.len());
+                    if let Some(tail) = &mut self.events {
+                        tail.push(data);
+                    }
                 }
                 if self.inner.is_end_stream() {
                     self.finish();
@@ -103,17 +96,35 @@ impl Streamed {
             Some(Err(error)) => {
                 self.account.broke();
                 self.sender = None;
-                let error = BodyError::from(error);
-                // With a length there is no room for another event.
-                if !self.events || self.inner.size_hint().exact().is_some() {
-                    return Poll::Ready(Some(Err(error)));
-                }
-                // A stream of events says so in its own words first, and is
-                // cut then: it never looks like a clean end.
-                self.broken = Some(Broken::Told(error));
-                Poll::Ready(Some(Ok(Frame::data(Bytes::from_static(BROKEN_EVENT)))))
+                // In the middle of an event our words would end it, and it
+                // would pass for one.
+                let between = self.events.take().is_some_and(|tail| tail.is_between());
+                self.broken = Some(Broken {
+                    error: error.into(),
+                    words: between.then(|| Bytes::from_static(BROKEN_EVENT)),
+                });
+                pause(cx)
             }
         }
+    }
+
+    /// A stream of events says what happened in its own words first, and is
+    /// cut then: it never looks like a clean end.
+    fn end_broken(
+        &mut self,
+        mut broken: Broken,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+        let Some(words) = broken.words.take() else {
+            return Poll::Ready(Some(Err(broken.error)));
+        };
+        if words.is_empty() {
+            self.broken = Some(broken);
+            return pause(cx);
+        }
+        broken.words = Some(Bytes::new());
+        self.broken = Some(broken);
+        Poll::Ready(Some(Ok(Frame::data(words))))
     }
 
     /// The answer is whole: the connection serves the next request.
@@ -122,6 +133,47 @@ impl Streamed {
         if let Some((sender, pool)) = self.sender.take() {
             pool.put(sender);
         }
+    }
+}
+
+/// How a broken answer ends.
+#[derive(Debug)]
+struct Broken {
+    error: BodyError,
+    /// What is still to be said; empty when it was, and is to go out.
+    words: Option<Bytes>,
+}
+
+/// Lets what was given so far go out: an error throws away what the connection
+/// has not written yet.
+fn pause<T>(cx: &Context<'_>) -> Poll<T> {
+    cx.waker().wake_by_ref();
+    Poll::Pending
+}
+
+/// The last bytes of a stream of events.
+#[derive(Debug)]
+struct Tail([u8; 4]);
+
+impl Default for Tail {
+    fn default() -> Self {
+        Self(*b"\n\n\n\n")
+    }
+}
+
+impl Tail {
+    fn push(&mut self, data: &[u8]) {
+        let new = &data[data.len().saturating_sub(self.0.len())..];
+        self.0.rotate_left(new.len());
+        let kept = self.0.len() - new.len();
+        self.0[kept..].copy_from_slice(new);
+    }
+
+    /// Whether the stream stands between two events: after an empty line.
+    fn is_between(&self) -> bool {
+        [&b"\n\n"[..], b"\r\r", b"\r\n\r\n"]
+            .iter()
+            .any(|end| self.0.ends_with(end))
     }
 }
 
@@ -156,6 +208,33 @@ impl Body for ProxyBody {
                 SizeHint::with_exact(u64::try_from(length).unwrap_or(u64::MAX))
             }
             Self::Stream(streamed) => streamed.inner.size_hint(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_stream_is_between_events_after_an_empty_line_whatever_the_pieces() {
+        for (text, between) in [
+            ("", true),
+            ("data: 1\n\n", true),
+            ("data: 1\r\n\r\n", true),
+            ("data: 1\r\r", true),
+            ("data: 1\n", false),
+            ("data: 1\r\n", false),
+            ("data: 1\n\ndata", false),
+            ("\n\nd", false),
+        ] {
+            for piece in 1..=text.len().max(1) {
+                let mut tail = Tail::default();
+                for part in text.as_bytes().chunks(piece) {
+                    tail.push(part);
+                }
+                assert_eq!(tail.is_between(), between, "{text:?} in pieces of {piece}");
+            }
         }
     }
 }

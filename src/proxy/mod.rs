@@ -7,13 +7,18 @@
 mod account;
 mod body;
 mod forward;
+mod headers;
+mod hearing;
+mod held;
 mod models;
 mod multipart;
 mod pool;
 mod resolve;
 mod scan;
+mod upgrade;
 mod upload;
 
+use std::net::SocketAddr;
 use std::sync::Arc;
 
 use hyper::body::{Body, Incoming};
@@ -22,8 +27,9 @@ use tracing::debug;
 
 pub use self::body::{ProxyBody, Streamed};
 use self::forward::Passage;
+use self::held::Held;
 use self::pool::Pools;
-use self::resolve::{ByPath, Held};
+use self::resolve::ByPath;
 pub use self::upload::BodyError;
 use crate::control::{Controller, ModelRoute};
 use crate::model::Bytes;
@@ -69,12 +75,15 @@ impl Proxy {
         ["/v1/", "/v2/models/", "/upstream/"]
             .iter()
             .any(|prefix| path.starts_with(prefix))
-            || path == "/v1/models"
     }
 
-    /// Answers one request.
-    pub async fn handle(&self, request: Request<Incoming>) -> Response<ProxyBody> {
-        match self.walk(request).await {
+    /// Answers one request of a client at `peer`; a Unix socket has none.
+    pub async fn handle(
+        &self,
+        request: Request<Incoming>,
+        peer: Option<SocketAddr>,
+    ) -> Response<ProxyBody> {
+        match self.walk(request, peer).await {
             Ok(response) => response,
             Err(fault) => {
                 debug!(code = fault.code(), why = %fault, "refusing a request");
@@ -83,7 +92,11 @@ impl Proxy {
         }
     }
 
-    async fn walk(&self, request: Request<Incoming>) -> Result<Response<ProxyBody>, Fault> {
+    async fn walk(
+        &self,
+        request: Request<Incoming>,
+        peer: Option<SocketAddr>,
+    ) -> Result<Response<ProxyBody>, Fault> {
         let began = self.controller.clock().now();
         if let Some(name) = models::asked(request.uri().path()) {
             return self.models(request.method(), name);
@@ -94,30 +107,21 @@ impl Proxy {
         }
         let mut held = Held::new(body);
         let routes = self.controller.routes();
-        let query = head.uri.query();
-        let (route, target) = match resolve::by_path(routes, head.uri.path(), query) {
+        let (route, target) = match resolve::by_path(routes, head.uri.path(), head.uri.query()) {
             ByPath::Model(route, target) => (route, target),
             ByPath::Unknown(name) => return Err(self.not_found(&name)),
             ByPath::Silent => {
-                let target = head
-                    .uri
-                    .path_and_query()
-                    .map_or("/", |both| both.as_str())
-                    .to_owned();
-                let name = match resolve::by_header(&head)? {
-                    Some(name) => Some(name),
-                    None => resolve::by_body(&head, &mut held, self.settings.model_prefix).await?,
-                };
-                (
-                    self.route(name.or_else(|| resolve::by_query(&head)))?,
-                    target,
-                )
+                let prefix = self.settings.model_prefix;
+                let name = resolve::by_content(&head, &mut held, prefix).await?;
+                let target = head.uri.path_and_query().map_or("/", |both| both.as_str());
+                (self.route(name)?, target.to_owned())
             }
         };
         held.read_whole(REPLAYED).await?;
         self.pass(Passage {
             route,
             head,
+            peer,
             target,
             held,
             began,

@@ -17,27 +17,82 @@ pub(super) fn boundary(content_type: &str) -> Option<String> {
     })
 }
 
-/// Returns the text of the field, once all of it is in `read`.
-pub(super) fn field(read: &[u8], boundary: &str, wanted: &str) -> Option<String> {
-    let mark = format!("--{boundary}");
-    let end = format!("\r\n--{boundary}");
-    let mut starts = memmem::find_iter(read, mark.as_bytes());
-    starts.find_map(|at| {
-        let part = &read[at + mark.len()..];
-        let head_end = memmem::find(part, b"\r\n\r\n")?;
-        let head = String::from_utf8_lossy(&part[..head_end]).into_owned();
-        if !names(&head, wanted) {
-            return None;
+/// The field looked for.
+const FIELD: &str = "model";
+/// Headers of a part, and values, longer than this are not the ones looked
+/// for.
+const LONGEST: usize = 8 << 10;
+
+/// Looks for the field while a body comes in, each byte at most a few times.
+#[derive(Debug)]
+pub(super) struct Finder {
+    mark: Vec<u8>,
+    read: Vec<u8>,
+    /// What is before this was looked at.
+    done: usize,
+}
+
+impl Finder {
+    pub(super) fn new(boundary: &str) -> Self {
+        Self {
+            mark: format!("\r\n--{boundary}").into_bytes(),
+            // The first mark may do without a line before it.
+            read: b"\r\n".to_vec(),
+            done: 0,
         }
-        let value = &part[head_end + 4..];
-        let length = memmem::find(value, end.as_bytes())?;
-        Some(String::from_utf8_lossy(&value[..length]).into_owned())
-    })
+    }
+
+    /// Takes the next piece; returns the field's text once all of it came.
+    pub(super) fn feed(&mut self, piece: &[u8]) -> Option<String> {
+        self.read.extend_from_slice(piece);
+        loop {
+            let Some(at) = memmem::find(&self.read[self.done..], &self.mark) else {
+                // A mark that began stays to be looked at.
+                let whole = self.read.len().saturating_sub(self.mark.len());
+                self.done = self.done.max(whole);
+                return None;
+            };
+            let part = self.done + at + self.mark.len();
+            let Some(length) = find_near(&self.read[part..], b"\r\n\r\n") else {
+                self.done = part - self.mark.len();
+                return None;
+            };
+            let head_end = length.map(|length| part + length);
+            let ours = head_end.filter(|end| names(&self.read[part..*end], FIELD));
+            let Some(end) = ours else {
+                self.done = head_end.unwrap_or(part);
+                continue;
+            };
+            let value = end + 4;
+            match find_near(&self.read[value..], &self.mark) {
+                None => {
+                    self.done = part - self.mark.len();
+                    return None;
+                }
+                Some(None) => self.done = value,
+                Some(Some(length)) => {
+                    let text = &self.read[value..value + length];
+                    return Some(String::from_utf8_lossy(text).into_owned());
+                }
+            }
+        }
+    }
+}
+
+/// Looks for `wanted` near the beginning: `None` while it may still come,
+/// `Some(None)` when it is too far off.
+fn find_near(bytes: &[u8], wanted: &[u8]) -> Option<Option<usize>> {
+    let near = &bytes[..bytes.len().min(LONGEST)];
+    match memmem::find(near, wanted) {
+        Some(at) => Some(Some(at)),
+        None => (bytes.len() >= LONGEST).then_some(None),
+    }
 }
 
 /// Whether a part's head names this field.
-fn names(head: &str, wanted: &str) -> bool {
-    head.lines()
+fn names(head: &[u8], wanted: &str) -> bool {
+    String::from_utf8_lossy(head)
+        .lines()
         .filter_map(|line| line.split_once(':'))
         .filter(|(name, _)| name.trim().eq_ignore_ascii_case("content-disposition"))
         .flat_map(|(_, value)| value.split(';'))
@@ -51,20 +106,44 @@ fn names(head: &str, wanted: &str) -> bool {
 mod tests {
     use super::*;
 
+    const BODY: &[u8] = b"--xyz\r\nContent-Disposition: form-data; name=\"file\"; filename=\"a\"\r\n\r\nmodel\r\n--xy\r\n\r\n\
+        --xyz\r\ncontent-disposition: form-data; name=\"model\"\r\n\r\nwhisper\r\n--xyz--\r\n";
+
+    fn find(body: &[u8], piece: usize) -> Option<String> {
+        let mut finder = Finder::new("xyz");
+        body.chunks(piece).find_map(|part| finder.feed(part))
+    }
+
     #[test]
-    fn a_field_is_found_when_all_of_it_is_there() {
+    fn a_boundary_is_taken_from_the_type_of_form_data_only() {
         let kind = "multipart/form-data; boundary=\"xyz\"";
-        let boundary = boundary(kind).expect("a boundary");
-        let body = b"--xyz\r\nContent-Disposition: form-data; name=\"file\"; filename=\"a\"\r\n\r\nmodel\r\n\
-            --xyz\r\ncontent-disposition: form-data; name=\"model\"\r\n\r\nwhisper\r\n--xyz--\r\n";
-        assert_eq!(field(body, &boundary, "model").as_deref(), Some("whisper"));
-        for cut in 0..body.len() - 9 {
-            let seen = field(&body[..cut], &boundary, "model");
-            assert!(
-                seen.is_none() || seen.as_deref() == Some("whisper"),
-                "cut at {cut}: {seen:?}"
-            );
+        assert_eq!(boundary(kind).as_deref(), Some("xyz"));
+        assert_eq!(boundary("application/json"), None);
+        assert_eq!(boundary("multipart/mixed; boundary=xyz"), None);
+    }
+
+    #[test]
+    fn a_field_is_found_when_all_of_it_is_there_whatever_the_pieces() {
+        for piece in 1..=BODY.len() {
+            assert_eq!(find(BODY, piece).as_deref(), Some("whisper"), "{piece}");
         }
-        assert_eq!(super::boundary("application/json"), None);
+        // The mark after the value is needed, the rest is not.
+        let needed = BODY.len() - b"--\r\n".len();
+        for cut in 0..BODY.len() {
+            let expected = (cut >= needed).then(|| "whisper".to_owned());
+            assert_eq!(find(&BODY[..cut], BODY.len()), expected, "cut at {cut}");
+        }
+    }
+
+    #[test]
+    fn a_megabyte_in_single_bytes_is_looked_through_at_once() {
+        let mut body = b"--xyz\r\nx: y".to_vec();
+        body.resize(1 << 20, b'-');
+        body.extend_from_slice(b"\r\n");
+        body.extend_from_slice(BODY);
+        let clock = crate::clock::Clock::start();
+        assert_eq!(find(&body, 1).as_deref(), Some("whisper"));
+        // Looking through all of it at each byte took minutes.
+        assert!(clock.now().since_start() < std::time::Duration::from_secs(5));
     }
 }

@@ -11,8 +11,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use hyper::client::conn::http1::{self, SendRequest};
 use hyper_util::rt::TokioIo;
 use tokio::net::{TcpStream, UnixStream};
+use tokio_util::sync::CancellationToken;
 use tracing::debug;
 
+use super::hearing::Hearing;
 use super::upload::RequestBody;
 use crate::control::ReadyWorker;
 use crate::model::Upstream;
@@ -45,7 +47,7 @@ impl Pools {
                 closing.cancelled().await;
                 pools.close(serial);
             });
-            Arc::new(Pool::new(worker.upstream.clone()))
+            Arc::new(Pool::new(worker))
         });
         Arc::clone(pool)
     }
@@ -57,8 +59,9 @@ impl Pools {
             .unwrap_or_else(PoisonError::into_inner)
             .remove(&serial);
         if let Some(pool) = pool {
-            pool.lock().closed = true;
-            pool.lock().idle.clear();
+            let mut state = pool.lock();
+            state.closed = true;
+            state.idle.clear();
         }
     }
 }
@@ -67,6 +70,7 @@ impl Pools {
 #[derive(Debug)]
 pub(super) struct Pool {
     upstream: Upstream,
+    closing: CancellationToken,
     state: Mutex<State>,
 }
 
@@ -77,9 +81,10 @@ struct State {
 }
 
 impl Pool {
-    fn new(upstream: Upstream) -> Self {
+    fn new(worker: &ReadyWorker) -> Self {
         Self {
-            upstream,
+            upstream: worker.upstream.clone(),
+            closing: worker.closing.clone(),
             state: Mutex::default(),
         }
     }
@@ -99,10 +104,27 @@ impl Pool {
         None
     }
 
-    /// Keeps a connection for the next request.
-    pub(super) fn put(&self, sender: Sender) {
+    /// Keeps a connection whose answer has ended for the next request, as soon
+    /// as it can take one: the request's body may still be on its way.
+    pub(super) fn put(self: &Arc<Self>, mut sender: Sender) {
+        if sender.is_ready() {
+            return self.keep(sender);
+        }
+        if sender.is_closed() {
+            return;
+        }
+        let pool = Arc::clone(self);
+        telemetry::spawn("kept", async move {
+            let ready = pool.closing.run_until_cancelled(sender.ready()).await;
+            if let Some(Ok(())) = ready {
+                pool.keep(sender);
+            }
+        });
+    }
+
+    fn keep(&self, sender: Sender) {
         let mut state = self.lock();
-        if !state.closed && !sender.is_closed() && state.idle.len() < MOST_IDLE {
+        if !state.closed && state.idle.len() < MOST_IDLE {
             state.idle.push(sender);
         }
     }
@@ -125,7 +147,9 @@ where
     TokioIo<I>: hyper::rt::Read + hyper::rt::Write + Unpin + Send + 'static,
     I: Send + 'static,
 {
-    let (sender, connection) = http1::handshake(io).await.map_err(io::Error::other)?;
+    let (sender, connection) = http1::handshake(Hearing(io))
+        .await
+        .map_err(io::Error::other)?;
     telemetry::spawn("upstream", async move {
         if let Err(error) = connection.with_upgrades().await {
             debug!(%error, "a connection to a worker ended early");

@@ -5,21 +5,21 @@
 //! none named, that one.
 
 use std::borrow::Cow;
-use std::collections::VecDeque;
 use std::sync::Arc;
 
-use bytes::Bytes;
-use http_body_util::BodyExt;
-use hyper::body::{Body, Incoming};
 use hyper::header::{CONTENT_ENCODING, CONTENT_TYPE};
 use hyper::http::request;
 use percent_encoding::percent_decode_str;
 
-use super::multipart;
+use super::held::Held;
+use super::multipart::{self, Finder};
 use super::scan::{Scan, Scanner};
 use crate::control::{ModelRoute, Routes};
-use crate::model::Bytes as Size;
+use crate::model::Bytes;
 use crate::reply::Fault;
+
+/// A name has at most 128 bytes, each of which may be written as `%2F`.
+const LONGEST_IN_PATH: usize = 3 * 128;
 
 /// What the path alone says.
 #[derive(Debug)]
@@ -46,7 +46,8 @@ pub(super) fn by_path<'a>(routes: &'a Routes, path: &str, query: Option<&str>) -
     let ends = rest
         .match_indices('/')
         .map(|(at, _)| at)
-        .chain([rest.len()]);
+        .chain([rest.len()])
+        .take_while(|end| *end <= LONGEST_IN_PATH);
     let mut found = None;
     for end in ends {
         let name = percent_decode_str(&rest[..end]).decode_utf8_lossy();
@@ -72,8 +73,28 @@ pub(super) fn by_path<'a>(routes: &'a Routes, path: &str, query: Option<&str>) -
     ByPath::Model(route, target)
 }
 
+/// Looks for the model in header, body and query, reading no more of the body
+/// than needed.
+pub(super) async fn by_content(
+    head: &request::Parts,
+    held: &mut Held,
+    prefix: Bytes,
+) -> Result<Option<String>, Fault> {
+    if let Some(name) = by_header(head)? {
+        return Ok(Some(name));
+    }
+    let in_query = by_query(head);
+    Ok(match by_body(head, held, prefix).await? {
+        Named::Model(name) => Some(name),
+        Named::Nothing => in_query,
+        // What cannot be read for a model is the worker's to understand.
+        Named::Unreadable(_) if in_query.is_some() => in_query,
+        Named::Unreadable(fault) => return Err(fault),
+    })
+}
+
 /// Looks for the model in the header `x-model`.
-pub(super) fn by_header(head: &request::Parts) -> Result<Option<String>, Fault> {
+fn by_header(head: &request::Parts) -> Result<Option<String>, Fault> {
     let Some(value) = head.headers.get("x-model") else {
         return Ok(None);
     };
@@ -84,102 +105,43 @@ pub(super) fn by_header(head: &request::Parts) -> Result<Option<String>, Fault> 
 }
 
 /// Looks for the model in the query.
-pub(super) fn by_query(head: &request::Parts) -> Option<String> {
+fn by_query(head: &request::Parts) -> Option<String> {
     let pairs = head.uri.query()?.split('&');
     let value = pairs
         .filter_map(|pair| pair.split_once('='))
         .find(|(key, _)| *key == "model")?
         .1;
-    let spaced: Cow<'_, str> = value.replace('+', "%2B").into();
-    Some(percent_decode_str(&spaced).decode_utf8_lossy().into_owned())
+    let text: Cow<'_, str> = percent_decode_str(value).decode_utf8_lossy();
+    Some(text.into_owned())
 }
 
-/// The part of a body that was read to find the model, and the rest.
-#[derive(Debug)]
-pub(super) struct Held {
-    pub(super) pieces: VecDeque<Bytes>,
-    pub(super) size: usize,
-    rest: Option<Incoming>,
-    spent: bool,
+/// What a body says.
+enum Named {
+    Model(String),
+    Nothing,
+    /// It cannot be told, for this reason.
+    Unreadable(Fault),
 }
 
-impl Held {
-    pub(super) fn new(body: Incoming) -> Self {
-        let rest = (!body.is_end_stream()).then_some(body);
-        Self {
-            pieces: VecDeque::new(),
-            size: 0,
-            rest,
-            spent: false,
-        }
-    }
-
-    /// Returns whether the body is here as a whole, so that it can be sent
-    /// again.
-    pub(super) fn is_whole(&self) -> bool {
-        self.rest.is_none() && !self.spent
-    }
-
-    /// Gives away what was not read, once.
-    pub(super) fn take_rest(&mut self) -> Option<Incoming> {
-        let rest = self.rest.take();
-        self.spent |= rest.is_some();
-        rest
-    }
-
-    /// Reads one more piece; `None` at the end. Trailers of a request are not
-    /// passed on.
-    pub(super) async fn read(&mut self) -> Result<Option<Bytes>, Fault> {
-        while let Some(body) = &mut self.rest {
-            match body.frame().await {
-                None => self.rest = None,
-                Some(Err(error)) => {
-                    return Err(Fault::BadRequest(format!("the body broke off: {error}")));
-                }
-                Some(Ok(frame)) => {
-                    let Ok(piece) = frame.into_data() else {
-                        continue;
-                    };
-                    if body.is_end_stream() {
-                        self.rest = None;
-                    }
-                    self.size += piece.len();
-                    self.pieces.push_back(piece.clone());
-                    return Ok(Some(piece));
-                }
-            }
-        }
-        Ok(None)
-    }
-
-    /// Reads the body to its end, when it is known to be at most `size`.
-    pub(super) async fn read_whole(&mut self, size: u64) -> Result<(), Fault> {
-        let left = self.rest.as_ref().and_then(|rest| rest.size_hint().exact());
-        if left.is_some_and(|left| left <= size) {
-            while self.read().await?.is_some() {}
-        }
-        Ok(())
+impl Named {
+    fn bad(why: &str) -> Self {
+        Self::Unreadable(Fault::BadRequest(why.to_owned()))
     }
 }
 
-/// Looks for the model in the body, reading no more of it than needed and at
-/// most `prefix`.
-pub(super) async fn by_body(
-    head: &request::Parts,
-    held: &mut Held,
-    prefix: Size,
-) -> Result<Option<String>, Fault> {
+/// Looks for the model in the body, reading at most `prefix` of it. An error
+/// is the body's end: it broke off.
+async fn by_body(head: &request::Parts, held: &mut Held, prefix: Bytes) -> Result<Named, Fault> {
     if held.is_whole() {
-        return Ok(None);
+        return Ok(Named::Nothing);
     }
     let encoded = head
         .headers
         .get(CONTENT_ENCODING)
         .is_some_and(|value| value != "identity");
     if encoded {
-        return Err(Fault::BadRequest(
-            "the body is compressed, so its model cannot be read: name it in the header x-model"
-                .into(),
+        return Ok(Named::bad(
+            "the body is compressed, so its model cannot be read: name it in the header x-model",
         ));
     }
     let kind = head
@@ -188,67 +150,87 @@ pub(super) async fn by_body(
         .and_then(|value| value.to_str().ok())
         .unwrap_or_default();
     match multipart::boundary(kind) {
-        Some(boundary) => by_multipart(held, &boundary, prefix).await,
-        None if may_be_json(kind) => by_json(held, prefix).await,
-        None => Ok(None),
+        Some(boundary) => by_multipart(held, Finder::new(&boundary), prefix).await,
+        None => by_json(held, prefix, may_be_else(kind)).await,
     }
 }
 
-/// Whether a body of this type is looked into: JSON by any name, and what
-/// clients send it as that do not say so (none, text, `curl -d`).
-fn may_be_json(kind: &str) -> bool {
-    let kind = kind.split(';').next().unwrap_or_default().trim();
+/// Whether a body of this type is something else than JSON and need not name a
+/// model. Forms are what `curl -d` calls its JSON.
+fn may_be_else(kind: &str) -> bool {
     let kind = kind.to_ascii_lowercase();
-    kind.is_empty()
-        || kind.ends_with("json")
-        || kind.starts_with("text/")
-        || kind == "application/x-www-form-urlencoded"
+    !kind.is_empty() && !kind.contains("json") && !kind.contains("form")
 }
 
-/// The first `model` of the body's top level counts; what follows it is not
-/// looked at any more.
-async fn by_json(held: &mut Held, prefix: Size) -> Result<Option<String>, Fault> {
+async fn by_json(held: &mut Held, prefix: Bytes, may_be_else: bool) -> Result<Named, Fault> {
     let mut scanner = Scanner::new();
     let mut seen = Scan::More;
     while seen == Scan::More {
-        let left = left(held, prefix)?;
+        let left = left(held, prefix);
+        if left == 0 {
+            return Ok(Named::Unreadable(Fault::PrefixTooLong(prefix)));
+        }
         seen = match held.read().await? {
             Some(piece) => scanner.feed(&piece[..piece.len().min(left)]),
-            None if held.size == 0 => Scan::Absent,
+            None if held.size() == 0 => Scan::Absent,
             None => scanner.end(),
         };
     }
-    match seen {
-        Scan::Found(name) => Ok(Some(name)),
-        Scan::Absent | Scan::More => Ok(None),
-        Scan::NotText => Err(Fault::BadRequest("`model` is not a string".into())),
-        Scan::NotJson => Err(Fault::BadRequest("the body is not a JSON object".into())),
-    }
+    Ok(match seen {
+        Scan::Found(name) => Named::Model(name),
+        Scan::Absent | Scan::More => Named::Nothing,
+        Scan::NotText => Named::bad("`model` is not a string"),
+        Scan::NotJson if may_be_else => Named::Nothing,
+        Scan::NotJson => Named::bad("the body is not a JSON object"),
+    })
 }
 
-async fn by_multipart(
-    held: &mut Held,
-    boundary: &str,
-    prefix: Size,
-) -> Result<Option<String>, Fault> {
-    let mut read = Vec::new();
+async fn by_multipart(held: &mut Held, mut finder: Finder, prefix: Bytes) -> Result<Named, Fault> {
     loop {
-        let left = left(held, prefix)?;
+        let left = left(held, prefix);
+        if left == 0 {
+            return Ok(Named::Unreadable(Fault::PrefixTooLong(prefix)));
+        }
         let Some(piece) = held.read().await? else {
-            return Ok(multipart::field(&read, boundary, "model"));
+            return Ok(Named::Nothing);
         };
-        read.extend_from_slice(&piece[..piece.len().min(left)]);
-        if let Some(name) = multipart::field(&read, boundary, "model") {
-            return Ok(Some(name));
+        if let Some(name) = finder.feed(&piece[..piece.len().min(left)]) {
+            return Ok(Named::Model(name));
         }
     }
 }
 
 /// How much more of the body may be looked at.
-fn left(held: &Held, prefix: Size) -> Result<usize, Fault> {
-    let prefix_bytes = usize::try_from(prefix.get()).unwrap_or(usize::MAX);
-    match prefix_bytes.saturating_sub(held.size) {
-        0 => Err(Fault::PrefixTooLong(prefix)),
-        left => Ok(left),
+fn left(held: &Held, prefix: Bytes) -> usize {
+    usize::try_from(prefix.get().saturating_sub(held.size())).unwrap_or(usize::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use hyper::Request;
+
+    use super::*;
+
+    fn query(uri: &str) -> Option<String> {
+        let request = Request::builder().uri(uri).body(());
+        by_query(&request.expect("a good address").into_parts().0)
+    }
+
+    #[test]
+    fn a_name_in_the_query_is_decoded_and_its_plus_stays() {
+        assert_eq!(query("/v1/x?a=1&model=a%2Fb").as_deref(), Some("a/b"));
+        assert_eq!(query("/v1/x?model=c++").as_deref(), Some("c++"));
+        assert_eq!(query("/v1/x?models=a&mod=b"), None);
+        assert_eq!(query("/v1/x"), None);
+    }
+
+    #[test]
+    fn a_path_of_slashes_is_looked_at_no_further_than_a_name_can_reach() {
+        let routes = Routes::new([]);
+        let path = format!("/upstream/{}", "a/".repeat(30_000));
+        let clock = crate::clock::Clock::start();
+        assert!(matches!(by_path(&routes, &path, None), ByPath::Unknown(_)));
+        // Quadratic work took seconds.
+        assert!(clock.now().since_start() < std::time::Duration::from_millis(500));
     }
 }

@@ -244,10 +244,66 @@ mod tests {
             ("", Scan::NotJson),
             (r#"{"model": "#, Scan::NotJson),
         ] {
-            for piece in [1, 2, 7, 1000] {
+            for piece in 1..=body.len().max(1) {
                 assert_eq!(scan(body, piece), expected, "{body} in pieces of {piece}");
             }
+            for cut in 0..body.len() {
+                let mut scanner = Scanner::new();
+                let first = scanner.feed(&body.as_bytes()[..cut]);
+                let seen = match first {
+                    Scan::More => scanner.feed(&body.as_bytes()[cut..]),
+                    done => done,
+                };
+                let seen = match seen {
+                    Scan::More => scanner.end(),
+                    done => done,
+                };
+                assert_eq!(seen, expected, "{body} cut at {cut}");
+            }
         }
+    }
+
+    #[test]
+    fn a_body_that_ends_before_its_model_is_whole_is_not_json() {
+        let body = br#" {"x": [1, {"y": "\"}"}], "model": "m\u0065""#;
+        for end in 0..body.len() - 1 {
+            let mut scanner = Scanner::new();
+            assert_eq!(scanner.feed(&body[..end]), Scan::More, "cut at {end}");
+            assert_eq!(scanner.end(), Scan::NotJson, "cut at {end}");
+        }
+        assert_eq!(Scanner::new().feed(body), Scan::Found("me".into()));
+    }
+
+    #[test]
+    fn a_million_brackets_cost_neither_stack_nor_memory() {
+        let (open, close) = ("[".repeat(1 << 20), "]".repeat(1 << 20));
+        let body = format!(r#"{{"x":{open}{close},"model":"m"}}"#);
+        assert_eq!(scan(&body, 4096), Scan::Found("m".into()));
+        let mut scanner = Scanner::new();
+        assert_eq!(
+            scanner.feed(format!(r#"{{"x":{open}"#).as_bytes()),
+            Scan::More
+        );
+        assert_eq!(scanner.raw, b"x");
+        assert_eq!(scanner.end(), Scan::NotJson);
+    }
+
+    #[test]
+    fn keys_and_names_too_long_to_be_meant_are_not_kept() {
+        let long = "x".repeat(1 << 20);
+        let body = format!(r#"{{"{long}":"{long}","model":"m"}}"#);
+        for piece in [1, 1000, body.len()] {
+            let mut scanner = Scanner::new();
+            let mut seen = Scan::More;
+            let mut parts = body.as_bytes().chunks(piece);
+            while seen == Scan::More {
+                seen = scanner.feed(parts.next().expect("the model is in it"));
+                assert!(scanner.raw.len() <= 2 * (LONGEST + 1));
+            }
+            assert_eq!(seen, Scan::Found("m".into()), "in pieces of {piece}");
+        }
+        assert_eq!(scan(&format!(r#"{{"model":"{long}"}}"#), 7), Scan::NotText);
+        assert_eq!(scan(r#"{"model":"\ud800"}"#, 7), Scan::NotText);
     }
 
     fn json() -> impl Strategy<Value = serde_json::Value> {

@@ -3,6 +3,7 @@
 
 pub(crate) mod http;
 pub(crate) mod residentd;
+pub(crate) mod wire;
 
 use std::time::Duration;
 

@@ -73,6 +73,16 @@ impl Residentd {
         self.child.id()
     }
 
+    /// Returns a number of bytes out of `/proc/<pid>/status` of residentd
+    /// itself, such as `VmRSS` or `VmHWM`.
+    pub(crate) fn status_bytes(&self, field: &str) -> u64 {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.child.id()))
+            .expect("residentd runs");
+        let line = status.lines().find(|line| line.starts_with(field));
+        let kib = line.and_then(|line| line.split_whitespace().nth(1)?.parse::<u64>().ok());
+        kib.expect("a known field of kilobytes") << 10
+    }
+
     /// Returns the folder of config, state and log.
     pub(crate) fn folder(&self) -> PathBuf {
         self.folder.path().to_owned()

@@ -1,0 +1,124 @@
+//! The part of a request's body that was read to find its model, and the rest.
+
+use std::collections::VecDeque;
+
+use bytes::{Bytes, BytesMut};
+use http_body_util::BodyExt;
+use hyper::body::{Body, Incoming};
+
+use crate::reply::Fault;
+
+/// Pieces smaller than this are put together, so that a body sent byte by byte
+/// costs little more than its bytes.
+const SMALL: usize = 1 << 10;
+/// Small pieces are put together up to this.
+const TOGETHER: usize = 16 << 10;
+
+/// A body of which the beginning is held.
+#[derive(Debug)]
+pub(super) struct Held {
+    pieces: VecDeque<Bytes>,
+    small: BytesMut,
+    size: u64,
+    rest: Option<Incoming>,
+    spent: bool,
+}
+
+impl Held {
+    pub(super) fn new(body: Incoming) -> Self {
+        let rest = (!body.is_end_stream()).then_some(body);
+        Self {
+            pieces: VecDeque::new(),
+            small: BytesMut::new(),
+            size: 0,
+            rest,
+            spent: false,
+        }
+    }
+
+    /// Returns whether the body is here as a whole, so that sending it uses
+    /// nothing up.
+    pub(super) fn is_whole(&self) -> bool {
+        self.rest.is_none() && !self.spent
+    }
+
+    /// Returns whether nothing of the rest was given away, so that the body can
+    /// be sent (again) from its beginning.
+    pub(super) fn can_be_sent(&self) -> bool {
+        !self.spent
+    }
+
+    /// Returns how many bytes were read.
+    pub(super) fn size(&self) -> u64 {
+        self.size
+    }
+
+    /// Returns what was read.
+    pub(super) fn pieces(&self) -> VecDeque<Bytes> {
+        let mut pieces = self.pieces.clone();
+        if !self.small.is_empty() {
+            pieces.push_back(Bytes::copy_from_slice(&self.small));
+        }
+        pieces
+    }
+
+    /// Gives away what was not read, once.
+    pub(super) fn take_rest(&mut self) -> Option<Incoming> {
+        let rest = self.rest.take();
+        self.spent |= rest.is_some();
+        rest
+    }
+
+    /// Reads one more piece; `None` at the end. Trailers of a request are not
+    /// passed on.
+    pub(super) async fn read(&mut self) -> Result<Option<Bytes>, Fault> {
+        while let Some(body) = &mut self.rest {
+            match body.frame().await {
+                None => self.rest = None,
+                Some(Err(error)) => {
+                    return Err(Fault::BadRequest(format!("the body broke off: {error}")));
+                }
+                Some(Ok(frame)) => {
+                    let Ok(piece) = frame.into_data() else {
+                        continue;
+                    };
+                    if body.is_end_stream() {
+                        self.rest = None;
+                    }
+                    self.keep(piece.clone());
+                    return Ok(Some(piece));
+                }
+            }
+        }
+        Ok(None)
+    }
+
+    /// Reads the body to its end, when it is known to be at most `size`.
+    pub(super) async fn read_whole(&mut self, size: u64) -> Result<(), Fault> {
+        let left = self.rest.as_ref().and_then(|rest| rest.size_hint().exact());
+        if left.is_some_and(|left| left <= size) {
+            while self.read().await?.is_some() {}
+        }
+        Ok(())
+    }
+
+    fn keep(&mut self, piece: Bytes) {
+        self.size += u64::try_from(piece.len()).unwrap_or(u64::MAX);
+        let first = self.pieces.is_empty() && self.small.is_empty();
+        if first || piece.len() >= SMALL {
+            self.put_together();
+            self.pieces.push_back(piece);
+            return;
+        }
+        self.small.extend_from_slice(&piece);
+        if self.small.len() >= TOGETHER {
+            self.put_together();
+        }
+    }
+
+    fn put_together(&mut self) {
+        if !self.small.is_empty() {
+            self.pieces.push_back(self.small.split().freeze());
+        }
+    }
+}

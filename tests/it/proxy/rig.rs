@@ -1,0 +1,68 @@
+//! A worker that the test itself plays, byte by byte, and stub workers where
+//! that is not needed.
+
+use std::net::TcpListener;
+
+use serde_json::json;
+
+use crate::support::residentd::STUB;
+use crate::support::wire::Wire;
+use crate::support::{Residentd, wait_until};
+
+/// One stub worker behind residentd, as model `m`; `server` are keys of the
+/// table `[server]`.
+pub(crate) fn one(server: &str) -> Residentd {
+    Residentd::start(&format!(
+        "{server}\n[memory]\nlimit = \"400MiB\"\nreserve = \"16MiB\"\n[models.m]\ncommand = '{STUB} --port ${{PORT}} --name m'\nmemory = \"32MiB\"\n"
+    ))
+}
+
+/// A residentd whose one model `m` is asked at a socket of the test.
+pub(crate) struct Played {
+    pub(crate) residentd: Residentd,
+    listener: TcpListener,
+}
+
+impl Played {
+    pub(crate) fn start() -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
+        listener.set_nonblocking(true).expect("a socket option");
+        let address = listener.local_addr().expect("it is bound");
+        let residentd = Residentd::start(&format!(
+            "[memory]\nlimit = \"400MiB\"\nreserve = \"16MiB\"\n[models.m]\ncommand = '{STUB} --name m'\nupstream = \"http://{address}\"\nready = {{ log = \"ready on\" }}\nmemory = \"32MiB\"\n"
+        ));
+        Self {
+            residentd,
+            listener,
+        }
+    }
+
+    /// Returns where the worker listens.
+    pub(crate) fn worker_address(&self) -> String {
+        self.listener.local_addr().expect("it is bound").to_string()
+    }
+
+    /// Connects to residentd as a client.
+    pub(crate) fn client(&self) -> Wire {
+        Wire::to(self.residentd.address())
+    }
+
+    /// Waits for the next connection to the worker.
+    pub(crate) fn worker(&self) -> Wire {
+        wait_until("a connection to the worker", || self.try_worker())
+    }
+
+    /// Returns a connection to the worker if one waits.
+    pub(crate) fn try_worker(&self) -> Option<Wire> {
+        let (stream, _) = self.listener.accept().ok()?;
+        stream.set_nonblocking(false).expect("a socket option");
+        Some(Wire::on(stream))
+    }
+
+    /// Waits until this many requests are with the worker.
+    pub(crate) fn wait_for_leases(&self, count: u64) {
+        wait_until(&format!("{count} requests in flight"), || {
+            (self.residentd.model("m")["in_flight"] == json!(count)).then_some(())
+        });
+    }
+}
