@@ -13,9 +13,9 @@ use nix::unistd::Pid;
 use residentd::clock::Clock;
 use serde_json::{Value, json};
 
-use self::rig::{
-    DEADLINE, Stub, ask, connect, is_alive, receive, send, stats, status_kib, wait_until,
-};
+use self::rig::{DEADLINE, Stub, ask, connect, receive, send, stats, status_kib};
+use crate::support::wire::Wire;
+use crate::support::{runs, wait_until};
 
 #[test]
 fn an_answer_names_the_worker_and_what_it_got() {
@@ -208,7 +208,7 @@ fn children_are_in_the_group_and_a_daemon_is_in_a_session_of_its_own() {
     assert!(!parent.contains(&format!("PPid:\t{}\n", stub.pid())));
     stub.signal(Signal::SIGTERM);
     assert_eq!(stub.exit().code(), Some(0));
-    assert!(is_alive(child) && is_alive(daemon));
+    assert!(runs(child.into()) && runs(daemon.into()));
 }
 
 #[test]
@@ -244,7 +244,7 @@ fn a_worker_that_finishes_its_requests_ends_with_the_last_client() {
     wait_until("the listener is closed", || {
         TcpStream::connect(&address).is_err().then_some(())
     });
-    assert!(is_alive(stub.pid()));
+    assert!(runs(stub.pid().into()));
     drop(stream);
     assert_eq!(stub.exit().code(), Some(0));
 }
@@ -315,4 +315,17 @@ fn it_prints_the_lines_and_bears_the_name_it_is_told_to() {
     assert_eq!(comm.expect("alive"), "a) S 1 (b\n");
     let silent = Stub::spawn(&["--silent", "--exit-after=50ms"]);
     assert!(silent.lines.recv_timeout(DEADLINE).is_err());
+}
+
+#[test]
+fn an_upgraded_connection_sends_back_what_comes() {
+    let (_stub, address) = Stub::ready(&[]);
+    let mut wire = Wire::to(&address);
+    wire.put("GET /upgrade HTTP/1.1\r\nhost: x\r\nconnection: upgrade\r\nupgrade: echo\r\n\r\n");
+    let head = wire.head();
+    assert_eq!((head.status(), head.get("upgrade")), (101, Some("echo")));
+    for said in ["hello", "\0\r\n\r\n"] {
+        wire.put(said);
+        assert_eq!(wire.exactly(said.len()), said.as_bytes());
+    }
 }

@@ -10,8 +10,9 @@ use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill, killpg};
 use nix::unistd::Pid;
-use residentd::clock::Clock;
 use serde_json::Value;
+
+use crate::support::wait_until;
 
 /// Longest any condition is waited for.
 pub(crate) const DEADLINE: Duration = Duration::from_secs(20);
@@ -89,18 +90,6 @@ impl Drop for Stub {
             let _ = kill(Pid::from_raw(*pid), Signal::SIGKILL);
         }
         let _ = self.child.wait();
-    }
-}
-
-/// Polls until there is a value; fails after the deadline.
-pub(crate) fn wait_until<T>(what: &str, mut poll: impl FnMut() -> Option<T>) -> T {
-    let clock = Clock::start();
-    loop {
-        if let Some(value) = poll() {
-            return value;
-        }
-        assert!(clock.now().since_start() < DEADLINE, "waited for: {what}");
-        std::thread::park_timeout(Duration::from_millis(2));
     }
 }
 
@@ -208,11 +197,4 @@ pub(crate) fn status_kib(pid: i32, field: &str) -> u64 {
         .find_map(|line| line.strip_prefix(field)?.strip_prefix(':'))
         .and_then(|rest| rest.trim().strip_suffix(" kB")?.parse().ok())
         .expect("a size")
-}
-
-pub(crate) fn is_alive(pid: i32) -> bool {
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-    stat.rsplit(") ")
-        .next()
-        .is_some_and(|rest| !rest.is_empty() && !rest.starts_with('Z'))
 }
