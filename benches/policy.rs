@@ -35,6 +35,7 @@ impl World {
         let settings = Settings {
             limit: Bytes::gib(half),
             reserve: Bytes::gib(1),
+            gpu_limits: BTreeMap::new(),
             soft: Threshold::Percent(10),
             hard: Threshold::Percent(5),
             auto_cleanup: true,
@@ -47,7 +48,7 @@ impl World {
                 ..ModelSpec::plain(name(index), vec!["worker".into()])
             }),
             weights: Bytes::ZERO,
-            peak: BTreeMap::new(),
+            footprint: BTreeMap::new(),
         });
         let mut world = Self {
             policy: Policy::new(settings, setups),
@@ -103,6 +104,7 @@ impl World {
         };
         let of = |worker: &WorkerId| (worker.clone(), BTreeMap::from([(Domain::Host, held)]));
         Event::Measured(Measured {
+            gpus: BTreeMap::new(),
             at: self.now,
             domains: BTreeMap::from([(Domain::Host, host)]),
             workers: self.workers.iter().map(of).collect(),

@@ -5,6 +5,7 @@
 //! is taken costs no model load. Order of the end: the controller refuses new
 //! work and drains, workers end, listeners close.
 
+use std::collections::BTreeMap;
 use std::convert::Infallible;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -26,7 +27,7 @@ use crate::clock::Clock;
 use crate::config::{Config, LimitOrigin, Listen};
 use crate::control::{self, Controller, LimitSource, Routes};
 use crate::memory::{HostReading, MemorySource, Sampler, SamplerSettings};
-use crate::model::{Bytes, Domain};
+use crate::model::{Bytes, DeviceRef, Domain};
 use crate::policy::{Policy, Settings, Setup, Threshold};
 use crate::procfs::mark::Owner;
 use crate::proxy::{Proxy, ProxyBody, ProxySettings};
@@ -190,6 +191,8 @@ fn start_controller(
         clock,
         SamplerSettings {
             check_interval: config.memory.check_interval,
+            nvml_library: config.memory.nvml_library.clone(),
+            host_proc: config.memory.host_proc.clone(),
             ..SamplerSettings::default()
         },
     );
@@ -204,6 +207,7 @@ fn start_controller(
     let settings = Settings {
         limit,
         reserve,
+        gpu_limits: gpu_limits(config, &store),
         soft: threshold(config.pressure.soft),
         hard: threshold(config.pressure.hard),
         auto_cleanup: config.memory.auto_cleanup,
@@ -213,7 +217,7 @@ fn start_controller(
     let setups = config.models.iter().map(|spec| Setup {
         spec: Arc::clone(spec),
         weights: crate::config::weights::total(&spec.weights),
-        peak: store.footprint(&spec.name),
+        footprint: store.footprint(&spec.name),
     });
     let policy = Policy::new(settings, setups);
     let spawner = ProcessSpawner::new(WorkerSettings {
@@ -251,6 +255,17 @@ fn limit(config: &Config, store: &Store, host: &HostReading) -> (Bytes, LimitSou
             (host.headroom.percent(DEFAULT_LIMIT_PERCENT), source)
         }
     }
+}
+
+/// Limits on GPUs: kept by an operator, else configured.
+fn gpu_limits(config: &Config, store: &Store) -> BTreeMap<DeviceRef, Bytes> {
+    let mut limits = config.gpu_limits.clone();
+    limits.extend(
+        store
+            .gpu_limits()
+            .map(|(index, limit)| (DeviceRef::Index(index), limit)),
+    );
+    limits
 }
 
 fn threshold(threshold: crate::config::Threshold) -> Threshold {

@@ -87,6 +87,117 @@ impl fmt::Display for Domain {
     }
 }
 
+/// A GPU as a user names it.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum DeviceRef {
+    /// Its place in the list of devices, as in `gpu:0`.
+    Index(u32),
+    /// Its UUID, or the beginning of it.
+    Uuid(Arc<str>),
+}
+
+impl DeviceRef {
+    /// Returns whether this names the device with that index and UUID.
+    #[must_use]
+    pub fn is(&self, index: u32, uuid: &str) -> bool {
+        match self {
+            Self::Index(wanted) => *wanted == index,
+            Self::Uuid(wanted) => uuid.starts_with(&**wanted),
+        }
+    }
+}
+
+impl fmt::Display for DeviceRef {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Index(index) => write!(f, "gpu:{index}"),
+            Self::Uuid(uuid) => f.write_str(uuid),
+        }
+    }
+}
+
+/// Which GPUs a model's worker is placed on.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum GpuRequest {
+    /// On none: its environment is left alone.
+    #[default]
+    None,
+    /// On this many, whichever fit best.
+    Count(u32),
+    /// On exactly these, all at once.
+    These(Vec<DeviceRef>),
+}
+
+impl GpuRequest {
+    /// Returns on how many GPUs the worker runs.
+    #[must_use]
+    pub fn count(&self) -> usize {
+        match self {
+            Self::None => 0,
+            Self::Count(count) => usize::try_from(*count).unwrap_or(usize::MAX),
+            Self::These(list) => list.len(),
+        }
+    }
+}
+
+impl fmt::Display for GpuRequest {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::None => f.write_str("no GPU"),
+            Self::Count(count) => write!(f, "{count} GPU(s)"),
+            Self::These(list) => {
+                let names: Vec<_> = list.iter().map(ToString::to_string).collect();
+                f.write_str(&names.join(", "))
+            }
+        }
+    }
+}
+
+/// Who made a GPU: decides which variable tells a process its devices.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum GpuVendor {
+    /// `CUDA_VISIBLE_DEVICES`, by UUID.
+    Nvidia,
+    /// `ROCR_VISIBLE_DEVICES`, by UUID where the device has one.
+    Amd,
+    /// `ZE_AFFINITY_MASK`, by number.
+    Intel,
+}
+
+impl GpuVendor {
+    /// Returns the word used in the API.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Nvidia => "nvidia",
+            Self::Amd => "amd",
+            Self::Intel => "intel",
+        }
+    }
+}
+
+/// A GPU that a worker is placed on.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PlacedGpu {
+    /// Its index, as in `gpu:0`.
+    pub index: u32,
+    /// Its UUID.
+    pub uuid: String,
+    /// Who made it.
+    pub vendor: GpuVendor,
+    /// Its place among the devices of that vendor.
+    pub ordinal: u32,
+}
+
+/// What past lives of a model used in one domain.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Footprint {
+    /// The most, merged over lives.
+    pub peak: Bytes,
+    /// What the last life that served held when it was last measured.
+    pub settled: Bytes,
+}
+
 /// An amount of memory in bytes. Arithmetic saturates.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Bytes(pub u64);
@@ -279,6 +390,12 @@ pub struct ModelSpec {
     pub preload: bool,
     /// Expected need of host RAM, as declared.
     pub memory: Option<Bytes>,
+    /// Which GPUs it runs on.
+    pub gpus: GpuRequest,
+    /// Expected need on each of its GPUs, as declared.
+    pub vram: Option<Bytes>,
+    /// A ceiling of its own for host RAM: over it, recycled when idle.
+    pub max_memory: Option<Bytes>,
     /// Weight files: declared, else found among the command's arguments.
     pub weights: Vec<PathBuf>,
     /// Most requests waiting at once; more are turned away.
@@ -310,6 +427,9 @@ impl ModelSpec {
             pinned: false,
             preload: false,
             memory: None,
+            gpus: GpuRequest::None,
+            vram: None,
+            max_memory: None,
             weights: Vec::new(),
             max_queue: 256,
             queue_timeout: Duration::from_secs(60),

@@ -27,6 +27,7 @@ pub const fn status_of(refusal: &Refusal) -> StatusCode {
         Refusal::WorkerFailed { .. } => StatusCode::BAD_GATEWAY,
         Refusal::StartTimeout { .. } => StatusCode::GATEWAY_TIMEOUT,
         Refusal::TooLarge { .. }
+        | Refusal::NoDevice { .. }
         | Refusal::NoRoom { .. }
         | Refusal::BackingOff { .. }
         | Refusal::QueueTimeout { .. }
@@ -51,6 +52,7 @@ pub fn retry_after(refusal: &Refusal) -> Option<Duration> {
         Refusal::UnknownModel(_)
         | Refusal::UnknownDomain(_)
         | Refusal::TooLarge { .. }
+        | Refusal::NoDevice { .. }
         | Refusal::StartTimeout { .. } => None,
     }
 }
@@ -152,6 +154,7 @@ impl Fault {
                 | Refusal::Unloaded(model)
                 | Refusal::QueueFull { model, .. }
                 | Refusal::TooLarge { model, .. }
+                | Refusal::NoDevice { model, .. }
                 | Refusal::NoRoom { model, .. }
                 | Refusal::BackingOff { model, .. }
                 | Refusal::WorkerFailed { model, .. }

@@ -12,10 +12,11 @@ use std::sync::{Arc, mpsc as std_mpsc};
 use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition};
 use tracing::warn;
 
-use crate::model::{Bytes, Domain, ModelName, ModelSpec};
+use crate::model::{Bytes, Domain, Footprint, ModelName, ModelSpec};
 use crate::telemetry;
 
-/// Peak bytes by `model ␟ fingerprint ␟ domain`.
+/// Peak bytes by `model ␟ fingerprint ␟ domain`, and settled bytes by the same
+/// with [`SETTLED`] behind.
 const FOOTPRINTS: TableDefinition<&str, u64> = TableDefinition::new("footprints_v1");
 /// Limits in bytes by domain.
 const LIMITS: TableDefinition<&str, u64> = TableDefinition::new("limits_v1");
@@ -25,6 +26,8 @@ const META: TableDefinition<&str, &str> = TableDefinition::new("meta_v1");
 const NAME: &str = "name";
 /// Between the parts of a key; no name holds it.
 const SEPARATOR: char = '\u{1f}';
+/// Ends the key of what the last life held.
+const SETTLED: &str = " settled";
 /// Writes waiting for the disk at most; one more is dropped with a warning.
 const WRITE_QUEUE: usize = 1024;
 
@@ -76,8 +79,15 @@ pub struct Store {
 }
 
 enum Write {
-    Footprint { key: String, bytes: u64 },
-    Limit { key: String, bytes: u64 },
+    /// All that is kept of a model, whose keys begin with its name.
+    Footprint {
+        model: String,
+        entries: BTreeMap<String, u64>,
+    },
+    Limit {
+        key: String,
+        bytes: u64,
+    },
 }
 
 impl Store {
@@ -134,18 +144,31 @@ impl Store {
         &self.name
     }
 
-    /// Returns the peak use of past lives of this model, as long as its
-    /// command and weight files are what they were.
+    /// Returns what past lives of this model used, as long as its command and
+    /// weight files are what they were.
     #[must_use]
-    pub fn footprint(&self, model: &ModelName) -> BTreeMap<Domain, Bytes> {
+    pub fn footprint(&self, model: &ModelName) -> BTreeMap<Domain, Footprint> {
         let Some(prefix) = self.prefix(model) else {
             return BTreeMap::new();
         };
-        self.footprints
-            .range(prefix.clone()..)
-            .take_while(|(key, _)| key.starts_with(&prefix))
-            .filter_map(|(key, bytes)| Some((parse_domain(&key[prefix.len()..])?, Bytes(*bytes))))
-            .collect()
+        let mut found = BTreeMap::<Domain, Footprint>::new();
+        let of_this = self.footprints.range(prefix.clone()..);
+        for (key, bytes) in of_this.take_while(|(key, _)| key.starts_with(&prefix)) {
+            let key = &key[prefix.len()..];
+            let (domain, is_settled) = match key.strip_suffix(SETTLED) {
+                Some(domain) => (domain, true),
+                None => (key, false),
+            };
+            let Some(domain) = parse_domain(domain) else {
+                continue;
+            };
+            let footprint = found.entry(domain).or_default();
+            match is_settled {
+                true => footprint.settled = Bytes(*bytes),
+                false => footprint.peak = Bytes(*bytes),
+            }
+        }
+        found
     }
 
     /// Returns the limit that an operator set to persist.
@@ -154,17 +177,35 @@ impl Store {
         self.limits.get(&domain.to_string()).copied().map(Bytes)
     }
 
-    /// Keeps a model's peak use.
-    pub fn learn(&self, model: &ModelName, peak: BTreeMap<Domain, Bytes>) {
+    /// Returns the limits on GPUs that an operator set to persist.
+    pub fn gpu_limits(&self) -> impl Iterator<Item = (u32, Bytes)> {
+        self.limits
+            .iter()
+            .filter_map(|(key, limit)| match parse_domain(key)? {
+                Domain::Gpu(index) => Some((index, Bytes(*limit))),
+                Domain::Host => None,
+            })
+    }
+
+    /// Keeps what a model's lives used; what was kept under another command or
+    /// other weight files is forgotten.
+    pub fn learn(&self, model: &ModelName, footprint: &BTreeMap<Domain, Footprint>) {
         let Some(prefix) = self.prefix(model) else {
             return;
         };
-        for (domain, bytes) in peak {
-            self.write(Write::Footprint {
-                key: format!("{prefix}{domain}"),
-                bytes: bytes.get(),
-            });
-        }
+        let entries = footprint.iter().flat_map(|(domain, footprint)| {
+            [
+                (format!("{prefix}{domain}"), footprint.peak.get()),
+                (
+                    format!("{prefix}{domain}{SETTLED}"),
+                    footprint.settled.get(),
+                ),
+            ]
+        });
+        self.write(Write::Footprint {
+            model: format!("{model}{SEPARATOR}"),
+            entries: entries.collect(),
+        });
     }
 
     /// Keeps a limit.
@@ -276,9 +317,16 @@ fn commit(database: &Database, batch: &[Write]) -> Result<(), redb::Error> {
         let mut limits = transaction.open_table(LIMITS)?;
         for write in batch {
             match write {
-                Write::Footprint { key, bytes } => footprints.insert(key.as_str(), bytes)?,
-                Write::Limit { key, bytes } => limits.insert(key.as_str(), bytes)?,
-            };
+                Write::Footprint { model, entries } => {
+                    footprints.retain(|key, _| !key.starts_with(model.as_str()))?;
+                    for (key, bytes) in entries {
+                        footprints.insert(key.as_str(), bytes)?;
+                    }
+                }
+                Write::Limit { key, bytes } => {
+                    limits.insert(key.as_str(), bytes)?;
+                }
+            }
         }
     }
     transaction.commit()?;

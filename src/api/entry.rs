@@ -29,6 +29,7 @@ pub(crate) struct ModelEntry<'a> {
     vram: Vec<VramEntry>,
     expected: ExpectedEntry,
     peak: u64,
+    footprint: BTreeMap<String, FootprintEntry>,
     loads: u64,
     evictions: u64,
     last_eviction: Option<EvictionEntry>,
@@ -60,7 +61,8 @@ impl<'a> ModelEntry<'a> {
             memory: view.usage.as_ref().map(MemoryEntry::of),
             vram: vram(view),
             expected: ExpectedEntry::of(&view.expected),
-            peak: view.peak.get(),
+            peak: view.peak.get(&Domain::Host).map_or(0, |peak| peak.get()),
+            footprint: footprint(view),
             loads: view.loads,
             evictions: view.evictions,
             last_eviction: view
@@ -82,10 +84,10 @@ pub(crate) fn is_loaded(view: &ModelView) -> bool {
     view.phase == Phase::Ready
 }
 
-/// Returns the measured resident memory of the model's worker; zero without
+/// Returns what the model's worker holds of host RAM, measured; zero without
 /// one.
 pub(crate) fn rss(view: &ModelView) -> Bytes {
-    view.usage.as_ref().map_or(Bytes::ZERO, |usage| usage.rss)
+    view.usage.as_ref().map_or(Bytes::ZERO, Usage::resident)
 }
 
 /// Returns `at` as Unix seconds, 0 when it never was.
@@ -131,6 +133,8 @@ struct VramEntry {
     device: String,
     bytes: Option<u64>,
     source: &'static str,
+    /// The number may be off by what somebody else took of the device.
+    tainted: bool,
 }
 
 fn vram(view: &ModelView) -> Vec<VramEntry> {
@@ -138,6 +142,7 @@ fn vram(view: &ModelView) -> Vec<VramEntry> {
         device: Domain::Gpu(vram.device).to_string(),
         bytes: vram.bytes.map(Bytes::get),
         source: vram.source.as_str(),
+        tainted: vram.tainted,
     };
     view.usage
         .as_ref()
@@ -148,19 +153,46 @@ fn vram(view: &ModelView) -> Vec<VramEntry> {
 #[derive(Debug, Serialize)]
 struct ExpectedEntry {
     bytes: BTreeMap<String, u64>,
+    /// Where the host's number comes from.
     source: &'static str,
+    /// Where each number comes from.
+    sources: BTreeMap<String, &'static str>,
 }
 
 impl ExpectedEntry {
     fn of(expected: &Expected) -> Self {
-        let bytes = expected.bytes.iter();
+        let known = expected
+            .domains()
+            .filter_map(|domain| Some((domain.to_string(), expected.known(domain)?.get())));
+        let needs = expected.0.iter();
+        let host = expected.0.get(&Domain::Host).copied().unwrap_or_default();
         Self {
-            bytes: bytes
-                .map(|(domain, bytes)| (domain.to_string(), bytes.get()))
+            bytes: known.collect(),
+            source: host.source.as_str(),
+            sources: needs
+                .map(|(domain, need)| (domain.to_string(), need.source.as_str()))
                 .collect(),
-            source: expected.source.as_str(),
         }
     }
+}
+
+/// What past lives taught of one domain.
+#[derive(Debug, Serialize)]
+struct FootprintEntry {
+    peak: u64,
+    settled: u64,
+}
+
+fn footprint(view: &ModelView) -> BTreeMap<String, FootprintEntry> {
+    let entry = |(domain, peak): (&Domain, &Bytes)| {
+        let settled = view.settled.get(domain).copied().unwrap_or_default();
+        let entry = FootprintEntry {
+            peak: peak.get(),
+            settled: settled.get(),
+        };
+        (domain.to_string(), entry)
+    };
+    view.peak.iter().map(entry).collect()
 }
 
 #[derive(Debug, Serialize)]

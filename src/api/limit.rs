@@ -132,6 +132,7 @@ fn message(request: &LimitRequest, report: &LimitReport) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::model::GpuVendor;
 
     #[test]
     fn a_limit_is_a_finite_number_above_zero() {
@@ -157,6 +158,8 @@ mod tests {
             total: None,
             used: None,
             free: None,
+            vendor: GpuVendor::Nvidia,
+            unified: false,
             source: "nvml",
         };
         let devices = [device(0, "GPU-a"), device(1, "GPU-b")];

@@ -211,6 +211,11 @@ pub(crate) struct DeviceEntry<'a> {
     charged: Option<u64>,
     unattributed: Option<u64>,
     source: &'static str,
+    vendor: &'static str,
+    /// It has no memory of its own: what it uses is the host's.
+    unified: bool,
+    /// What a user allows workers; `null` without such a limit.
+    limit: Option<u64>,
 }
 
 /// Lists the devices with what workers were charged for on each.
@@ -243,6 +248,12 @@ fn device_entry<'a>(snapshot: &'a Snapshot, device: &'a DeviceReading) -> Device
         charged: view.map(|view| view.charged.get()),
         unattributed: device.used.map(|used| (used - attributed).get()),
         source: device.source,
+        vendor: device.vendor.as_str(),
+        unified: device.unified,
+        limit: view
+            .map(|view| view.limit)
+            .filter(|limit| *limit < Bytes::MAX)
+            .map(Bytes::get),
     }
 }
 

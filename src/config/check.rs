@@ -33,7 +33,12 @@ pub(super) fn check(
     let models = models::check(raw.models, &raw.defaults, &facts, problems);
     Some(Config {
         server,
-        memory: memory(raw.memory),
+        memory: memory(raw.memory, context),
+        gpu_limits: raw
+            .gpus
+            .into_iter()
+            .map(|(gpu, limit)| (gpu, limit.value))
+            .collect(),
         pressure,
         models: models::share_variables(models, scope.into_values()),
         warnings: Problems::default(),
@@ -75,7 +80,7 @@ fn check_listen(listen: &[Listen], place: &Place, problems: &mut Problems) {
     }
 }
 
-fn memory(raw: RawMemory) -> Memory {
+fn memory(raw: RawMemory, context: &Context<'_>) -> Memory {
     let limit = raw.limit.map(|limit| {
         let origin = match limit.place.origin {
             Origin::BuiltIn | Origin::File { .. } | Origin::CommandLine => LimitOrigin::Config,
@@ -88,6 +93,12 @@ fn memory(raw: RawMemory) -> Memory {
         reserve: raw.reserve.map(|reserve| reserve.value),
         check_interval: given(raw.check_interval),
         auto_cleanup: given(raw.auto_cleanup),
+        nvml_library: raw
+            .nvml_library
+            .map(|path| context.working_dir.join(path.value)),
+        host_proc: raw
+            .host_proc
+            .map(|path| context.working_dir.join(path.value)),
     }
 }
 

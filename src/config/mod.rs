@@ -16,6 +16,7 @@ mod check;
 mod context;
 mod env;
 mod files;
+mod gpus;
 mod models;
 mod problem;
 mod program;
@@ -28,6 +29,7 @@ mod value;
 mod variables;
 pub mod weights;
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -38,7 +40,7 @@ pub use env::{Environment, Sources};
 pub use files::DEFAULTS;
 pub use problem::{Complaint, Problem, Problems, Severity};
 
-use crate::model::{Bytes, ModelSpec};
+use crate::model::{Bytes, DeviceRef, ModelSpec};
 
 /// A valid configuration.
 #[derive(Clone, Debug)]
@@ -50,6 +52,8 @@ pub struct Config {
     pub memory: Memory,
     /// When memory counts as tight.
     pub pressure: Pressure,
+    /// Most bytes workers may have on a GPU.
+    pub gpu_limits: BTreeMap<DeviceRef, Bytes>,
     /// Every model, by name.
     pub models: Vec<Arc<ModelSpec>>,
     /// What does not keep residentd from starting but may not work later.
@@ -115,6 +119,11 @@ pub struct Memory {
     pub check_interval: Duration,
     /// Whether soft pressure evicts by itself.
     pub auto_cleanup: bool,
+    /// The NVIDIA driver's library; absent: the system's own.
+    pub nvml_library: Option<PathBuf>,
+    /// Where the host's `/proc` is mounted, when GPU drivers list processes as
+    /// the host numbers them.
+    pub host_proc: Option<PathBuf>,
 }
 
 /// Who set the limit.

@@ -127,6 +127,8 @@ impl Model<'_> {
         self.check_cwd(&templates, problems);
         let weights = self.weights(&templates, problems);
         self.check_memory(&weights, problems);
+        self.check_ceiling(problems);
+        self.check_gpus(&templates, problems);
 
         let command = self.command(&templates)?;
         let cwd = self.cwd();
@@ -149,6 +151,9 @@ impl Model<'_> {
             pinned: given(raw.pinned),
             preload: given(raw.preload),
             memory: raw.memory.map(|memory| memory.value),
+            gpus: given(raw.gpus),
+            vram: raw.vram.map(|vram| vram.value),
+            max_memory: raw.max_memory.map(|ceiling| ceiling.value),
             weights,
             max_queue: given(raw.max_queue),
             queue_timeout: given(raw.queue_timeout),
@@ -333,6 +338,39 @@ impl Model<'_> {
             );
             let fix = format!("raise {}, or declare memory", limit.place.key);
             problems.warn(&self.place, what, fix);
+        }
+    }
+
+    fn check_ceiling(&self, problems: &mut Problems) {
+        if let (Some(ceiling), Some(memory)) = (&self.raw.max_memory, &self.raw.memory)
+            && ceiling.value < memory.value
+        {
+            let what = format!(
+                "{} is under its memory ({}), so it would be recycled after each load",
+                write_size(ceiling.value),
+                write_size(memory.value)
+            );
+            problems.error(&ceiling.place, what, "raise it over what the model needs");
+        }
+    }
+
+    /// Tells what is said of GPUs by a model that runs on none.
+    fn check_gpus(&self, templates: &Templates, problems: &mut Problems) {
+        let gpus = self.raw.gpus.as_ref();
+        if gpus.is_some_and(|gpus| gpus.value.count() > 0) {
+            return;
+        }
+        let fix = r#"write e.g. gpus = 1, or remove it"#;
+        // One that is shared by all models may not concern this one.
+        let own = |place: &Place| place.key == self.place.below("vram").key;
+        if let Some(vram) = self.raw.vram.as_ref().filter(|vram| own(&vram.place)) {
+            problems.error(&vram.place, "is set, but the model runs on no GPU", fix);
+        }
+        let mut words = templates.command.iter().chain(templates.env.values());
+        if words.any(|template| template.uses("GPU")) {
+            let place = self.place_of(gpus.map(|gpus| &gpus.place), "gpus");
+            let what = "is none, but the worker is given ${GPU}";
+            problems.error(&place, what, fix);
         }
     }
 

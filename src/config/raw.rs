@@ -11,24 +11,21 @@ use toml::de::DeTable;
 use super::problem::{Complaint, Origin, Place, Problems};
 use super::section::{Section, Setting, Text};
 use super::value::{NAME_FIX, Value};
-use super::{Listen, LogFormat, Threshold, ready};
-use crate::model::{Bytes, ModelName, ReadyCheck};
+use super::{Listen, LogFormat, Threshold, gpus, ready};
+use crate::model::{Bytes, DeviceRef, GpuRequest, ModelName, ReadyCheck};
 
 /// Tables and keys of the documentation that this version has no feature for.
-const LATER: [&str; 4] = ["admin", "auth", "tls", "gpus"];
+const LATER: [&str; 3] = ["admin", "auth", "tls"];
 const LATER_SERVER: [&str; 1] = ["adopt"];
 const LATER_MEMORY: [&str; 2] = ["policy", "patience"];
-const LATER_MODEL: [&str; 10] = [
+const LATER_MODEL: [&str; 7] = [
     "stop_command",
-    "vram",
-    "gpus",
     "concurrency",
     "request_timeout",
     "use_model_name",
     "set_params",
     "strip_params",
     "heartbeat",
-    "max_memory",
 ];
 
 /// One source, or several merged.
@@ -37,6 +34,8 @@ pub(super) struct RawConfig {
     pub(super) server: RawServer,
     pub(super) memory: RawMemory,
     pub(super) pressure: RawPressure,
+    /// Limits of GPUs.
+    pub(super) gpus: BTreeMap<DeviceRef, Setting<Bytes>>,
     pub(super) variables: BTreeMap<String, Setting<String>>,
     pub(super) defaults: RawModel,
     pub(super) models: BTreeMap<ModelName, Setting<RawModel>>,
@@ -59,6 +58,8 @@ pub(super) struct RawMemory {
     pub(super) reserve: Option<Setting<Bytes>>,
     pub(super) check_interval: Option<Setting<Duration>>,
     pub(super) auto_cleanup: Option<Setting<bool>>,
+    pub(super) nvml_library: Option<Setting<PathBuf>>,
+    pub(super) host_proc: Option<Setting<PathBuf>>,
 }
 
 #[derive(Clone, Debug, Default)]
@@ -84,6 +85,9 @@ pub(super) struct RawModel {
     pub(super) pinned: Option<Setting<bool>>,
     pub(super) preload: Option<Setting<bool>>,
     pub(super) memory: Option<Setting<Bytes>>,
+    pub(super) gpus: Option<Setting<GpuRequest>>,
+    pub(super) vram: Option<Setting<Bytes>>,
+    pub(super) max_memory: Option<Setting<Bytes>>,
     pub(super) weights: Option<Setting<Vec<String>>>,
     pub(super) max_queue: Option<Setting<usize>>,
     pub(super) queue_timeout: Option<Setting<Duration>>,
@@ -106,6 +110,9 @@ impl RawConfig {
         }
         if let Some(section) = top.table("pressure", problems) {
             raw.pressure = RawPressure::read(section, problems);
+        }
+        if let Some(section) = top.table("gpus", problems) {
+            raw.gpus = gpus::read_limits(section, problems);
         }
         if let Some(section) = top.table("variables", problems) {
             raw.variables = section.texts(problems);
@@ -158,6 +165,7 @@ impl RawConfig {
             server: self.server.over(weaker.server),
             memory: self.memory.over(weaker.memory),
             pressure: self.pressure.over(weaker.pressure),
+            gpus: over(self.gpus, weaker.gpus),
             variables: over(self.variables, weaker.variables),
             defaults: self.defaults.over(weaker.defaults),
             models,
@@ -166,7 +174,7 @@ impl RawConfig {
 }
 
 /// Lays one map over another, key by key.
-fn over<T>(stronger: BTreeMap<String, T>, weaker: BTreeMap<String, T>) -> BTreeMap<String, T> {
+fn over<K: Ord, T>(stronger: BTreeMap<K, T>, weaker: BTreeMap<K, T>) -> BTreeMap<K, T> {
     let mut merged = weaker;
     merged.extend(stronger);
     merged
@@ -209,6 +217,8 @@ impl RawMemory {
             reserve: s.get("reserve", Value::size, problems),
             check_interval: s.get("check_interval", Value::duration_over_zero, problems),
             auto_cleanup: s.get("auto_cleanup", Value::flag, problems),
+            nvml_library: s.get("nvml_library", Value::path, problems),
+            host_proc: s.get("host_proc", Value::path, problems),
         };
         section.finish(&LATER_MEMORY, problems);
         raw
@@ -220,6 +230,8 @@ impl RawMemory {
             reserve: self.reserve.or(weaker.reserve),
             check_interval: self.check_interval.or(weaker.check_interval),
             auto_cleanup: self.auto_cleanup.or(weaker.auto_cleanup),
+            nvml_library: self.nvml_library.or(weaker.nvml_library),
+            host_proc: self.host_proc.or(weaker.host_proc),
         }
     }
 }
@@ -268,6 +280,9 @@ impl RawModel {
             pinned: s.get("pinned", Value::flag, problems),
             preload: s.get("preload", Value::flag, problems),
             memory: s.get("memory", Value::size_over_zero, problems),
+            gpus: s.get("gpus", gpus::read, problems),
+            vram: s.get("vram", Value::size_over_zero, problems),
+            max_memory: s.get("max_memory", Value::size_over_zero, problems),
             weights: s.list("weights", Value::filled_text, problems),
             max_queue: s.get("max_queue", Value::count, problems),
             queue_timeout: s.get("queue_timeout", Value::duration_over_zero, problems),
@@ -294,6 +309,9 @@ impl RawModel {
             pinned: self.pinned.or(weaker.pinned),
             preload: self.preload.or(weaker.preload),
             memory: self.memory.or(weaker.memory),
+            gpus: self.gpus.or(weaker.gpus),
+            vram: self.vram.or(weaker.vram),
+            max_memory: self.max_memory.or(weaker.max_memory),
             weights: self.weights.or(weaker.weights),
             max_queue: self.max_queue.or(weaker.max_queue),
             queue_timeout: self.queue_timeout.or(weaker.queue_timeout),

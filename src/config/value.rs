@@ -58,7 +58,7 @@ impl<'a> Value<'a> {
     }
 
     /// Returns the text, when the value is one.
-    fn as_text(&self) -> Option<&str> {
+    pub(super) fn as_text(&self) -> Option<&str> {
         match self {
             Self::Toml(DeValue::String(text)) => Some(text),
             Self::Bare(text) | Self::BareSeconds(text) => Some(text),
@@ -67,7 +67,7 @@ impl<'a> Value<'a> {
     }
 
     /// Returns the whole number, when the value is one.
-    fn as_integer(&self) -> Option<i128> {
+    pub(super) fn as_integer(&self) -> Option<i128> {
         match self {
             Self::Toml(DeValue::Integer(number)) => integer(number),
             Self::Bare(text) => text.trim().parse().ok(),

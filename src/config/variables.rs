@@ -11,10 +11,10 @@ use crate::model::ModelName;
 use crate::template::{Template, TemplateError};
 
 /// Filled in by the worker at spawn.
-const AT_SPAWN: [&str; 4] = ["PORT", "SOCKET", "MODEL", "STATE_DIR"];
+const AT_SPAWN: [&str; 5] = ["PORT", "SOCKET", "MODEL", "STATE_DIR", "GPU"];
 
 /// Documented, without a feature in this version.
-const LATER: [&str; 2] = ["GPU", "PID"];
+const LATER: [&str; 1] = ["PID"];
 
 /// Begins the name of an environment variable.
 const ENV: &str = "env:";
@@ -91,6 +91,7 @@ impl<'a> Scope<'a> {
             "PORT" => Some(Cow::Borrowed("1")),
             "SOCKET" => Some(Cow::Borrowed("/sample.sock")),
             "MODEL" => Some(Cow::Owned(model.to_string())),
+            "GPU" => Some(Cow::Borrowed("GPU-0")),
             "STATE_DIR" => Some(Cow::Owned(self.state_dir.clone())),
             _ => self.lookup(name).map(|text| Cow::Owned(text.clone())),
         };

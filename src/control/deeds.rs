@@ -1,13 +1,15 @@
 //! Carries out what the policy wants done. Here decisions are logged and
 //! counted, and nowhere else.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 
 use tracing::{error, info, warn};
 
 use super::task::{Live, Pending, Task};
 use super::{Lease, Refusal};
-use crate::model::{Bytes, Domain, WorkerId};
+use crate::memory::DeviceReading;
+use crate::model::{Bytes, Domain, PlacedGpu, WorkerId};
 use crate::policy::{self, Effect, Event, Ticket};
 use crate::worker::{SpawnOrder, Stop};
 
@@ -27,7 +29,11 @@ impl Task {
                     let _ = reply.send(Ok(report));
                 }
             }
-            Effect::Spawn { worker, expected } => self.spawn(worker, &expected),
+            Effect::Spawn {
+                worker,
+                expected,
+                gpus,
+            } => self.spawn(worker, &expected, gpus),
             Effect::Evict {
                 worker,
                 reason,
@@ -73,7 +79,7 @@ impl Task {
                 warn!(%worker, %domain, %missing, "memory of an ended worker did not come back in time");
                 self.counters.reclaim_shortfall += missing;
             }
-            Effect::Learn { model, peak } => self.store.learn(&model, peak),
+            Effect::Learn { model, footprint } => self.store.learn(&model, &footprint),
             Effect::Finished => {
                 self.finished = true;
                 for reply in self.finishing.drain(..) {
@@ -84,17 +90,13 @@ impl Task {
         None
     }
 
-    fn spawn(&mut self, worker: WorkerId, expected: &policy::Expected) {
-        let need = expected
-            .bytes
-            .get(&Domain::Host)
-            .copied()
-            .unwrap_or_default();
-        info!(%worker, need = %need, source = expected.source.as_str(), "spawning worker");
+    fn spawn(&mut self, worker: WorkerId, expected: &policy::Expected, gpus: Vec<u32>) {
+        info!(%worker, need = %expected, "spawning worker");
         let spec = Arc::clone(&self.policy.models()[&worker.model].spec);
         let handle = self.spawner.spawn(SpawnOrder {
             worker: worker.clone(),
             spec,
+            gpus: placed(&self.reading.devices, &gpus),
             events: self.events.clone(),
         });
         let record = self.records.entry(worker.model.clone()).or_default();
@@ -103,6 +105,7 @@ impl Task {
             worker,
             Live {
                 handle,
+                gpus,
                 tree: None,
                 ready: None,
             },
@@ -189,4 +192,23 @@ impl Task {
     fn charge(&self, worker: &WorkerId) -> Bytes {
         self.policy.models()[&worker.model].charge(Domain::Host)
     }
+}
+
+/// Returns what a worker must be told of the devices it is placed on.
+fn placed(devices: &[DeviceReading], gpus: &[u32]) -> Vec<PlacedGpu> {
+    let mut ordinals: HashMap<&'static str, u32> = HashMap::new();
+    let mut placed = Vec::with_capacity(gpus.len());
+    for device in devices {
+        let ordinal = ordinals.entry(device.vendor.as_str()).or_default();
+        if gpus.contains(&device.index) {
+            placed.push(PlacedGpu {
+                index: device.index,
+                uuid: device.uuid.clone(),
+                vendor: device.vendor,
+                ordinal: *ordinal,
+            });
+        }
+        *ordinal += 1;
+    }
+    placed
 }

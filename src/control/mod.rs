@@ -27,8 +27,8 @@ use tokio::sync::{mpsc, oneshot, watch};
 use crate::clock::{Clock, Timestamp};
 use crate::model::ModelName;
 pub use crate::policy::{
-    CleanupReport, EvictReason, Expected, ExpectedSource, Phase, PressureLevel, Protection,
-    Refusal, Skip, Skipped,
+    CleanupReport, EvictReason, Expectation, Expected, ExpectedSource, Phase, PressureLevel,
+    Protection, Refusal, Skip, Skipped,
 };
 
 /// Commands waiting at most. A full queue is answered with `503 overloaded`:

@@ -48,8 +48,10 @@ pub struct ModelView {
     pub usage: Option<Usage>,
     /// What a load is expected to need.
     pub expected: Expected,
-    /// The most any life has used of host RAM.
-    pub peak: Bytes,
+    /// The most it used over its lives, by domain.
+    pub peak: BTreeMap<Domain, Bytes>,
+    /// What the last life that served held, by domain.
+    pub settled: BTreeMap<Domain, Bytes>,
     /// When the last request before this life left; see [`ModelView::last_used`].
     pub last_used_before: Option<Timestamp>,
     /// Requests before this life; see [`ModelView::access_count`].

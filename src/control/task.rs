@@ -15,7 +15,7 @@ use super::{
 };
 use crate::clock::{Clock, Timestamp};
 use crate::gate::Gate;
-use crate::memory::{MemorySource, Pace, Reading};
+use crate::memory::{MemorySource, Pace, Reading, Subject};
 use crate::model::{ModelName, Upstream, WorkerId};
 use crate::policy::{Activity, Event, Phase, Policy, Ticket};
 use crate::procfs::ProcessTree;
@@ -182,6 +182,8 @@ async fn run(mut task: Task, mut arrivals: Arrivals, publish: watch::Sender<Arc<
 #[derive(Debug)]
 pub(super) struct Live {
     pub(super) handle: WorkerHandle,
+    /// The GPUs it is placed on.
+    pub(super) gpus: Vec<u32>,
     pub(super) tree: Option<Arc<ProcessTree>>,
     pub(super) ready: Option<Arc<ReadyWorker>>,
 }
@@ -255,11 +257,21 @@ impl Task {
 
     fn hear(&mut self, event: WorkerEvent) {
         match event {
-            WorkerEvent::Spawned { worker, tree } => {
+            WorkerEvent::Spawned {
+                worker,
+                tree,
+                report,
+            } => {
                 if let Some(live) = self.workers.get_mut(&worker) {
                     info!(%worker, pid = tree.leader().pid, "worker spawned");
                     live.tree = Some(Arc::clone(&tree));
-                    self.memory.follow(worker, tree);
+                    let subject = Subject {
+                        tree,
+                        gpus: live.gpus.clone(),
+                        report: Some(report),
+                        loading: true,
+                    };
+                    self.memory.follow(worker, subject);
                     self.memory.sample_now();
                 }
             }
@@ -286,6 +298,7 @@ impl Task {
                 self.feed(Event::Exited {
                     worker,
                     status: status.to_string(),
+                    out_of_memory: Vec::new(),
                     last_lines,
                 });
                 // Only a reading later than the step above shows bytes back.
@@ -318,6 +331,7 @@ impl Task {
         if let Some(route) = self.routes.get(worker.model.as_str()) {
             route.set_ready(Some(ready));
         }
+        self.memory.loaded(worker);
         self.memory.sample_now();
         self.feed(Event::Ready {
             worker: worker.clone(),

@@ -48,7 +48,7 @@ fn measured(reading: &Reading, workers: &BTreeMap<WorkerId, Live>) -> Measured {
     let workers = measured
         .map(|(id, usage)| {
             let host = Measure {
-                usage: usage.rss,
+                usage: usage.resident(),
                 unreclaimable: usage.unreclaimable(),
             };
             let mut by_domain = BTreeMap::from([(Domain::Host, host)]);
@@ -66,11 +66,14 @@ fn measured(reading: &Reading, workers: &BTreeMap<WorkerId, Live>) -> Measured {
             (id.clone(), by_domain)
         })
         .collect();
+    let gpus = reading.devices.iter();
+    let gpus = gpus.map(|device| (device.index, device.uuid.clone()));
     Measured {
         at: reading.at,
         domains,
         workers,
         counted_twice: reading.counted_twice,
+        gpus: gpus.collect(),
     }
 }
 
@@ -108,6 +111,8 @@ fn model(task: &Task, state: &ModelState) -> ModelView {
     let worker = state.worker();
     let live = task.workers.get(&worker);
     let record = task.records.get(state.name()).cloned().unwrap_or_default();
+    let settled = state.footprint.iter();
+    let settled = settled.map(|(domain, footprint)| (*domain, footprint.settled));
     ModelView {
         spec: Arc::clone(&state.spec),
         phase: state.phase,
@@ -117,8 +122,9 @@ fn model(task: &Task, state: &ModelState) -> ModelView {
         pinned: state.pinned,
         queued: state.queue.len(),
         usage: live.and_then(|_| task.reading.workers.get(&worker).cloned()),
-        expected: state.expected(),
-        peak: state.peak.get(&Domain::Host).copied().unwrap_or_default(),
+        expected: task.policy.expected(state),
+        peak: state.peak(),
+        settled: settled.collect(),
         last_used_before: record.last_used,
         accesses_before: record.accesses,
         loads: state.history.loads,

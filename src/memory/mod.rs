@@ -9,9 +9,11 @@
 //!    └ observer ── one pass ─┬ host ── cgroup, psi
 //!                            ├ usage      statm and status of each process
 //!                            ├ sharing ── walker (thread) ── maps
-//!                            └ vram ───── nvml   (thread)
+//!                            ├ vram ───── nvml   (thread)
+//!                            └ attribution   what processes do not tell
 //! ```
 
+mod attribution;
 mod cgroup;
 mod host;
 mod maps;
@@ -26,20 +28,24 @@ mod walker;
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 pub use sampler::{Sampler, SamplerSettings};
 use tokio::sync::watch;
 
 use crate::clock::Timestamp;
-use crate::model::{Bytes, WorkerId};
+use crate::model::{Bytes, GpuVendor, WorkerId};
 use crate::procfs::ProcessTree;
 
 /// Where readings come from. The seam along which tests put a fake and a
 /// worker host in another container will plug in.
 pub trait MemorySource: fmt::Debug + Send + Sync + 'static {
-    /// Measures this worker's tree from now on.
-    fn follow(&self, worker: WorkerId, tree: Arc<ProcessTree>);
+    /// Measures this worker from now on.
+    fn follow(&self, worker: WorkerId, subject: Subject);
+    /// Notes that a worker has loaded: what its devices use more than before
+    /// is its own.
+    fn loaded(&self, worker: &WorkerId);
     /// Stops measuring it.
     fn forget(&self, worker: &WorkerId);
     /// Asks for a reading at once; it is taken after this call.
@@ -48,6 +54,32 @@ pub trait MemorySource: fmt::Debug + Send + Sync + 'static {
     fn pace(&self, pace: Pace);
     /// Returns the channel that holds the newest reading.
     fn readings(&self) -> watch::Receiver<Arc<Reading>>;
+}
+
+/// What is measured of one worker.
+#[derive(Clone, Debug)]
+pub struct Subject {
+    /// Its processes.
+    pub tree: Arc<ProcessTree>,
+    /// The GPUs it was placed on, by index.
+    pub gpus: Vec<u32>,
+    /// The file in which it may report its own GPU memory.
+    pub report: Option<PathBuf>,
+    /// It has not answered yet.
+    pub loading: bool,
+}
+
+impl Subject {
+    /// Returns a worker of which nothing but its processes is known.
+    #[must_use]
+    pub fn of(tree: Arc<ProcessTree>) -> Self {
+        Self {
+            tree,
+            gpus: Vec::new(),
+            report: None,
+            loading: false,
+        }
+    }
 }
 
 /// How often readings are taken.
@@ -82,11 +114,11 @@ pub struct Reading {
 }
 
 impl Reading {
-    /// Returns the resident memory of all workers, each shared page counted
+    /// Returns what all workers hold of host RAM, each shared page counted
     /// once.
     #[must_use]
     pub fn total_rss(&self) -> Bytes {
-        self.workers.values().map(|usage| usage.rss).sum::<Bytes>() - self.counted_twice
+        self.workers.values().map(Usage::resident).sum::<Bytes>() - self.counted_twice
     }
 }
 
@@ -118,14 +150,26 @@ pub struct Usage {
     pub pss_at: Option<Timestamp>,
     /// GPU memory by device, with where the number comes from.
     pub vram: Vec<VramUsage>,
+    /// The part of `vram` that is host RAM, on devices without memory of their
+    /// own: in no process' resident memory, and only given back by its end.
+    pub unified: Bytes,
 }
 
 impl Usage {
     /// Returns what the kernel cannot take back without killing or swapping:
-    /// `anon + shmem + swap + hugetlb + min(locked, file)`.
+    /// `anon + shmem + swap + hugetlb + min(locked, file)`, and what a GPU
+    /// without memory of its own holds.
     #[must_use]
     pub fn unreclaimable(&self) -> Bytes {
-        self.anon + self.shmem + self.swap + self.hugetlb + self.locked.min(self.file)
+        let pages = self.anon + self.shmem + self.swap + self.hugetlb;
+        pages + self.locked.min(self.file) + self.unified
+    }
+
+    /// Returns what the worker holds of host RAM: resident memory, and what a
+    /// GPU without memory of its own holds for it.
+    #[must_use]
+    pub fn resident(&self) -> Bytes {
+        self.rss + self.unified
     }
 }
 
@@ -138,14 +182,25 @@ pub struct VramUsage {
     pub bytes: Option<Bytes>,
     /// Where the number comes from.
     pub source: VramSource,
+    /// The number is what the device used more, and something else was seen to
+    /// use the device as well: it may be off by that.
+    pub tainted: bool,
 }
 
-/// Where a worker's VRAM figure comes from.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// Where a worker's VRAM figure comes from, best first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum VramSource {
     /// NVML's process list, by pid.
     NvmlProcess,
-    /// The driver lists the process without a number.
+    /// The kernel's `fdinfo` of the process' open render nodes.
+    DrmFdinfo,
+    /// The AMD compute driver's own list.
+    Kfd,
+    /// What the device used more once the worker had loaded than before.
+    DeviceDelta,
+    /// The worker's own report.
+    WorkerReport,
+    /// Nobody tells.
     Unknown,
 }
 
@@ -155,6 +210,10 @@ impl VramSource {
     pub const fn as_str(self) -> &'static str {
         match self {
             Self::NvmlProcess => "nvml_pid",
+            Self::DrmFdinfo => "drm_fdinfo",
+            Self::Kfd => "kfd",
+            Self::DeviceDelta => "device_delta",
+            Self::WorkerReport => "worker_report",
             Self::Unknown => "unknown",
         }
     }
@@ -236,6 +295,10 @@ pub struct DeviceReading {
     pub used: Option<Bytes>,
     /// Not in use.
     pub free: Option<Bytes>,
-    /// Where the numbers come from: `nvml`.
+    /// Who made it.
+    pub vendor: GpuVendor,
+    /// It has no memory of its own: what it uses is the host's.
+    pub unified: bool,
+    /// Where the numbers come from: `nvml`, or the kernel driver's name.
     pub source: &'static str,
 }

@@ -15,10 +15,10 @@ use nvml_wrapper::error::NvmlError;
 use nvml_wrapper::struct_wrappers::device::ProcessInfo;
 use nvml_wrapper::{Device, Nvml};
 
-use super::DeviceReading;
 use super::vram::Row;
+use super::{DeviceReading, VramSource};
 use crate::clock::{Clock, Timestamp};
-use crate::model::Bytes;
+use crate::model::{Bytes, GpuVendor};
 
 /// Opening the library wakes every GPU, which takes seconds for some.
 const FIRST_DEADLINE: Duration = Duration::from_secs(5);
@@ -285,10 +285,15 @@ fn list_instances<'nvml>(device: &Device<'nvml>) -> Vec<Device<'nvml>> {
 fn sweep_pools(pools: &[Pool<'_>]) -> Sweep {
     let mut sweep = Sweep::default();
     for (pool, index) in pools.iter().zip(0..) {
+        let unified;
         let memory = match pool.device.memory_info() {
             // A GPU without memory of its own uses the host's.
-            Ok(info) => Some(info).filter(|info| info.total > 0),
+            Ok(info) => {
+                unified = info.total == 0;
+                Some(info).filter(|info| info.total > 0)
+            }
             Err(error) => {
+                unified = matches!(&error, NvmlError::NotSupported) && is_integrated(&pool.name);
                 sweep.note(index, error);
                 None
             }
@@ -297,6 +302,8 @@ fn sweep_pools(pools: &[Pool<'_>]) -> Sweep {
             index,
             uuid: pool.uuid.clone(),
             name: pool.name.clone(),
+            vendor: GpuVendor::Nvidia,
+            unified,
             total: memory.as_ref().map(|info| Bytes(info.total)),
             used: memory.as_ref().map(|info| Bytes(info.used)),
             free: memory.as_ref().map(|info| Bytes(info.free)),
@@ -314,6 +321,13 @@ fn sweep_pools(pools: &[Pool<'_>]) -> Sweep {
         }
     }
     sweep
+}
+
+/// Returns whether a GPU of this name is known to share the host's memory:
+/// Grace Blackwell desktops and the Jetson family.
+fn is_integrated(name: &str) -> bool {
+    let integrated = ["GB10", "Orin", "Xavier", "Thor", "Tegra", "Jetson"];
+    integrated.iter().any(|known| name.contains(known))
 }
 
 impl Sweep {
@@ -350,6 +364,7 @@ fn row(device: u32, process: &ProcessInfo) -> Row {
             UsedGpuMemory::Used(bytes) => Some(Bytes(bytes)),
             UsedGpuMemory::Unavailable => None,
         },
+        source: VramSource::NvmlProcess,
     }
 }
 
@@ -385,6 +400,8 @@ mod tests {
                 total: None,
                 used: None,
                 free: None,
+                vendor: GpuVendor::Nvidia,
+                unified: false,
                 source: "nvml",
             }],
             ..Sweep::default()

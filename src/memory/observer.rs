@@ -1,21 +1,22 @@
 //! One pass over everything that is measured.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::Arc;
+use std::path::PathBuf;
 
+use super::attribution::{Attribution, Claim};
 use super::host::Host;
 use super::nvml::Gpus;
 use super::sharing::{Member, Sharing};
 use super::usage::{self, ProcessMemory, Sizes};
 use super::vram::{self, Vram};
 use super::walker::Walker;
-use super::{Reading, Usage};
+use super::{DeviceReading, Reading, Subject, Usage};
 use crate::clock::{Clock, Timestamp};
 use crate::model::{Bytes, WorkerId};
-use crate::procfs::{ProcessKey, ProcessTable, ProcessTree};
+use crate::procfs::{ProcessKey, ProcessTable};
 
-/// The trees to measure.
-pub(super) type Followed = BTreeMap<WorkerId, Arc<ProcessTree>>;
+/// The workers to measure.
+pub(super) type Followed = BTreeMap<WorkerId, Subject>;
 
 /// How much a pass looks at.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -36,6 +37,8 @@ pub(super) struct Observer {
     gpus: Gpus,
     walker: Walker,
     sharing: Sharing,
+    attribution: Attribution,
+    host_proc: Option<PathBuf>,
     trees: BTreeMap<WorkerId, Tree>,
     seq: u64,
     proc_failed: bool,
@@ -50,13 +53,21 @@ struct Tree {
 }
 
 impl Observer {
-    pub(super) fn new(clock: Clock, host: Host, gpus: Gpus, walker: Walker) -> Self {
+    pub(super) fn new(
+        clock: Clock,
+        host: Host,
+        gpus: Gpus,
+        walker: Walker,
+        host_proc: Option<PathBuf>,
+    ) -> Self {
         Self {
             clock,
             host,
             gpus,
             walker,
             sharing: Sharing::default(),
+            attribution: Attribution::default(),
+            host_proc,
             trees: BTreeMap::new(),
             seq: 0,
             proc_failed: false,
@@ -85,18 +96,54 @@ impl Observer {
         self.look_for_sharing(at, &members, depth);
         let sweep = self.gpus.sweep(at);
         let known: BTreeSet<i32> = members.iter().map(|m| m.process.pid).collect();
-        let vram = Vram::new(&sweep.rows, &known, vram::leader_of_thread);
+        let host_proc = self.host_proc.clone();
+        let vram = Vram::new(&sweep.rows, |pid| {
+            vram::identify(pid, &known, host_proc.as_deref())
+        });
         self.seq += 1;
+        let mut workers = self.usages(&members, &vram);
+        self.attribute(at, &sweep.devices, followed, &mut workers);
         let reading = Reading {
             seq: self.seq,
             at,
             host,
-            workers: self.usages(&members, &vram),
+            workers,
             counted_twice: self.sharing.counted_twice(&members),
             devices: sweep.devices,
             device_error: sweep.error,
         };
         (reading, depth)
+    }
+
+    /// Fills in what processes do not tell of GPUs.
+    fn attribute(
+        &mut self,
+        at: Timestamp,
+        devices: &[DeviceReading],
+        followed: &Followed,
+        workers: &mut BTreeMap<WorkerId, Usage>,
+    ) {
+        let claims = followed.iter().filter_map(|(worker, subject)| {
+            Some(Claim {
+                worker,
+                gpus: &subject.gpus,
+                loading: subject.loading,
+                told: workers.get(worker)?.vram.clone(),
+                report: subject.report.as_deref(),
+            })
+        });
+        let claims = claims.collect();
+        for (worker, vram) in self.attribution.attribute(at, devices, claims) {
+            let Some(usage) = workers.get_mut(&worker) else {
+                continue;
+            };
+            let unified = vram.iter().filter(|vram| {
+                let mut devices = devices.iter();
+                devices.any(|device| device.unified && device.index == vram.device)
+            });
+            usage.unified = unified.filter_map(|vram| vram.bytes).sum();
+            usage.vram = vram;
+        }
     }
 
     /// Brings the sizes of known processes up to date. Returns whether all
@@ -132,8 +179,9 @@ impl Observer {
             }
         };
         self.proc_failed = false;
-        for (worker, processes) in followed {
-            let members = processes
+        for (worker, subject) in followed {
+            let members = subject
+                .tree
                 .refresh(&table)
                 .into_iter()
                 .filter_map(|process| Some((process, ProcessMemory::read(process.pid)?)))

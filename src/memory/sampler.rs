@@ -21,10 +21,9 @@ use super::host::Host;
 use super::nvml::Gpus;
 use super::observer::{Depth, Followed, Observer};
 use super::walker::Walker;
-use super::{MemorySource, Pace, Reading};
+use super::{MemorySource, Pace, Reading, Subject};
 use crate::clock::{Clock, Timestamp};
 use crate::model::WorkerId;
-use crate::procfs::ProcessTree;
 
 const SIZES_EVERY: Duration = Duration::from_secs(1);
 const PARTS_EVERY: Duration = Duration::from_secs(5);
@@ -42,6 +41,9 @@ pub struct SamplerSettings {
     pub root: PathBuf,
     /// The GPU driver's library; the system's `libnvidia-ml.so.1` when absent.
     pub nvml_library: Option<PathBuf>,
+    /// Where the host's `/proc` is mounted, for drivers that list processes as
+    /// the host numbers them; absent: nowhere.
+    pub host_proc: Option<PathBuf>,
 }
 
 impl Default for SamplerSettings {
@@ -50,6 +52,7 @@ impl Default for SamplerSettings {
             check_interval: Duration::from_secs(60),
             root: PathBuf::from("/"),
             nvml_library: None,
+            host_proc: None,
         }
     }
 }
@@ -96,7 +99,7 @@ impl Sampler {
         });
         let gpus = Gpus::start(clock, settings.nvml_library);
         let host = Host::new(settings.root);
-        let mut observer = Observer::new(clock, host, gpus, walker);
+        let mut observer = Observer::new(clock, host, gpus, walker, settings.host_proc);
         let (first, _) = observer.observe(Depth::Full, &Followed::new());
         let mut rounds = Rounds::new(settings.check_interval);
         rounds.passed(&first, Depth::Full, clock.now());
@@ -117,10 +120,19 @@ impl Sampler {
 }
 
 impl MemorySource for Sampler {
-    fn follow(&self, worker: WorkerId, tree: Arc<ProcessTree>) {
+    fn follow(&self, worker: WorkerId, subject: Subject) {
         self.desk.order(|orders| {
-            orders.followed.insert(worker, tree);
+            orders.followed.insert(worker, subject);
             orders.now = true;
+        });
+    }
+
+    fn loaded(&self, worker: &WorkerId) {
+        self.desk.order(|orders| {
+            if let Some(subject) = orders.followed.get_mut(worker) {
+                subject.loading = false;
+                orders.now = true;
+            }
         });
     }
 

@@ -3,9 +3,11 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
+use std::path::Path;
 
 use super::{VramSource, VramUsage};
 use crate::model::Bytes;
+use crate::procfs::ProcessStat;
 
 /// One process on one device, as the driver lists it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -15,36 +17,33 @@ pub(super) struct Row {
     pub(super) pid: i32,
     /// `None` when the driver lists the process without a number.
     pub(super) bytes: Option<Bytes>,
+    /// Who lists it.
+    pub(super) source: VramSource,
 }
 
 /// GPU memory by process and device.
 #[derive(Debug, Default)]
-pub(super) struct Vram(BTreeMap<(i32, u32), Option<Bytes>>);
+pub(super) struct Vram(BTreeMap<(i32, u32), (Option<Bytes>, VramSource)>);
 
 impl Vram {
-    /// Joins the rows. `known` are the processes of all trees; `leader_of`
-    /// tells the process of a thread and is asked for strangers only.
-    pub(super) fn new(
-        rows: &[Row],
-        known: &BTreeSet<i32>,
-        leader_of: impl Fn(i32) -> Option<i32>,
-    ) -> Self {
+    /// Joins the rows. `identify` finds the process of ours that a row means;
+    /// those of strangers are left out.
+    pub(super) fn new(rows: &[Row], identify: impl Fn(i32) -> Option<i32>) -> Self {
         let mut merged = BTreeMap::new();
         for row in rows {
-            let pid = if known.contains(&row.pid) {
-                row.pid
-            } else {
-                match leader_of(row.pid).filter(|pid| known.contains(pid)) {
-                    Some(pid) => pid,
-                    None => continue,
-                }
+            let Some(pid) = identify(row.pid) else {
+                continue;
             };
             // Drivers that compare the wrong namespace's pid say 0.
             let bytes = row.bytes.filter(|bytes| *bytes > Bytes::ZERO);
             // A process that computes and draws is listed twice, each time
             // with all it holds. Unknown is less than any number.
-            let entry = merged.entry((pid, row.device)).or_insert(None);
-            *entry = bytes.max(*entry);
+            let entry = merged
+                .entry((pid, row.device))
+                .or_insert((None, row.source));
+            if bytes > entry.0 {
+                *entry = (bytes, row.source);
+            }
         }
         Self(merged)
     }
@@ -52,36 +51,74 @@ impl Vram {
     /// Adds up a tree's processes by device. A device with a process of
     /// unknown size is unknown as a whole.
     pub(super) fn of_tree(&self, pids: impl IntoIterator<Item = i32>) -> Vec<VramUsage> {
-        let mut devices = BTreeMap::<u32, Option<Bytes>>::new();
+        let mut devices = BTreeMap::<u32, VramUsage>::new();
         for pid in pids {
-            for ((_, device), bytes) in self.0.range((pid, 0)..=(pid, u32::MAX)) {
-                let entry = devices.entry(*device).or_insert(Some(Bytes::ZERO));
-                *entry = entry.zip(*bytes).map(|(sum, bytes)| sum + bytes);
+            for ((_, device), (bytes, source)) in self.0.range((pid, 0)..=(pid, u32::MAX)) {
+                let sum = devices.entry(*device).or_insert(VramUsage {
+                    device: *device,
+                    bytes: Some(Bytes::ZERO),
+                    source: *source,
+                    tainted: false,
+                });
+                sum.bytes = sum.bytes.zip(*bytes).map(|(sum, bytes)| sum + bytes);
+                sum.source = match sum.bytes {
+                    Some(_) => sum.source.max(*source),
+                    None => VramSource::Unknown,
+                };
             }
         }
-        devices
-            .into_iter()
-            .map(|(device, bytes)| VramUsage {
-                device,
-                bytes,
-                source: match bytes {
-                    Some(_) => VramSource::NvmlProcess,
-                    None => VramSource::Unknown,
-                },
-            })
-            .collect()
+        devices.into_values().collect()
     }
 }
 
+/// Returns the one of the `known` processes that a driver means by a number:
+/// the process itself, a thread of it, or, where the host's `/proc` is mounted,
+/// the number that the host gives to it.
+pub(super) fn identify(
+    number: i32,
+    known: &BTreeSet<i32>,
+    host_proc: Option<&Path>,
+) -> Option<i32> {
+    let known = |pid: &i32| known.contains(pid);
+    let by_host = host_proc.and_then(|host| by_host(number, host));
+    by_host
+        .filter(known)
+        .or_else(|| Some(number).filter(known))
+        .or_else(|| leader_of_thread(Path::new("/proc"), number).filter(known))
+}
+
+/// Returns the process of our namespace that the host gives this number to.
+///
+/// The line `NSpid` of the host's `/proc/<pid>/status` lists a process' numbers
+/// from the host's namespace inwards; see `pid_namespaces(7)`. The start time,
+/// which is the same in every namespace, tells whether it is the same process.
+fn by_host(number: i32, host: &Path) -> Option<i32> {
+    let leader = leader_of_thread(host, number)?;
+    let started = start_time(host, leader)?;
+    let status = read_status(host, leader)?;
+    let numbers = field(&status, "NSpid:")?.split_ascii_whitespace();
+    let mut inner = numbers.skip(1).filter_map(|pid| pid.parse().ok());
+    inner.find(|pid| start_time(Path::new("/proc"), *pid) == Some(started))
+}
+
 /// Returns the process that a thread belongs to.
-pub(super) fn leader_of_thread(thread: i32) -> Option<i32> {
-    let text = fs::read(format!("/proc/{thread}/status")).ok()?;
-    String::from_utf8_lossy(&text)
-        .lines()
-        .find_map(|line| line.strip_prefix("Tgid:"))?
-        .trim()
-        .parse()
-        .ok()
+fn leader_of_thread(proc: &Path, thread: i32) -> Option<i32> {
+    let status = read_status(proc, thread)?;
+    field(&status, "Tgid:")?.parse().ok()
+}
+
+fn read_status(proc: &Path, pid: i32) -> Option<String> {
+    let text = fs::read(proc.join(pid.to_string()).join("status")).ok()?;
+    Some(String::from_utf8_lossy(&text).into_owned())
+}
+
+fn field<'a>(status: &'a str, key: &str) -> Option<&'a str> {
+    let line = status.lines().find_map(|line| line.strip_prefix(key))?;
+    Some(line.trim())
+}
+
+fn start_time(proc: &Path, pid: i32) -> Option<u64> {
+    ProcessStat::read_in(proc, pid).map(|stat| stat.key.start_time)
 }
 
 #[cfg(test)]
@@ -93,6 +130,7 @@ mod tests {
             device,
             pid,
             bytes: mib.map(Bytes::mib),
+            source: VramSource::NvmlProcess,
         }
     }
 
@@ -101,13 +139,17 @@ mod tests {
             device,
             bytes: Some(Bytes::mib(mib)),
             source: VramSource::NvmlProcess,
+            tainted: false,
         }
     }
 
     fn vram(rows: &[Row]) -> Vram {
         // Thread 11 belongs to process 10.
-        let known = BTreeSet::from([10, 20]);
-        Vram::new(rows, &known, |pid| (pid == 11).then_some(10))
+        Vram::new(rows, |pid| match pid {
+            10 | 11 => Some(10),
+            20 => Some(20),
+            _ => None,
+        })
     }
 
     #[test]
@@ -148,7 +190,8 @@ mod tests {
                 [VramUsage {
                     device: 0,
                     bytes: None,
-                    source: VramSource::Unknown
+                    source: VramSource::Unknown,
+                    tainted: false,
                 }]
             );
         }
@@ -158,6 +201,34 @@ mod tests {
     fn this_process_leads_its_threads() {
         let me = i32::try_from(std::process::id()).expect("a pid fits");
         let thread = nix::unistd::gettid().as_raw();
-        assert_eq!(leader_of_thread(thread), Some(me));
+        assert_eq!(identify(thread, &BTreeSet::from([me]), None), Some(me));
+        assert_eq!(identify(thread, &BTreeSet::new(), None), None);
+    }
+
+    #[test]
+    fn a_hosts_number_is_resolved_by_its_proc_and_the_start_time() {
+        let me = i32::try_from(std::process::id()).expect("a pid fits");
+        let started = ProcessStat::read(me)
+            .expect("this process runs")
+            .key
+            .start_time;
+        // A number that no process here can have.
+        let foreign = 99_999_999;
+        let host = tempfile::tempdir().expect("a temporary folder");
+        let folder = host.path().join(foreign.to_string());
+        fs::create_dir(&folder).expect("a folder");
+        let status = format!("Name:\tx\nTgid:\t{foreign}\nNSpid:\t{foreign}\t17\t{me}\n");
+        fs::write(folder.join("status"), status).expect("a file");
+        let stat = |start: u64| {
+            let zeros = "0 ".repeat(15);
+            let line = format!("{foreign} (x) S 1 1 1 {zeros}{start} 0 77");
+            fs::write(folder.join("stat"), line).expect("a file");
+        };
+        stat(started);
+        let known = BTreeSet::from([me]);
+        assert_eq!(identify(foreign, &known, Some(host.path())), Some(me));
+        assert_eq!(identify(foreign, &known, None), None);
+        stat(started + 1);
+        assert_eq!(identify(foreign, &known, Some(host.path())), None);
     }
 }

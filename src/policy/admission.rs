@@ -5,8 +5,6 @@
 //! whoever comes later plans with what is left. A model that has to wait for
 //! busy workers does not hold up those behind it.
 
-use std::collections::BTreeMap;
-
 use super::Policy;
 use super::event::{Effect, Ticket};
 use super::eviction::{self, Candidate};
@@ -22,8 +20,8 @@ const UNKNOWN_ROOM: Bytes = Bytes::mib(512);
 
 /// What admission says of one model.
 enum Verdict {
-    /// There is room: spawn with this promise.
-    Spawn(Expected),
+    /// There is room: spawn with this promise, on these GPUs.
+    Spawn(Expected, Vec<u32>),
     /// Bytes are on their way back that will suffice.
     Wait(Need),
     /// End these, then wait.
@@ -104,6 +102,7 @@ impl Policy {
             return;
         };
         model.history.last_load = Some(now.since(model.since));
+        model.served = true;
         model.history.loads += 1;
         if std::mem::take(&mut model.history.evicted) {
             model.history.reloads += 1;
@@ -136,30 +135,36 @@ impl Policy {
     /// Why a waiter's time was not enough: no room, or a slow load.
     fn too_late(&self, now: Timestamp, name: &ModelName, waiter: Waiter) -> Refusal {
         let model = &self.models[name];
-        let need = model.expected().bytes.get(&Domain::Host).copied();
-        match (model.phase, need) {
-            (Phase::Stopped, Some(need)) => {
-                let room = least(&self.room_with_idle_gone());
-                Refusal::NoRoom {
-                    model: name.clone(),
-                    domain: Domain::Host,
-                    need,
-                    room,
-                }
-            }
-            _ => Refusal::QueueTimeout {
+        let slow = Refusal::QueueTimeout {
+            model: name.clone(),
+            waited: now.since(waiter.since),
+        };
+        if model.phase != Phase::Stopped {
+            return slow;
+        }
+        let expected = self.expected(model);
+        let room = |domain| least(&self.room_with_idle_gone(domain));
+        let tightest = expected
+            .domains()
+            .filter_map(|domain| Some((domain, expected.known(domain)?, room(domain))))
+            .max_by_key(|(_, need, room)| ledger::signed(*need) - ledger::signed(*room));
+        match tightest {
+            Some((domain, need, room)) => Refusal::NoRoom {
                 model: name.clone(),
-                waited: now.since(waiter.since),
+                domain,
+                need,
+                room,
             },
+            None => slow,
         }
     }
 
-    fn room_with_idle_gone(&self) -> Need {
-        let mut room = self.ledger.room(&self.models, Domain::Host);
+    fn room_with_idle_gone(&self, domain: Domain) -> Need {
+        let mut room = self.ledger.room(&self.models, domain);
         for model in self.models.values().filter(|m| m.is_candidate()) {
             ledger::add(&mut room, &self.ledger.gives(model));
         }
-        room.retain(|(domain, _), _| *domain == Domain::Host);
+        room.retain(|(of, _), _| *of == domain);
         room
     }
 
@@ -169,7 +174,7 @@ impl Policy {
         self.blocked = false;
         for name in self.wanted_in_order(now) {
             match self.admit(&name, &claims) {
-                Verdict::Spawn(expected) => self.spawn(now, &name, expected, out),
+                Verdict::Spawn(expected, gpus) => self.spawn(now, &name, expected, gpus, out),
                 Verdict::Wait(need) => ledger::add(&mut claims, &need),
                 Verdict::Evict(victims, need, (wanted, room)) => {
                     for victim in victims {
@@ -210,37 +215,72 @@ impl Policy {
 
     fn admit(&self, name: &ModelName, claims: &Need) -> Verdict {
         let model = &self.models[name];
-        let expected = model.expected();
-        let unknown = expected.source == ExpectedSource::Unknown;
-        // Who loads without a known need has all the room there is, and is
-        // waited for: what it takes is only known when it is ready.
-        let alone = |m: &ModelState| {
-            m.phase == Phase::Starting && m.reservation.source == ExpectedSource::Unknown
+        let gpus = match self.place(model, claims) {
+            Ok(gpus) => gpus,
+            Err(refusal) => return Verdict::Refuse(refusal),
         };
-        let loading = |m: &ModelState| m.phase == Phase::Starting;
-        if self.models.values().any(alone) || (unknown && self.models.values().any(loading)) {
+        let expected = model.expected_on(&gpus);
+        if expected
+            .domains()
+            .any(|domain| self.must_load_alone(&expected, domain))
+        {
             return Verdict::Wait(Need::new());
         }
-        let bytes = if unknown {
-            BTreeMap::from([(Domain::Host, self.unknown_floor(Domain::Host))])
-        } else {
-            expected.bytes.clone()
-        };
-        if let Some(refusal) = self.never(model, &bytes, unknown) {
+        if let Some(refusal) = self.never(model, &expected) {
             return Verdict::Refuse(refusal);
         }
-        let need: Need = bytes
+        let need = self.need(&expected);
+        let (now_there, later) = self.rooms(expected.domains(), claims);
+        if missing(&need, &later).is_empty() {
+            let still = expected.domains().all(|domain| self.is_still(domain));
+            if missing(&need, &now_there).is_empty() && still {
+                return Verdict::Spawn(promise(expected, &now_there), gpus);
+            }
+            return Verdict::Wait(need);
+        }
+        if model.queue.is_empty() {
+            // Only the configuration wants it: nobody is ended for that.
+            return Verdict::Blocked;
+        }
+        if gpus
             .iter()
-            .flat_map(|(domain, bytes)| {
-                [Constraint::Limit, Constraint::Physics]
-                    .map(|c| ((*domain, c), ledger::signed(*bytes)))
-            })
-            .collect();
+            .any(|index| self.is_loading(Domain::Gpu(*index)))
+        {
+            // One transition at a time; what loads there may be idle then.
+            return Verdict::Wait(need);
+        }
+        match eviction::choose_victims(self.candidates(), &missing(&need, &later)) {
+            Some(victims) => {
+                let wanted = self.floors(&expected).map(|(_, bytes)| bytes).sum();
+                Verdict::Evict(victims, need, (wanted, least(&now_there)))
+            }
+            None => Verdict::Blocked,
+        }
+    }
+
+    /// Returns idle unpinned workers with what their end would give back.
+    pub(super) fn candidates(&self) -> Vec<Candidate> {
+        let idle = self.models.values().filter(|m| m.is_candidate());
+        idle.map(|m| Candidate {
+            worker: m.worker(),
+            idle_since: m.idle_since(),
+            gives: self.ledger.gives(m),
+        })
+        .collect()
+    }
+
+    /// Returns the room in these domains now, and the room when everything on
+    /// its way back is there, less what others claim of that.
+    pub(super) fn rooms(
+        &self,
+        domains: impl Iterator<Item = Domain>,
+        claims: &Need,
+    ) -> (Need, Need) {
         let mut now_there = Need::new();
         let mut later = Need::new();
-        for domain in bytes.keys() {
-            let room = self.ledger.room(&self.models, *domain);
-            let incoming = self.ledger.incoming(&self.models, *domain);
+        for domain in domains {
+            let room = self.ledger.room(&self.models, domain);
+            let incoming = self.ledger.incoming(&self.models, domain);
             ledger::add(&mut now_there, &room);
             ledger::add(&mut later, &room);
             ledger::add(&mut later, &incoming);
@@ -250,60 +290,73 @@ impl Policy {
                 *total -= bytes;
             }
         }
-        let settling = bytes.keys().any(|domain| self.ledger.is_settling(*domain));
-        if missing(&need, &later).is_empty() {
-            if missing(&need, &now_there).is_empty() && !settling {
-                return Verdict::Spawn(self.promise(expected, &now_there));
-            }
-            return Verdict::Wait(need);
-        }
-        if model.queue.is_empty() {
-            // Only the configuration wants it: nobody is ended for that.
-            return Verdict::Blocked;
-        }
-        let candidates = self
-            .models
-            .values()
-            .filter(|m| m.is_candidate())
-            .map(|m| Candidate {
-                worker: m.worker(),
-                idle_since: m.idle_since(),
-                gives: self.ledger.gives(m),
+        (now_there, later)
+    }
+
+    /// Who loads without a known need has all the room of the domain, and is
+    /// waited for: what it takes is only known when it is ready.
+    fn must_load_alone(&self, expected: &Expected, domain: Domain) -> bool {
+        let alone = |m: &ModelState| m.reservation.is_unknown(domain);
+        let loads = |m: &ModelState| m.phase == Phase::Starting && m.domains().contains(&domain);
+        let mut loading = self.models.values().filter(|m| loads(m));
+        loading.any(|m| expected.is_unknown(domain) || alone(m))
+    }
+
+    /// Returns whether a worker loads in this domain.
+    pub(super) fn is_loading(&self, domain: Domain) -> bool {
+        let loads = |m: &ModelState| m.phase == Phase::Starting && m.is_moving(domain);
+        self.models.values().any(loads)
+    }
+
+    /// Returns whether a load may start in this domain: bytes of reaped workers
+    /// are back, and on a GPU nothing else loads or dies, since its memory is
+    /// only known between such transitions.
+    pub(super) fn is_still(&self, domain: Domain) -> bool {
+        let moving = || self.models.values().any(|m| m.is_moving(domain));
+        !self.ledger.is_settling(domain) && (domain == Domain::Host || !moving())
+    }
+
+    /// Returns the bytes a load must find in each domain: what it is expected
+    /// to need, or the least an unknown one is started in.
+    pub(super) fn floors<'a>(
+        &'a self,
+        expected: &'a Expected,
+    ) -> impl Iterator<Item = (Domain, Bytes)> + 'a {
+        expected.domains().map(|domain| {
+            let known = expected.known(domain);
+            (domain, known.unwrap_or_else(|| self.unknown_floor(domain)))
+        })
+    }
+
+    /// The same, for every constraint.
+    pub(super) fn need(&self, expected: &Expected) -> Need {
+        self.floors(expected)
+            .flat_map(|(domain, bytes)| {
+                [Constraint::Limit, Constraint::Physics]
+                    .map(|constraint| ((domain, constraint), ledger::signed(bytes)))
             })
-            .collect();
-        match eviction::choose_victims(candidates, &missing(&need, &later)) {
-            Some(victims) => {
-                let wanted = bytes.values().copied().sum();
-                Verdict::Evict(victims, need, (wanted, least(&now_there)))
-            }
-            None => Verdict::Blocked,
-        }
+            .collect()
     }
 
     /// Why the model can never be: larger than its budget, or than what is
     /// left when everything that is not pinned is gone.
-    fn never(
-        &self,
-        model: &ModelState,
-        bytes: &BTreeMap<Domain, Bytes>,
-        unknown: bool,
-    ) -> Option<Refusal> {
-        for (domain, need) in bytes {
-            let budget = self.ledger.domains.get(domain)?.budget();
-            if !unknown && *need > budget {
+    fn never(&self, model: &ModelState, expected: &Expected) -> Option<Refusal> {
+        for (domain, need) in self.floors(expected) {
+            let budget = self.ledger.domains.get(&domain)?.budget();
+            if !expected.is_unknown(domain) && need > budget {
                 return Some(Refusal::TooLarge {
                     model: model.name().clone(),
-                    domain: *domain,
-                    need: *need,
+                    domain,
+                    need,
                     budget,
                 });
             }
-            let room = least(&self.ledger.possible(&self.models, *domain));
-            if *need > room {
+            let room = least(&self.ledger.possible(&self.models, domain));
+            if need > room {
                 return Some(Refusal::NoRoom {
                     model: model.name().clone(),
-                    domain: *domain,
-                    need: *need,
+                    domain,
+                    need,
                     room,
                 });
             }
@@ -320,20 +373,12 @@ impl Policy {
         Bytes(budget.get() / 4).min(UNKNOWN_ROOM)
     }
 
-    /// What is promised to a worker: its expected need; all the room there is
-    /// when that is unknown.
-    fn promise(&self, mut expected: Expected, room: &Need) -> Expected {
-        if expected.source == ExpectedSource::Unknown {
-            expected.bytes = BTreeMap::from([(Domain::Host, least(room))]);
-        }
-        expected
-    }
-
     fn spawn(
         &mut self,
         now: Timestamp,
         name: &ModelName,
         expected: Expected,
+        gpus: Vec<u32>,
         out: &mut Vec<Effect>,
     ) {
         let model = self
@@ -344,6 +389,7 @@ impl Policy {
         out.push(Effect::Spawn {
             worker: model.worker(),
             expected,
+            gpus,
         });
     }
 
@@ -382,8 +428,21 @@ fn grant(model: &mut ModelState, waiter: Waiter) -> Effect {
     }
 }
 
+/// What is promised to a worker: its expected need; all the room there is in a
+/// domain where that is unknown.
+fn promise(mut expected: Expected, room: &Need) -> Expected {
+    for (domain, need) in &mut expected.0 {
+        if need.source == ExpectedSource::Unknown {
+            let here = room.iter().filter(|((of, _), _)| of == domain);
+            let least = here.map(|(_, bytes)| *bytes).min();
+            need.bytes = ledger::unsigned(least.unwrap_or(0));
+        }
+    }
+    expected
+}
+
 /// What is missing of `need` in `room`, where anything is.
-fn missing(need: &Need, room: &Need) -> Need {
+pub(super) fn missing(need: &Need, room: &Need) -> Need {
     need.iter()
         .map(|(key, bytes)| (*key, bytes - room.get(key).copied().unwrap_or(0)))
         .filter(|(_, short)| *short > 0)

@@ -8,7 +8,7 @@ use super::event::{Effect, Ticket};
 use super::lifecycle::ModelState;
 use super::words::{EvictReason, Phase, Refusal};
 use crate::clock::Timestamp;
-use crate::model::{ModelName, WorkerId};
+use crate::model::{Domain, ModelName, WorkerId};
 
 impl Policy {
     /// Tells an idle worker to go. The gate has the last word: if somebody
@@ -168,6 +168,28 @@ impl Policy {
         self.refuse_all(&worker.model, &refusal, out);
     }
 
+    /// Takes in what a life that ended taught, and says to keep it.
+    pub(super) fn learn(
+        &mut self,
+        worker: &WorkerId,
+        out_of_memory: &[Domain],
+        out: &mut Vec<Effect>,
+    ) {
+        let budgets = out_of_memory.iter().filter_map(|domain| {
+            let books = self.ledger.domains.get(domain)?;
+            Some((*domain, books.budget()))
+        });
+        let budgets = budgets.collect();
+        let Some(model) = self.current(worker).filter(|m| m.is_live()) else {
+            return;
+        };
+        model.learn(&budgets);
+        out.push(Effect::Learn {
+            model: worker.model.clone(),
+            footprint: model.footprint.clone(),
+        });
+    }
+
     pub(super) fn exited(
         &mut self,
         now: Timestamp,
@@ -185,10 +207,6 @@ impl Policy {
         };
         self.ledger.reaped(&self.models, model, now);
         let model = self.current(worker).expect("looked up a line above");
-        out.push(Effect::Learn {
-            model: worker.model.clone(),
-            peak: model.peak.clone(),
-        });
         model.usage.clear();
         model.activity.inside = 0;
         let leaving = model.leaving.take();
@@ -208,6 +226,9 @@ impl Policy {
             // It was told to go, or never got ready.
             Phase::Draining | Phase::Stopping => match leaving {
                 Some(reason) => {
+                    // What was recycled is wanted as much as before.
+                    model.wanted |= matches!(reason, EvictReason::Ceiling { .. })
+                        && (model.pinned || model.spec.preload);
                     book_eviction(model, reason, now);
                     model.enter(Phase::Stopped, now);
                 }
@@ -313,6 +334,7 @@ fn book_eviction(model: &mut ModelState, reason: EvictReason, now: Timestamp) {
         EvictReason::MakeRoom { .. }
         | EvictReason::Idle { .. }
         | EvictReason::Pressure { .. }
+        | EvictReason::Ceiling { .. }
         | EvictReason::Cleanup => {
             *model.history.evictions.entry(reason.as_str()).or_default() += 1;
             model.history.evicted = true;

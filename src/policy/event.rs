@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use super::words::{EvictReason, Expected, Refusal, Skip};
 use crate::clock::Timestamp;
-use crate::model::{Bytes, Domain, ModelName, WorkerId};
+use crate::model::{Bytes, Domain, Footprint, ModelName, WorkerId};
 
 /// Names one wish, so that its answer finds the way back.
 pub type Ticket = u64;
@@ -95,6 +95,8 @@ pub enum Event {
         worker: WorkerId,
         /// How its leader ended, as text.
         status: String,
+        /// Where it died for want of memory, as far as that is known.
+        out_of_memory: Vec<Domain>,
         /// The last lines it printed.
         last_lines: Vec<String>,
     },
@@ -140,8 +142,11 @@ pub enum Effect {
     Spawn {
         /// A new life.
         worker: WorkerId,
-        /// What is promised to it.
+        /// What is promised to it; the GPUs among its domains are those it is
+        /// placed on.
         expected: Expected,
+        /// The GPUs it is placed on, by index.
+        gpus: Vec<u32>,
     },
     /// Close the gate if nobody is inside, then end the worker; otherwise say
     /// `EvictRefused`.
@@ -182,8 +187,8 @@ pub enum Effect {
     Learn {
         /// Which model.
         model: ModelName,
-        /// Peak use in each domain, over all lives.
-        peak: BTreeMap<Domain, Bytes>,
+        /// What its lives used, by domain.
+        footprint: BTreeMap<Domain, Footprint>,
     },
     /// Everything is gone; the shutdown is complete.
     Finished,
@@ -209,6 +214,8 @@ pub struct Measured {
     pub workers: BTreeMap<WorkerId, BTreeMap<Domain, Measure>>,
     /// Bytes of host RAM that the sum of all workers counts more than once.
     pub counted_twice: Bytes,
+    /// UUIDs of the GPUs, by index.
+    pub gpus: BTreeMap<u32, String>,
 }
 
 /// One domain, measured.
@@ -249,8 +256,10 @@ pub struct CleanupOrder {
 pub struct CleanupReport {
     /// Models unloaded (or, in a dry run, that would be), in that order.
     pub unloaded: Vec<ModelName>,
-    /// Bytes measured to be back; in a dry run, bytes expected.
+    /// Bytes of host RAM measured to be back; in a dry run, bytes expected.
     pub freed: Bytes,
+    /// The same of all GPUs together.
+    pub freed_vram: Bytes,
     /// Models that were named or idle and stay, with why.
     pub skipped: Vec<Skipped>,
     /// What is missing to the target, or to the end of pressure.

@@ -4,7 +4,9 @@
 //! - no busy or pinned worker is evicted to make room;
 //! - every wish gets exactly one answer, unless whoever asked left;
 //! - waiters of one model are served in the order they came;
-//! - no effect names an old generation, and no model has two workers.
+//! - no effect names an old generation, and no model has two workers;
+//! - one transition at a time on a GPU: nothing starts where something loads or
+//!   dies.
 
 #![expect(
     clippy::wildcard_enum_match_arm,
@@ -18,6 +20,7 @@ use proptest::prelude::*;
 
 use super::testing::{World, name, spec};
 use super::*;
+use crate::model::GpuRequest;
 
 const MODELS: [&str; 4] = ["a", "b", "c", "d"];
 
@@ -37,6 +40,8 @@ enum Move {
     Limit(u64),
     Grow(usize, u64),
     Neighbour(u64),
+    /// A driver is slow to give this much of a GPU back.
+    Late(u32, u64),
     Cleanup(bool, bool),
     Pass(u64),
     Measure,
@@ -60,6 +65,7 @@ fn moves() -> impl Strategy<Value = Vec<Move>> {
         1 => (200..2000_u64).prop_map(Move::Limit),
         1 => (model, 50..900_u64).prop_map(|(m, size)| Move::Grow(m, size)),
         1 => (0..15_000_u64).prop_map(Move::Neighbour),
+        1 => (0..2_u32, 0..1500_u64).prop_map(|(gpu, mib)| Move::Late(gpu, mib)),
         1 => (any::<bool>(), any::<bool>()).prop_map(|(all, force)| Move::Cleanup(all, force)),
         3 => (1..20_000_u64).prop_map(Move::Pass),
         6 => Just(Move::Measure),
@@ -77,6 +83,8 @@ struct Court {
     answered: BTreeSet<Ticket>,
     left: BTreeSet<Ticket>,
     live: BTreeMap<ModelName, u64>,
+    /// Workers that load or die.
+    moving: BTreeSet<WorkerId>,
 }
 
 impl Court {
@@ -91,19 +99,34 @@ impl Court {
         .into();
         specs[1].idle_timeout = Some(Duration::from_secs(30));
         specs[0].preload = true;
+        specs[0].max_memory = Some(Bytes::mib(500));
+        // Two GPUs: b declares what it takes of one, c does not, d takes both.
+        specs[1].gpus = GpuRequest::Count(1);
+        specs[1].vram = Some(Bytes::mib(500));
+        specs[2].gpus = GpuRequest::Count(1);
+        specs[3].gpus = GpuRequest::Count(2);
+        specs[3].vram = Some(Bytes::mib(700));
         let sizes = [("a", 300), ("b", 450), ("c", 400), ("d", 900)];
+        let mut world = World::with(1000, specs, &sizes);
+        world.gpus = vec![1000, 1200];
+        world.vram = [("b", 500), ("c", 600), ("d", 700)]
+            .map(|(model, mib)| (name(model), mib))
+            .into();
+        world.measure();
         let mut court = Self {
-            world: World::with(1000, specs, &sizes),
+            world,
             neighbour: 0,
             race: false,
             asked: BTreeMap::new(),
             answered: BTreeSet::new(),
             left: BTreeSet::new(),
             live: BTreeMap::new(),
+            moving: BTreeSet::new(),
         };
         // The world's first measurement has started what is preloaded.
         for state in court.world.policy.models().values().filter(|m| m.is_live()) {
             court.live.insert(state.name().clone(), state.generation);
+            court.moving.insert(state.worker());
         }
         court
     }
@@ -122,11 +145,12 @@ impl Court {
             let effects = policy.step(self.world.now, event);
             let spawned = effects.iter().any(|e| matches!(e, Effect::Spawn { .. }));
             if spawned {
-                let limit = policy.domains()[&Domain::Host].limit;
-                assert!(
-                    policy.charged(Domain::Host) <= limit,
-                    "charges over the limit by our own choice"
-                );
+                for (domain, books) in policy.domains() {
+                    assert!(
+                        policy.charged(*domain) <= books.limit,
+                        "charges over the limit of {domain} by our own choice"
+                    );
+                }
             }
             let mut last_grant: BTreeMap<ModelName, Ticket> = BTreeMap::new();
             for effect in effects {
@@ -160,16 +184,17 @@ impl Court {
             | Effect::CleanedUp { ticket, .. } => {
                 self.answer(ticket);
             }
-            Effect::Spawn { worker, .. } => {
+            Effect::Spawn { worker, gpus, .. } => {
+                let wanted = self.world.policy.models()[&worker.model].spec.gpus.count();
+                assert_eq!(gpus.len(), wanted, "{worker} on {gpus:?}");
+                self.judge_gpus(&worker, &gpus);
+                self.world.placed.insert(worker.clone(), gpus);
+                self.moving.insert(worker.clone());
                 let before = self.live.insert(worker.model.clone(), worker.generation);
                 assert_eq!(before, None, "{worker} is a second worker of its model");
             }
             Effect::Evict { worker, reason, .. } => {
-                assert_eq!(
-                    self.live.get(&worker.model),
-                    Some(&worker.generation),
-                    "an old generation"
-                );
+                self.judge_generation(&worker);
                 let pinned = self.world.policy.models()[&worker.model].pinned;
                 let to_make_room = matches!(
                     reason,
@@ -191,17 +216,30 @@ impl Court {
                     return Some(Event::EvictRefused { worker, inside });
                 }
                 self.world.inside.remove(&worker);
+                self.moving.insert(worker);
             }
-            Effect::Drain { worker, .. } | Effect::Terminate { worker, .. } => {
-                assert_eq!(
-                    self.live.get(&worker.model),
-                    Some(&worker.generation),
-                    "an old generation"
-                );
+            Effect::Drain { worker, .. } => self.judge_generation(&worker),
+            Effect::Terminate { worker, .. } => {
+                self.judge_generation(&worker);
+                self.moving.insert(worker);
             }
             Effect::ReclaimShortfall { .. } | Effect::Learn { .. } | Effect::Finished => {}
         }
         None
+    }
+
+    /// Nothing else may move memory on the GPUs of a worker that is started.
+    fn judge_gpus(&self, worker: &WorkerId, gpus: &[u32]) {
+        for other in &self.moving {
+            let theirs = self.world.placed.get(other).into_iter().flatten();
+            let shared = theirs.filter(|gpu| gpus.contains(gpu)).count();
+            assert_eq!(shared, 0, "{worker} starts where {other} moves");
+        }
+    }
+
+    fn judge_generation(&self, worker: &WorkerId) {
+        let live = self.live.get(&worker.model);
+        assert_eq!(live, Some(&worker.generation), "an old generation");
     }
 
     fn answer(&mut self, ticket: Ticket) {
@@ -305,6 +343,7 @@ impl Court {
             Move::Ready(m) if phase(self, m) == Phase::Starting => {
                 let worker = self.world.worker(MODELS[m]);
                 self.world.holding.insert(worker.clone());
+                self.moving.remove(&worker);
                 let activity = Activity {
                     inside: 0,
                     last_left: self.world.now,
@@ -324,12 +363,14 @@ impl Court {
             Move::Exit(m) if self.live.contains_key(MODELS[m]) => {
                 let worker = self.world.worker(MODELS[m]);
                 self.live.remove(MODELS[m]);
+                self.moving.remove(&worker);
                 self.world.holding.remove(&worker);
                 self.world.inside.remove(&worker);
                 let status = "exit code 1".into();
                 self.step(Event::Exited {
                     worker,
                     status,
+                    out_of_memory: Vec::new(),
                     last_lines: Vec::new(),
                 });
             }
@@ -357,6 +398,9 @@ impl Court {
                 self.world.size.insert(name(MODELS[m]), mib);
             }
             Move::Neighbour(mib) => self.neighbour = mib,
+            Move::Late(gpu, mib) => {
+                self.world.late.insert(gpu, mib);
+            }
             Move::Pass(millis) => {
                 self.world.pass(Duration::from_millis(millis));
                 self.step(Event::Tick);
@@ -371,6 +415,7 @@ impl Court {
     fn close(&mut self) {
         self.race = false;
         self.neighbour = 0;
+        self.world.late.clear();
         let until = self.world.now;
         self.step(Event::Shutdown { until });
         for _ in 0..8 {
@@ -411,6 +456,7 @@ proptest! {
         // that a request may wait everyone has an answer.
         court.race = false;
         court.neighbour = 0;
+        court.world.late.clear();
         for _ in 0..40 {
             for (m, model) in MODELS.into_iter().enumerate() {
                 court.play(&Move::Ready(m));

@@ -12,7 +12,7 @@ use std::time::Duration;
 use super::event::{DomainMeasure, Measured};
 use super::lifecycle::ModelState;
 use crate::clock::Timestamp;
-use crate::model::{Bytes, Domain, ModelName, WorkerId};
+use crate::model::{Bytes, DeviceRef, Domain, ModelName, WorkerId};
 
 /// What bounds a domain.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -106,6 +106,10 @@ pub(super) struct Reclaimed {
 pub(super) struct Ledger {
     /// By domain.
     pub domains: BTreeMap<Domain, DomainBooks>,
+    /// UUIDs of the GPUs there are, by index.
+    pub gpus: BTreeMap<u32, String>,
+    /// Limits that a user set on GPUs, by name.
+    gpu_limits: BTreeMap<DeviceRef, Bytes>,
     counted_twice: Bytes,
     measured_at: Timestamp,
     baselines: BTreeMap<(WorkerId, Domain), (Bytes, Bytes)>,
@@ -113,10 +117,12 @@ pub(super) struct Ledger {
 }
 
 impl Ledger {
-    /// Returns the books of a machine with host RAM only.
-    pub(super) fn new(host: DomainBooks) -> Self {
+    /// Returns the books of a machine with host RAM only, and limits for GPUs
+    /// that may be found.
+    pub(super) fn new(host: DomainBooks, gpu_limits: BTreeMap<DeviceRef, Bytes>) -> Self {
         Self {
             domains: BTreeMap::from([(Domain::Host, host)]),
+            gpu_limits,
             ..Self::default()
         }
     }
@@ -125,15 +131,32 @@ impl Ledger {
     pub(super) fn measure(&mut self, measured: &Measured) {
         self.measured_at = measured.at;
         self.counted_twice = measured.counted_twice;
-        for (domain, measure) in &measured.domains {
-            self.domains
-                .entry(*domain)
-                .or_insert_with(|| DomainBooks {
-                    limit: Bytes::MAX,
-                    ..DomainBooks::default()
-                })
-                .measured = *measure;
+        self.gpus.clone_from(&measured.gpus);
+        for (domain, books) in &mut self.domains {
+            if !measured.domains.contains_key(domain) {
+                // A device that no longer tells has nothing to give.
+                books.measured.headroom = Bytes::ZERO;
+            }
         }
+        for (domain, measure) in &measured.domains {
+            let limit = self.limit_of(*domain);
+            let new = || DomainBooks {
+                limit,
+                ..DomainBooks::default()
+            };
+            self.domains.entry(*domain).or_insert_with(new).measured = *measure;
+        }
+    }
+
+    /// Returns the limit that a user set on a GPU by its name.
+    fn limit_of(&self, domain: Domain) -> Bytes {
+        let Domain::Gpu(index) = domain else {
+            return Bytes::MAX;
+        };
+        let uuid = self.gpus.get(&index).map_or("", String::as_str);
+        let limits = self.gpu_limits.iter();
+        let mut of_this = limits.filter(|(name, _)| name.is(index, uuid));
+        of_this.next().map_or(Bytes::MAX, |(_, limit)| *limit)
     }
 
     /// Returns measured use by all workers, shared pages once.

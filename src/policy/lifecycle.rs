@@ -15,10 +15,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::event::{Activity, Measure, Ticket};
-use super::footprint;
-use super::words::{EvictReason, Expected, ExpectedSource, Phase, Protection, Refusal};
+use super::footprint::{self, Known, Lesson};
+use super::words::{EvictReason, Expected, Phase, Protection, Refusal};
 use crate::clock::Timestamp;
-use crate::model::{Bytes, Domain, ModelName, ModelSpec, WorkerId};
+use crate::model::{Bytes, Domain, Footprint, ModelName, ModelSpec, WorkerId};
 
 /// First delay after a failed load; doubles with each further one.
 const FIRST_BACKOFF: Duration = Duration::from_secs(1);
@@ -63,8 +63,12 @@ pub struct ModelState {
     pub activity: Activity,
     /// Operators who wait for it to be gone.
     pub unloading: Vec<Ticket>,
-    /// Peak use in each domain over all lives, this one included.
-    pub peak: BTreeMap<Domain, Bytes>,
+    /// What past lives used, by domain.
+    pub footprint: BTreeMap<Domain, Footprint>,
+    /// Peak use of this life, by domain.
+    pub life: BTreeMap<Domain, Bytes>,
+    /// This life was ready once.
+    pub served: bool,
     /// Failures and what they said.
     pub failures: Failures,
     /// What happened to it.
@@ -119,7 +123,11 @@ pub struct History {
 impl ModelState {
     /// Returns a stopped model with nothing learned but `peak`.
     #[must_use]
-    pub fn new(spec: Arc<ModelSpec>, weights: Bytes, peak: BTreeMap<Domain, Bytes>) -> Self {
+    pub fn new(
+        spec: Arc<ModelSpec>,
+        weights: Bytes,
+        footprint: BTreeMap<Domain, Footprint>,
+    ) -> Self {
         Self {
             pinned: spec.pinned,
             wanted: spec.preload,
@@ -136,7 +144,9 @@ impl ModelState {
             usage: BTreeMap::new(),
             activity: Activity::default(),
             unloading: Vec::new(),
-            peak,
+            footprint,
+            life: BTreeMap::new(),
+            served: false,
             failures: Failures::default(),
             history: History::default(),
         }
@@ -198,10 +208,47 @@ impl ModelState {
         self.activity.last_left.max(self.since)
     }
 
-    /// Returns what a load of it is expected to need.
+    /// Returns the most it used in each domain, this life included.
     #[must_use]
-    pub fn expected(&self) -> Expected {
-        footprint::expect(&self.spec, self.weights, &self.peak)
+    pub fn peak(&self) -> BTreeMap<Domain, Bytes> {
+        let mut peak = self.life.clone();
+        for (domain, footprint) in &self.footprint {
+            let entry = peak.entry(*domain).or_default();
+            *entry = (*entry).max(footprint.peak);
+        }
+        peak
+    }
+
+    /// Returns what a load of it on these GPUs is expected to need.
+    #[must_use]
+    pub fn expected_on(&self, gpus: &[u32]) -> Expected {
+        let peak = self.peak();
+        self.known(&peak).expect(gpus)
+    }
+
+    /// Returns what is known of it, with the peak of all its lives.
+    pub(super) fn known<'a>(&'a self, peak: &'a BTreeMap<Domain, Bytes>) -> Known<'a> {
+        Known {
+            spec: &self.spec,
+            weights: self.weights,
+            peak,
+        }
+    }
+
+    /// Merges what this life taught into what is known, at its end. Domains in
+    /// `out_of_memory` are those it died in for want of memory, with their
+    /// budgets.
+    pub(super) fn learn(&mut self, out_of_memory: &BTreeMap<Domain, Bytes>) {
+        for (domain, peak) in std::mem::take(&mut self.life) {
+            let lesson = Lesson {
+                peak,
+                last: self.used(domain),
+                served: self.served,
+                out_of_memory: out_of_memory.get(&domain).copied(),
+            };
+            let known = self.footprint.entry(domain).or_default();
+            *known = footprint::merge(*known, lesson);
+        }
     }
 
     /// Returns the larger of reservation and usage.
@@ -226,6 +273,15 @@ impl ModelState {
         self.usage.get(&domain).map_or(Bytes::ZERO, |m| m.usage)
     }
 
+    /// Returns its use of host RAM and its own ceiling when it serves and is
+    /// over that.
+    #[must_use]
+    pub fn over_ceiling(&self) -> Option<(Bytes, Bytes)> {
+        let ceiling = self.spec.max_memory?;
+        let usage = self.used(Domain::Host);
+        (self.phase == Phase::Ready && usage > ceiling).then_some((usage, ceiling))
+    }
+
     /// Returns the bytes that only come back when it ends.
     #[must_use]
     pub fn unreclaimable(&self, domain: Domain) -> Bytes {
@@ -240,8 +296,8 @@ impl ModelState {
         let mut all: Vec<Domain> = self
             .usage
             .keys()
-            .chain(self.reservation.bytes.keys())
             .copied()
+            .chain(self.reservation.domains())
             .collect();
         all.sort_unstable();
         all.dedup();
@@ -251,16 +307,17 @@ impl ModelState {
     fn reserved(&self, domain: Domain) -> Bytes {
         // What was promised to a model nobody knew ends with its load: from
         // then on its measured bytes are the truth.
-        let known = self.reservation.source != ExpectedSource::Unknown;
-        if known || self.phase == Phase::Starting {
-            self.reservation
-                .bytes
-                .get(&domain)
-                .copied()
-                .unwrap_or_default()
-        } else {
-            Bytes::ZERO
+        let promised = self.reservation.0.get(&domain);
+        if self.reservation.is_unknown(domain) && self.phase != Phase::Starting {
+            return Bytes::ZERO;
         }
+        promised.map_or(Bytes::ZERO, |promised| promised.bytes)
+    }
+
+    /// Returns whether it moves memory in this domain: loads, or is dying.
+    #[must_use]
+    pub fn is_moving(&self, domain: Domain) -> bool {
+        matches!(self.phase, Phase::Starting | Phase::Stopping) && self.domains().contains(&domain)
     }
 
     /// Moves to `phase` at `now`.
@@ -274,6 +331,8 @@ impl ModelState {
         self.generation += 1;
         self.reservation = reservation;
         self.usage.clear();
+        self.life.clear();
+        self.served = false;
         self.leaving = None;
         self.killed = false;
         self.wanted = false;
@@ -297,9 +356,10 @@ impl ModelState {
             return;
         }
         self.usage.clone_from(usage);
-        let life: BTreeMap<Domain, Bytes> =
-            usage.iter().map(|(domain, m)| (*domain, m.usage)).collect();
-        footprint::merge(&mut self.peak, &life);
+        for (domain, measure) in usage {
+            let peak = self.life.entry(*domain).or_default();
+            *peak = (*peak).max(measure.usage);
+        }
     }
 
     /// Books a failure and returns the phase it leads to: after a crash of a

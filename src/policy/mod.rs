@@ -11,6 +11,7 @@
 //! | `lifecycle` | one model's phases, backoff and breaker |
 //! | `ledger` | is there room, and when are bytes back |
 //! | `footprint` | what a load is expected to need |
+//! | `placement` | which GPUs a model goes to |
 //! | `eviction` | who goes to make room |
 //! | `pressure` | how tight memory is |
 //! | `relief` | who goes for idleness, pressure, or an operator's cleanup |
@@ -25,6 +26,7 @@ mod eviction;
 mod footprint;
 mod ledger;
 mod lifecycle;
+mod placement;
 mod pressure;
 mod relief;
 mod words;
@@ -37,7 +39,7 @@ pub use event::{
     Activity, CleanupOrder, CleanupReport, DomainMeasure, Effect, Event, Measure, Measured,
     Skipped, Ticket,
 };
-pub use footprint::from_weights;
+pub use footprint::{from_weights, from_weights_on_gpus};
 pub use ledger::DomainBooks;
 use ledger::Ledger;
 pub use lifecycle::{History, ModelState};
@@ -45,11 +47,12 @@ pub use pressure::Threshold;
 use pressure::{Levels, Look, Thresholds};
 use relief::Cleanup;
 pub use words::{
-    EvictReason, Expected, ExpectedSource, Phase, PressureLevel, Protection, Refusal, Skip,
+    EvictReason, Expectation, Expected, ExpectedSource, Phase, PressureLevel, Protection, Refusal,
+    Skip,
 };
 
 use crate::clock::Timestamp;
-use crate::model::{Bytes, Domain, ModelName, ModelSpec, WorkerId};
+use crate::model::{Bytes, DeviceRef, Domain, Footprint, ModelName, ModelSpec, WorkerId};
 
 /// What the configuration says of the policy as a whole.
 #[derive(Clone, Debug)]
@@ -58,6 +61,8 @@ pub struct Settings {
     pub limit: Bytes,
     /// Headroom never given to workers.
     pub reserve: Bytes,
+    /// The user's limits on GPUs.
+    pub gpu_limits: BTreeMap<DeviceRef, Bytes>,
     /// Headroom under this is soft pressure.
     pub soft: Threshold,
     /// Headroom under this is hard pressure.
@@ -77,8 +82,8 @@ pub struct Setup {
     pub spec: Arc<ModelSpec>,
     /// Size of its weight files.
     pub weights: Bytes,
-    /// Peak use of past lives, kept over restarts.
-    pub peak: BTreeMap<Domain, Bytes>,
+    /// What past lives used, kept over restarts.
+    pub footprint: BTreeMap<Domain, Footprint>,
 }
 
 /// Everything that decides. Cloned to branch from one state into many.
@@ -109,11 +114,11 @@ impl Policy {
                 .map(|setup| {
                     (
                         setup.spec.name.clone(),
-                        ModelState::new(setup.spec, setup.weights, setup.peak),
+                        ModelState::new(setup.spec, setup.weights, setup.footprint),
                     )
                 })
                 .collect(),
-            ledger: Ledger::new(books),
+            ledger: Ledger::new(books, settings.gpu_limits.clone()),
             settings,
             levels: Levels::default(),
             cleanups: Vec::new(),
@@ -170,8 +175,10 @@ impl Policy {
             Event::Exited {
                 worker,
                 status,
+                out_of_memory,
                 last_lines,
             } => {
+                self.learn(&worker, &out_of_memory, &mut out);
                 self.exited(now, &worker, &status, &last_lines, &mut out);
             }
             Event::Measured(measured) => self.measure(&measured),
@@ -203,6 +210,7 @@ impl Policy {
             return;
         }
         self.end_idle(now, out);
+        self.hold_ceilings(now, out);
         self.relieve(now, out);
         self.plan(now, out);
     }
@@ -270,7 +278,7 @@ impl Policy {
                 .domains
                 .keys()
                 .any(|domain| self.ledger.is_settling(*domain))
-            || self.levels.worst().0 != PressureLevel::None
+            || self.levels.worst() != PressureLevel::None
     }
 
     /// Returns whether somebody waits for busy workers to become idle, so that
@@ -278,8 +286,11 @@ impl Policy {
     #[must_use]
     pub fn awaits_idle(&self) -> bool {
         self.blocked
-            || self.models.values().any(|m| m.phase == Phase::Draining)
-            || self.levels.worst().0 != PressureLevel::None
+            || self
+                .models
+                .values()
+                .any(|m| m.phase == Phase::Draining || m.over_ceiling().is_some())
+            || self.levels.worst() != PressureLevel::None
     }
 
     /// Returns whether new work is refused.
@@ -295,9 +306,8 @@ impl Policy {
                 model.measure(usage);
             }
         }
-        let thresholds = self.thresholds();
         for domain in measured.domains.keys() {
-            let look = self.look(*domain);
+            let (look, thresholds) = (self.look(*domain), self.thresholds(*domain));
             self.levels.update(*domain, look, thresholds);
         }
     }
@@ -310,11 +320,10 @@ impl Policy {
         }
     }
 
-    fn thresholds(&self) -> Thresholds {
-        Thresholds {
-            soft: self.settings.soft,
-            hard: self.settings.hard,
-        }
+    fn thresholds(&self, domain: Domain) -> Thresholds {
+        let books = self.ledger.domains.get(&domain);
+        let total = books.map_or(Bytes::ZERO, |books| books.measured.total);
+        Thresholds::of(domain, total, (self.settings.soft, self.settings.hard))
     }
 
     fn look(&self, domain: Domain) -> Look {
@@ -325,7 +334,6 @@ impl Policy {
             .copied()
             .unwrap_or_default();
         Look {
-            total: books.measured.total,
             headroom: books.measured.headroom,
             usage: self.usage(domain),
             limit: books.limit,

@@ -35,20 +35,40 @@ impl Threshold {
     }
 }
 
-/// Where the levels lie.
+/// On a GPU this little headroom is soft pressure, whatever is configured for
+/// more: engines fill a GPU on purpose, and nothing there ends a process for
+/// want of memory, so there is no hard pressure either.
+const GPU_SOFT: Bytes = Bytes::mib(512);
+
+/// Where the levels of one domain lie.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Thresholds {
     /// Headroom under this is soft pressure.
-    pub soft: Threshold,
+    soft: Bytes,
     /// Headroom under this is hard pressure.
-    pub hard: Threshold,
+    hard: Bytes,
+}
+
+impl Thresholds {
+    /// Returns those of a domain of this size.
+    #[must_use]
+    pub(super) fn of(domain: Domain, total: Bytes, (soft, hard): (Threshold, Threshold)) -> Self {
+        match domain {
+            Domain::Host => Self {
+                soft: soft.of(total),
+                hard: hard.of(total),
+            },
+            Domain::Gpu(_) => Self {
+                soft: soft.of(total).min(GPU_SOFT),
+                hard: Bytes::ZERO,
+            },
+        }
+    }
 }
 
 /// What one domain looks like in one measurement.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Look {
-    /// Its size.
-    pub total: Bytes,
     /// What physics still gives.
     pub headroom: Bytes,
     /// Measured use by workers.
@@ -73,8 +93,7 @@ struct State {
 impl Levels {
     /// Takes in one measurement of one domain.
     pub(super) fn update(&mut self, domain: Domain, look: Look, thresholds: Thresholds) {
-        let soft = thresholds.soft.of(look.total);
-        let hard = thresholds.hard.of(look.total);
+        let Thresholds { soft, hard } = thresholds;
         let state = self.domains.entry(domain).or_default();
         state.over_limit = look.usage > look.limit;
         state.under_soft = if look.headroom < soft {
@@ -122,14 +141,23 @@ impl Levels {
         }
     }
 
-    /// Returns the worst level of all domains, and where it is.
+    /// Returns the worst level of all domains.
     #[must_use]
-    pub(super) fn worst(&self) -> (PressureLevel, Option<Domain>) {
-        self.domains
+    pub(super) fn worst(&self) -> PressureLevel {
+        let levels = self.domains.keys().map(|domain| self.of(*domain));
+        levels.max().unwrap_or(PressureLevel::None)
+    }
+
+    /// Returns the domains under pressure, with their levels.
+    #[must_use]
+    pub(super) fn pressed(&self) -> Vec<(Domain, PressureLevel)> {
+        let levels = self
+            .domains
             .keys()
-            .map(|domain| (self.of(*domain), Some(*domain)))
-            .max_by_key(|(level, _)| *level)
-            .unwrap_or((PressureLevel::None, None))
+            .map(|domain| (*domain, self.of(*domain)));
+        levels
+            .filter(|(_, level)| *level != PressureLevel::None)
+            .collect()
     }
 
     /// Returns how many bytes are missing to the end of pressure in a domain.
@@ -143,7 +171,7 @@ impl Levels {
         let short = match by_headroom {
             PressureLevel::None => Bytes::ZERO,
             PressureLevel::Soft | PressureLevel::Hard => {
-                thresholds.soft.of(look.total).percent(LEAVE_PERCENT) - look.headroom
+                thresholds.soft.percent(LEAVE_PERCENT) - look.headroom
             }
         };
         over.max(short)
@@ -155,13 +183,12 @@ mod tests {
     use super::*;
 
     const THRESHOLDS: Thresholds = Thresholds {
-        soft: Threshold::Percent(10),
-        hard: Threshold::Percent(5),
+        soft: Bytes::mib(1024),
+        hard: Bytes::mib(512),
     };
 
     fn look(headroom: u64) -> Look {
         Look {
-            total: Bytes::gib(10),
             headroom: Bytes::mib(headroom),
             usage: Bytes::gib(1),
             limit: Bytes::gib(8),
@@ -201,12 +228,22 @@ mod tests {
             ..look(5000)
         };
         levels.update(Domain::Host, over, THRESHOLDS);
-        assert_eq!(levels.worst(), (PressureLevel::Soft, Some(Domain::Host)));
+        assert_eq!(levels.pressed(), [(Domain::Host, PressureLevel::Soft)]);
         assert_eq!(
             levels.missing(Domain::Host, over, THRESHOLDS),
             Bytes::gib(1)
         );
         levels.update(Domain::Host, look(5000), THRESHOLDS);
         assert_eq!(levels.of(Domain::Host), PressureLevel::None);
+        assert_eq!(levels.worst(), PressureLevel::None);
+    }
+
+    #[test]
+    fn an_engine_may_fill_a_gpu_nearly_to_its_end() {
+        let configured = (Threshold::Percent(10), Threshold::Percent(5));
+        let host = Thresholds::of(Domain::Host, Bytes::gib(80), configured);
+        assert_eq!((host.soft, host.hard), (Bytes::gib(8), Bytes::gib(4)));
+        let gpu = Thresholds::of(Domain::Gpu(0), Bytes::gib(80), configured);
+        assert_eq!((gpu.soft, gpu.hard), (Bytes::mib(512), Bytes::ZERO));
     }
 }

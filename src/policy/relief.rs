@@ -1,7 +1,7 @@
 //! Who goes without another model needing the room: for idleness, under
 //! pressure, or because an operator asks.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use super::Policy;
 use super::event::{CleanupOrder, CleanupReport, Effect, Skipped, Ticket};
@@ -10,6 +10,9 @@ use super::lifecycle::ModelState;
 use super::words::{EvictReason, Phase, PressureLevel, Protection, Skip};
 use crate::clock::Timestamp;
 use crate::model::{Bytes, Domain, ModelName, WorkerId};
+
+/// A busy worker over this many hundredths of its own ceiling is drained.
+const FAR_OVER_PERCENT: u64 = 150;
 
 /// A cleanup that waits for bytes.
 #[derive(Clone, Debug)]
@@ -40,60 +43,96 @@ impl Policy {
         }
     }
 
-    /// Under soft pressure one idle worker goes at a time; under hard pressure
-    /// the least valuable one goes at once, idle first, then loading, then
-    /// busy, and a pinned one only when no other is left.
+    /// Ends workers that hold more than their own ceiling: idle ones at once,
+    /// busy ones when they are far over it, after a drain. What was to be
+    /// resident is loaded again.
+    pub(super) fn hold_ceilings(&mut self, now: Timestamp, out: &mut Vec<Effect>) {
+        let over: Vec<_> = self
+            .models
+            .values()
+            .filter_map(|m| Some((m.worker(), m.activity.inside, m.over_ceiling()?)))
+            .collect();
+        for (worker, inside, (usage, ceiling)) in over {
+            let reason = EvictReason::Ceiling { usage, ceiling };
+            if inside == 0 {
+                self.evict(now, &worker, reason, false, out);
+            } else if usage > ceiling.percent(FAR_OVER_PERCENT) {
+                self.drain(now, &worker, reason, out);
+            }
+        }
+    }
+
+    /// Acts on pressure, each domain by itself: a worker that is slow to go in
+    /// one does not hold up relief in another.
     pub(super) fn relieve(&mut self, now: Timestamp, out: &mut Vec<Effect>) {
-        let (level, Some(domain)) = self.levels.worst() else {
-            return;
-        };
-        let under_way =
-            self.models.values().any(ModelState::is_leaving) || self.ledger.is_settling(domain);
-        let reason = || {
+        for (domain, level) in self.levels.pressed() {
             let look = self.look(domain);
-            EvictReason::Pressure {
+            let reason = EvictReason::Pressure {
                 level,
                 domain,
                 usage: look.usage,
                 headroom: look.headroom,
-            }
-        };
-        match level {
-            PressureLevel::None => {}
-            PressureLevel::Soft if !self.settings.auto_cleanup || under_way => {}
-            PressureLevel::Soft => {
-                if let Some(worker) = self.candidates_in_order().first().map(|m| m.worker()) {
-                    let reason = reason();
-                    self.evict(now, &worker, reason, false, out);
+            };
+            match level {
+                PressureLevel::Hard if self.settings.emergency => {
+                    self.relieve_hard(now, domain, reason, out);
                 }
-            }
-            PressureLevel::Hard if !self.settings.emergency => {}
-            PressureLevel::Hard => {
-                let leaving: Vec<_> = self.models.values().filter(|m| m.is_leaving()).collect();
-                let in_grace: Vec<_> = leaving
-                    .iter()
-                    .filter(|m| !m.killed)
-                    .map(|m| m.worker())
-                    .collect();
-                if !leaving.is_empty() {
-                    // Memory is being given back: at once now, without grace.
-                    let reason = reason();
-                    for worker in in_grace {
-                        self.terminate(now, &worker, reason.clone(), true, out);
-                    }
-                    return;
+                PressureLevel::Soft if self.settings.auto_cleanup => {
+                    self.relieve_soft(now, domain, reason, out);
                 }
-                if self.ledger.is_settling(domain) {
-                    return;
-                }
-                let reason = reason();
-                if let Some(worker) = self.candidates_in_order().first().map(|m| m.worker()) {
-                    self.evict(now, &worker, reason, true, out);
-                } else if let Some(worker) = self.least_valuable() {
-                    self.terminate(now, &worker, reason, true, out);
-                }
+                PressureLevel::None | PressureLevel::Soft | PressureLevel::Hard => {}
             }
         }
+    }
+
+    /// One idle worker goes at a time.
+    fn relieve_soft(
+        &mut self,
+        now: Timestamp,
+        domain: Domain,
+        reason: EvictReason,
+        out: &mut Vec<Effect>,
+    ) {
+        if self.leaving(domain).next().is_some() || self.ledger.is_settling(domain) {
+            return;
+        }
+        if let Some(worker) = self.candidates_on(domain).first().map(|m| m.worker()) {
+            self.evict(now, &worker, reason, false, out);
+        }
+    }
+
+    /// The least valuable worker goes at once, idle first, then loading, then
+    /// busy, and a pinned one only when no other is left.
+    fn relieve_hard(
+        &mut self,
+        now: Timestamp,
+        domain: Domain,
+        reason: EvictReason,
+        out: &mut Vec<Effect>,
+    ) {
+        if self.leaving(domain).next().is_some() {
+            // Memory is being given back: at once now, without grace.
+            let in_grace = self.leaving(domain).filter(|m| !m.killed);
+            let in_grace: Vec<_> = in_grace.map(ModelState::worker).collect();
+            for worker in in_grace {
+                self.terminate(now, &worker, reason.clone(), true, out);
+            }
+            return;
+        }
+        if self.ledger.is_settling(domain) {
+            return;
+        }
+        if let Some(worker) = self.candidates_on(domain).first().map(|m| m.worker()) {
+            self.evict(now, &worker, reason, true, out);
+        } else if let Some(worker) = self.least_valuable(domain) {
+            self.terminate(now, &worker, reason, true, out);
+        }
+    }
+
+    /// Returns the workers on their way out that have bytes in a domain.
+    fn leaving(&self, domain: Domain) -> impl Iterator<Item = &ModelState> {
+        let leaving = self.models.values().filter(|m| m.is_leaving());
+        leaving.filter(move |m| m.domains().contains(&domain))
     }
 
     /// Returns idle unpinned workers, the first to go first.
@@ -104,39 +143,26 @@ impl Policy {
         all
     }
 
+    /// The same, of those that have bytes in a domain.
+    fn candidates_on(&self, domain: Domain) -> Vec<&ModelState> {
+        let mut all = self.candidates_in_order();
+        all.retain(|m| m.domains().contains(&domain));
+        all
+    }
+
     /// Returns the models that would go to end the pressure there is, in
     /// order; empty when there is none.
     #[must_use]
     pub fn recommended(&self) -> Vec<ModelName> {
-        let (level, Some(domain)) = self.levels.worst() else {
-            return Vec::new();
-        };
-        if level == PressureLevel::None {
-            return Vec::new();
-        }
-        let missing = self
-            .levels
-            .missing(domain, self.look(domain), self.thresholds());
-        self.enough(missing)
-            .into_iter()
+        let mut needed = self.missing_to_calm();
+        let going = self.candidates_in_order().into_iter();
+        going
+            .filter(|m| take_needed(&mut needed, m))
             .map(|m| m.name().clone())
             .collect()
     }
 
-    /// The first candidates whose resident bytes come to `target`.
-    fn enough(&self, target: Bytes) -> Vec<&ModelState> {
-        let mut freed = Bytes::ZERO;
-        self.candidates_in_order()
-            .into_iter()
-            .take_while(|m| {
-                let needed = freed < target;
-                freed += m.used(Domain::Host);
-                needed
-            })
-            .collect()
-    }
-
-    fn least_valuable(&self) -> Option<WorkerId> {
+    fn least_valuable(&self, domain: Domain) -> Option<WorkerId> {
         let rank = |m: &&ModelState| {
             let class = match m.phase {
                 Phase::Starting => 0,
@@ -148,6 +174,7 @@ impl Policy {
         self.models
             .values()
             .filter(|m| matches!(m.phase, Phase::Starting | Phase::Ready | Phase::Draining))
+            .filter(|m| m.domains().contains(&domain))
             .min_by_key(rank)
             .map(ModelState::worker)
     }
@@ -160,8 +187,11 @@ impl Policy {
         deadline: Timestamp,
         out: &mut Vec<Effect>,
     ) {
-        let target = order.target.unwrap_or_else(|| self.missing_to_calm());
-        let (chosen, skipped) = self.choose_for_cleanup(order, target);
+        let needed = match order.target {
+            Some(target) => BTreeMap::from([(Domain::Host, target)]),
+            None => self.missing_to_calm(),
+        };
+        let (chosen, skipped) = self.choose_for_cleanup(order, needed.clone());
         let mut report = CleanupReport {
             skipped,
             ..CleanupReport::default()
@@ -169,13 +199,14 @@ impl Policy {
         report.unloaded = chosen.iter().map(|w| w.model.clone()).collect();
         let mut goal = Bytes::ZERO;
         if order.models.is_none() && !order.all {
-            goal = target;
+            goal = needed.get(&Domain::Host).copied().unwrap_or_default();
         }
         if order.dry_run || chosen.is_empty() {
-            report.freed = chosen
-                .iter()
-                .map(|w| self.models[&w.model].used(Domain::Host))
-                .sum();
+            for model in chosen.iter().map(|w| &self.models[&w.model]) {
+                for domain in model.domains() {
+                    *freed_in(&mut report, domain) += model.used(domain);
+                }
+            }
             report.shortfall = goal - report.freed;
             out.push(Effect::CleanedUp { ticket, report });
             return;
@@ -197,21 +228,21 @@ impl Policy {
         }
     }
 
-    /// What is missing to the end of pressure in host RAM.
-    fn missing_to_calm(&self) -> Bytes {
-        match self.levels.of(Domain::Host) {
-            PressureLevel::None => Bytes::ZERO,
-            PressureLevel::Soft | PressureLevel::Hard => {
-                self.levels
-                    .missing(Domain::Host, self.look(Domain::Host), self.thresholds())
-            }
-        }
+    /// What is missing to the end of pressure, by domain.
+    fn missing_to_calm(&self) -> BTreeMap<Domain, Bytes> {
+        let pressed = self.levels.pressed().into_iter();
+        pressed
+            .map(|(domain, _)| {
+                let (look, thresholds) = (self.look(domain), self.thresholds(domain));
+                (domain, self.levels.missing(domain, look, thresholds))
+            })
+            .collect()
     }
 
     fn choose_for_cleanup(
         &self,
         order: &CleanupOrder,
-        target: Bytes,
+        mut needed: BTreeMap<Domain, Bytes>,
     ) -> (Vec<WorkerId>, Vec<Skipped>) {
         let mut pool: Vec<&ModelState> = match &order.models {
             Some(names) => names
@@ -225,7 +256,6 @@ impl Policy {
             pool.sort_by_key(|m| (m.activity.inside > 0, m.idle_since(), m.worker()));
         }
         let everything = order.all || order.models.is_some();
-        let mut freed = Bytes::ZERO;
         let mut chosen = Vec::new();
         let mut skipped = Vec::new();
         for model in pool {
@@ -236,16 +266,15 @@ impl Policy {
                 Some(why) => Some(Skip::Protected(why)),
                 None => None,
             };
-            let skip = skip.or((!everything && freed >= target).then_some(Skip::NotNeeded));
+            let unneeded =
+                || (!everything && !take_needed(&mut needed, model)).then_some(Skip::NotNeeded);
+            let skip = skip.or_else(unneeded);
             match skip {
                 Some(why) => skipped.push(Skipped {
                     model: model.name().clone(),
                     why,
                 }),
-                None => {
-                    freed += model.used(Domain::Host);
-                    chosen.push(model.worker());
-                }
+                None => chosen.push(model.worker()),
             }
         }
         (chosen, skipped)
@@ -253,8 +282,8 @@ impl Policy {
 
     pub(super) fn freed_in_cleanups(&mut self, reclaimed: &Reclaimed) {
         for cleanup in &mut self.cleanups {
-            if cleanup.waiting.contains(&reclaimed.worker) && reclaimed.domain == Domain::Host {
-                cleanup.report.freed += reclaimed.freed;
+            if cleanup.waiting.contains(&reclaimed.worker) {
+                *freed_in(&mut cleanup.report, reclaimed.domain) += reclaimed.freed;
             }
         }
     }
@@ -296,4 +325,26 @@ impl Policy {
             });
         }
     }
+}
+
+fn freed_in(report: &mut CleanupReport, domain: Domain) -> &mut Bytes {
+    match domain {
+        Domain::Host => &mut report.freed,
+        Domain::Gpu(_) => &mut report.freed_vram,
+    }
+}
+
+/// Takes what a model holds off what is needed; false, and nothing is taken,
+/// when it holds nothing where anything is.
+fn take_needed(needed: &mut BTreeMap<Domain, Bytes>, model: &ModelState) -> bool {
+    let helps = |(domain, bytes): (&Domain, &Bytes)| {
+        *bytes > Bytes::ZERO && model.used(*domain) > Bytes::ZERO
+    };
+    if !needed.iter().any(helps) {
+        return false;
+    }
+    for (domain, bytes) in needed {
+        *bytes -= model.used(*domain);
+    }
+    true
 }

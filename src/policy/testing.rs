@@ -41,6 +41,14 @@ pub(crate) struct World {
     pub(crate) holding: BTreeSet<WorkerId>,
     /// Requests inside each ready worker.
     pub(crate) inside: BTreeMap<WorkerId, Activity>,
+    /// Size of each GPU, in MiB.
+    pub(crate) gpus: Vec<u64>,
+    /// What each model's worker holds on each of its GPUs, in MiB.
+    pub(crate) vram: BTreeMap<ModelName, u64>,
+    /// VRAM of ended workers that the driver has not given back yet, in MiB.
+    pub(crate) late: BTreeMap<u32, u64>,
+    /// Where each worker was placed.
+    pub(crate) placed: BTreeMap<WorkerId, Vec<u32>>,
     total: Bytes,
     next_ticket: Ticket,
 }
@@ -63,6 +71,7 @@ impl World {
         let settings = Settings {
             limit: Bytes::mib(limit),
             reserve: Bytes::mib(512),
+            gpu_limits: BTreeMap::new(),
             soft: Threshold::Percent(10),
             hard: Threshold::Percent(5),
             auto_cleanup: true,
@@ -72,7 +81,7 @@ impl World {
         let setups = specs.into_iter().map(|spec| Setup {
             spec: Arc::new(spec),
             weights: Bytes::ZERO,
-            peak: BTreeMap::new(),
+            footprint: BTreeMap::new(),
         });
         let mut world = Self {
             policy: Policy::new(settings, setups),
@@ -83,6 +92,10 @@ impl World {
                 .collect(),
             holding: BTreeSet::new(),
             inside: BTreeMap::new(),
+            gpus: Vec::new(),
+            vram: BTreeMap::new(),
+            late: BTreeMap::new(),
+            placed: BTreeMap::new(),
             total: Bytes::gib(16),
             next_ticket: 1,
         };
@@ -109,10 +122,12 @@ impl World {
                 Effect::Terminate { worker, .. } => {
                     self.inside.remove(worker);
                 }
+                Effect::Spawn { worker, gpus, .. } => {
+                    self.placed.insert(worker.clone(), gpus.clone());
+                }
                 Effect::Done { .. }
                 | Effect::Reject { .. }
                 | Effect::CleanedUp { .. }
-                | Effect::Spawn { .. }
                 | Effect::Drain { .. }
                 | Effect::ReclaimShortfall { .. }
                 | Effect::Learn { .. }
@@ -186,6 +201,7 @@ impl World {
         self.step(Event::Exited {
             worker: worker.clone(),
             status: "exit code 1".into(),
+            out_of_memory: Vec::new(),
             last_lines: vec!["out of cheese".into()],
         })
     }
@@ -218,25 +234,54 @@ impl World {
             .holding
             .iter()
             .map(|worker| {
-                let bytes = Bytes::mib(self.size[&worker.model]);
-                let measure = Measure {
-                    usage: bytes,
-                    unreclaimable: bytes,
+                let mut domains = BTreeMap::from([(Domain::Host, self.size[&worker.model])]);
+                domains.extend(
+                    self.vram_of(worker)
+                        .map(|(gpu, mib)| (Domain::Gpu(gpu), mib)),
+                );
+                let measure = |mib| Measure {
+                    usage: Bytes::mib(mib),
+                    unreclaimable: Bytes::mib(mib),
                 };
-                (worker.clone(), BTreeMap::from([(Domain::Host, measure)]))
+                let domains = domains.into_iter().map(|(d, mib)| (d, measure(mib)));
+                (worker.clone(), domains.collect())
             })
             .collect();
         let host = DomainMeasure {
             total: self.total,
             headroom,
         };
-        let domains = BTreeMap::from([(Domain::Host, host)]);
+        let mut domains = BTreeMap::from([(Domain::Host, host)]);
+        for (index, total) in (0..).zip(&self.gpus) {
+            let workers = self.holding.iter().flat_map(|worker| self.vram_of(worker));
+            let held: u64 = workers
+                .filter(|(gpu, _)| *gpu == index)
+                .map(|(_, mib)| mib)
+                .sum();
+            let late = self.late.get(&index).copied().unwrap_or(0);
+            let measure = DomainMeasure {
+                total: Bytes::mib(*total),
+                headroom: Bytes::mib(*total) - Bytes::mib(held + late),
+            };
+            domains.insert(Domain::Gpu(index), measure);
+        }
+        let gpus = (0..)
+            .zip(&self.gpus)
+            .map(|(index, _)| (index, format!("GPU-{index}")));
         Measured {
+            gpus: gpus.collect(),
             at: self.now,
             domains,
             workers,
             counted_twice: Bytes::ZERO,
         }
+    }
+
+    /// Returns the GPUs a worker was placed on and what it holds on each.
+    fn vram_of(&self, worker: &WorkerId) -> impl Iterator<Item = (u32, u64)> {
+        let mib = self.vram.get(&worker.model).copied().unwrap_or(0);
+        let gpus = self.placed.get(worker).into_iter().flatten();
+        gpus.map(move |gpu| (*gpu, mib))
     }
 
     pub(crate) fn worker(&self, model: &str) -> WorkerId {

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::time::Duration;
 
-use crate::model::{Bytes, Domain, ModelName};
+use crate::model::{Bytes, Domain, GpuRequest, ModelName};
 
 /// Where a model's worker is in its life.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -82,6 +82,13 @@ pub enum EvictReason {
         /// What physics still gave.
         headroom: Bytes,
     },
+    /// It holds more than its own ceiling.
+    Ceiling {
+        /// What it held.
+        usage: Bytes,
+        /// Its `max_memory`.
+        ceiling: Bytes,
+    },
     /// An operator's cleanup.
     Cleanup,
     /// An operator's unload.
@@ -98,6 +105,7 @@ impl EvictReason {
             Self::MakeRoom { .. } => "make_room",
             Self::Idle { .. } => "idle",
             Self::Pressure { .. } => "pressure",
+            Self::Ceiling { .. } => "max_memory",
             Self::Cleanup => "cleanup",
             Self::Unload => "unload",
             Self::Shutdown => "shutdown",
@@ -129,6 +137,9 @@ impl fmt::Display for EvictReason {
                 "{} pressure on {domain}: usage {usage}, headroom {headroom}",
                 level.as_str()
             ),
+            Self::Ceiling { usage, ceiling } => {
+                write!(f, "it holds {usage}, over its max_memory of {ceiling}")
+            }
             Self::Cleanup => f.write_str("cleanup by an operator"),
             Self::Unload => f.write_str("unload by an operator"),
             Self::Shutdown => f.write_str("residentd ends"),
@@ -209,13 +220,63 @@ impl Skip {
     }
 }
 
-/// What a load is expected to need.
+/// What a load is expected to need, by domain. A domain that is absent is not
+/// used.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Expected {
-    /// Bytes in each domain; a domain that is absent is unknown.
-    pub bytes: BTreeMap<Domain, Bytes>,
-    /// Where the numbers come from.
+pub struct Expected(pub BTreeMap<Domain, Expectation>);
+
+/// Shows each domain with its bytes and where they come from.
+impl fmt::Display for Expected {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (nth, (domain, need)) in self.0.iter().enumerate() {
+            let comma = if nth == 0 { "" } else { ", " };
+            let source = need.source.as_str();
+            write!(f, "{comma}{domain} {} ({source})", need.bytes)?;
+        }
+        Ok(())
+    }
+}
+
+/// What a load is expected to need in one domain.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Expectation {
+    /// How much; of no meaning when the source is unknown and the load has not
+    /// been admitted yet.
+    pub bytes: Bytes,
+    /// Where the number comes from.
     pub source: ExpectedSource,
+}
+
+impl Expected {
+    /// Returns the bytes expected in a domain; `None` when they are unknown or
+    /// none.
+    #[must_use]
+    pub fn known(&self, domain: Domain) -> Option<Bytes> {
+        let need = self.0.get(&domain)?;
+        (need.source != ExpectedSource::Unknown).then_some(need.bytes)
+    }
+
+    /// Returns whether it uses the domain and nobody knows how much.
+    #[must_use]
+    pub fn is_unknown(&self, domain: Domain) -> bool {
+        let need = self.0.get(&domain);
+        need.is_some_and(|need| need.source == ExpectedSource::Unknown)
+    }
+
+    /// Returns the domains it uses.
+    pub fn domains(&self) -> impl Iterator<Item = Domain> {
+        self.0.keys().copied()
+    }
+
+    /// Returns the indexes of the GPUs it uses.
+    #[must_use]
+    pub fn gpus(&self) -> Vec<u32> {
+        let index = |domain| match domain {
+            Domain::Gpu(index) => Some(index),
+            Domain::Host => None,
+        };
+        self.domains().filter_map(index).collect()
+    }
 }
 
 /// Where an expectation comes from.
@@ -273,6 +334,16 @@ pub enum Refusal {
         need: Bytes,
         /// The most the domain gives to workers.
         budget: Bytes,
+    },
+    /// It wants a GPU that is not there.
+    #[error("{model} wants {wanted}; this machine has {present} that residentd can measure")]
+    NoDevice {
+        /// Which model.
+        model: ModelName,
+        /// What it wants.
+        wanted: GpuRequest,
+        /// How many GPUs there are.
+        present: usize,
     },
     /// No room came free in time, or none can come free by itself.
     #[error("no room for {model} on {domain}: it needs {need}, {room} can be had")]
@@ -344,6 +415,7 @@ impl Refusal {
             Self::UnknownDomain(_) => "device_not_found",
             Self::QueueFull { .. } => "queue_full",
             Self::TooLarge { .. } => "model_too_large",
+            Self::NoDevice { .. } => "no_device",
             Self::NoRoom { .. } => "no_room",
             Self::BackingOff { .. } => "backing_off",
             Self::WorkerFailed { .. } => "worker_failed",

@@ -49,10 +49,16 @@ impl ProcessStat {
     /// Reads one process; `None` when it is gone.
     #[must_use]
     pub fn read(pid: i32) -> Option<Self> {
+        Self::read_in(Path::new("/proc"), pid)
+    }
+
+    /// Reads one process of another mount of `/proc`.
+    #[must_use]
+    pub fn read_in(proc: &Path, pid: i32) -> Option<Self> {
         // One read into a buffer that holds any such line: `fs::read` takes
         // several, since these files say that they are empty.
         let mut line = [0_u8; LONGEST_STAT];
-        let read = fs::File::open(format!("/proc/{pid}/stat"))
+        let read = fs::File::open(proc.join(format!("{pid}/stat")))
             .and_then(|mut file| file.read(&mut line))
             .ok()?;
         Self::parse(&line[..read])

@@ -5,9 +5,12 @@ use std::net::{SocketAddr, ToSocketAddrs};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use crate::model::{ModelSpec, Upstream, UpstreamSpec};
+use crate::model::{GpuVendor, ModelSpec, PlacedGpu, Upstream, UpstreamSpec};
 use crate::procfs::mark::{self, Mark};
 use crate::template::Template;
+
+/// Tells a worker the file in which it may report its own GPU memory.
+const REPORT: &str = "RESIDENTD_REPORT";
 
 /// A command with every `${…}` filled in.
 #[derive(Clone, Debug)]
@@ -15,6 +18,8 @@ pub(super) struct Launch {
     program: PathBuf,
     arguments: Vec<String>,
     environment: BTreeMap<String, String>,
+    /// Names of the GPUs it may see, and the variable that says so.
+    visible: Option<(&'static str, String)>,
     cwd: Option<String>,
     pub(super) upstream: Upstream,
 }
@@ -24,6 +29,7 @@ pub(super) struct Launch {
 pub(super) struct Names<'a> {
     pub(super) port: Option<u16>,
     pub(super) socket: Option<&'a Path>,
+    pub(super) gpus: &'a [PlacedGpu],
 }
 
 /// Returns whether any of the model's templates names this variable.
@@ -62,6 +68,7 @@ impl Launch {
             program: PathBuf::from(program),
             arguments,
             environment,
+            visible: visible(names.gpus),
             cwd: spec.cwd.as_deref().map(fill).transpose()?,
             upstream,
         })
@@ -72,12 +79,13 @@ impl Launch {
         self.program.display()
     }
 
-    /// Builds the command: a process group of its own, the worker's mark in
-    /// the environment, nothing on standard input, and nothing that would make
-    /// the spawn a fork.
+    /// Builds the command: a process group of its own, the worker's mark and
+    /// what it needs to know of GPUs in the environment, nothing on standard
+    /// input, and nothing that would make the spawn a fork.
     pub(super) fn command(
         &self,
         mark: &Mark,
+        report: &Path,
         output: std::fs::File,
         errors: std::fs::File,
     ) -> Command {
@@ -85,6 +93,9 @@ impl Launch {
         let mut command = Command::new(&self.program);
         command
             .args(&self.arguments)
+            .env(REPORT, report)
+            .envs(self.visible.as_ref().map(|(name, gpus)| (*name, gpus)))
+            // The user's own have the last word.
             .envs(&self.environment)
             .env(mark::VARIABLE, mark.as_str())
             .stdin(Stdio::null())
@@ -106,6 +117,7 @@ fn fill(spec: &ModelSpec, names: Names<'_>, text: &str) -> Result<String, String
             "SOCKET" => names
                 .socket
                 .map(|path| path.to_string_lossy().into_owned().into()),
+            "GPU" => visible(names.gpus).map(|(_, gpus)| gpus.into()),
             "MODEL" => Some(spec.name.as_str().to_owned().into()),
             other => spec.variables.get(other).map(|value| value.clone().into()),
         }
@@ -113,6 +125,29 @@ fn fill(spec: &ModelSpec, names: Names<'_>, text: &str) -> Result<String, String
     template
         .expand(&value)
         .map_err(|error| format!("{text:?}: {error}"))
+}
+
+/// Returns the variable that shows a process its GPUs and no other, and its
+/// value; `None` for a worker that is placed on none.
+///
+/// UUIDs mean the same whatever order a runtime counts in. See the CUDA
+/// programming guide on `CUDA_VISIBLE_DEVICES`, ROCm's on GPU isolation for
+/// `ROCR_VISIBLE_DEVICES`, and Level Zero's specification for
+/// `ZE_AFFINITY_MASK`, which knows numbers only.
+fn visible(gpus: &[PlacedGpu]) -> Option<(&'static str, String)> {
+    let variable = match gpus.first()?.vendor {
+        GpuVendor::Nvidia => "CUDA_VISIBLE_DEVICES",
+        GpuVendor::Amd => "ROCR_VISIBLE_DEVICES",
+        GpuVendor::Intel => "ZE_AFFINITY_MASK",
+    };
+    let name = |gpu: &PlacedGpu| match gpu.vendor {
+        GpuVendor::Nvidia => gpu.uuid.clone(),
+        // Devices without a number of their own are named by their place.
+        GpuVendor::Amd if gpu.uuid.starts_with("GPU-") => gpu.uuid.clone(),
+        GpuVendor::Amd | GpuVendor::Intel => gpu.ordinal.to_string(),
+    };
+    let names: Vec<_> = gpus.iter().map(name).collect();
+    Some((variable, names.join(",")))
 }
 
 /// Finds the address of `HOST:PORT`.
@@ -123,4 +158,43 @@ fn address(text: &str) -> Result<SocketAddr, String> {
     found
         .next()
         .ok_or_else(|| format!("upstream {text:?} has no address"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn gpu(vendor: GpuVendor, uuid: &str, ordinal: u32) -> PlacedGpu {
+        PlacedGpu {
+            index: ordinal,
+            uuid: uuid.into(),
+            vendor,
+            ordinal,
+        }
+    }
+
+    #[test]
+    fn a_worker_is_shown_its_gpus_in_its_vendors_own_way() {
+        let nvidia = [
+            gpu(GpuVendor::Nvidia, "GPU-a", 0),
+            gpu(GpuVendor::Nvidia, "MIG-b", 3),
+        ];
+        let shown =
+            |gpus: &[PlacedGpu]| visible(gpus).map(|(name, value)| format!("{name}={value}"));
+        assert_eq!(
+            shown(&nvidia).as_deref(),
+            Some("CUDA_VISIBLE_DEVICES=GPU-a,MIG-b")
+        );
+        let amd = [
+            gpu(GpuVendor::Amd, "GPU-1f", 0),
+            gpu(GpuVendor::Amd, "pci-0000:03:00.0", 1),
+        ];
+        assert_eq!(
+            shown(&amd).as_deref(),
+            Some("ROCR_VISIBLE_DEVICES=GPU-1f,1")
+        );
+        let intel = [gpu(GpuVendor::Intel, "pci-0000:04:00.0", 2)];
+        assert_eq!(shown(&intel).as_deref(), Some("ZE_AFFINITY_MASK=2"));
+        assert_eq!(shown(&[]), None);
+    }
 }

@@ -39,7 +39,7 @@ use self::reaper::Leaders;
 pub use self::reaper::become_subreaper;
 use self::task::Life;
 use crate::clock::Clock;
-use crate::model::{Bytes, ModelSpec, Upstream, WorkerId};
+use crate::model::{Bytes, ModelSpec, PlacedGpu, Upstream, WorkerId};
 use crate::procfs::ProcessTree;
 use crate::procfs::mark::{Marks, Owner};
 use crate::telemetry;
@@ -59,6 +59,8 @@ pub struct SpawnOrder {
     pub worker: WorkerId,
     /// What the configuration says of its model.
     pub spec: Arc<ModelSpec>,
+    /// The GPUs it is placed on.
+    pub gpus: Vec<PlacedGpu>,
     /// Where its events go. Unbounded because a task that reaps cannot wait;
     /// four events at most per worker bound it.
     pub events: mpsc::UnboundedSender<WorkerEvent>,
@@ -109,6 +111,8 @@ pub enum WorkerEvent {
         worker: WorkerId,
         /// Its processes.
         tree: Arc<ProcessTree>,
+        /// The file in which it may report its own GPU memory.
+        report: PathBuf,
     },
     /// The worker can answer.
     Ready {
@@ -210,17 +214,14 @@ struct Shared {
     log_cap: Bytes,
     ports: Ports,
     leaders: Arc<Leaders>,
-    sockets: AtomicU64,
+    /// Numbers the files that one life has for itself.
+    files: AtomicU64,
 }
 
 impl Shared {
     /// Returns a path for a Unix socket that no other life has.
     fn socket(&self) -> Result<PathBuf, String> {
-        let folder = self.state_dir.join("sockets");
-        std::fs::create_dir_all(&folder)
-            .map_err(|error| format!("make {}: {error}", folder.display()))?;
-        let number = self.sockets.fetch_add(1, Ordering::Relaxed);
-        let path = folder.join(format!("{}-{number}.sock", std::process::id()));
+        let path = self.own_file("sockets")?.with_extension("sock");
         let length = path.as_os_str().len();
         if length > LONGEST_SOCKET {
             return Err(format!(
@@ -228,6 +229,19 @@ impl Shared {
                 path.display()
             ));
         }
+        Ok(path)
+    }
+
+    /// Returns a path in a folder of the state that no other life has and where
+    /// nothing is.
+    fn own_file(&self, folder: &str) -> Result<PathBuf, String> {
+        let folder = self.state_dir.join(folder);
+        std::fs::create_dir_all(&folder)
+            .map_err(|error| format!("make {}: {error}", folder.display()))?;
+        let number = self.files.fetch_add(1, Ordering::Relaxed);
+        let path = folder.join(format!("{}-{number}", std::process::id()));
+        // Of an earlier residentd with this pid; mostly there is none.
+        let _ = std::fs::remove_file(&path);
         Ok(path)
     }
 }
@@ -250,7 +264,7 @@ impl ProcessSpawner {
             log_cap: settings.log_cap,
             ports: Ports::new(settings.ports),
             leaders,
-            sockets: AtomicU64::new(0),
+            files: AtomicU64::new(0),
         };
         Self {
             shared: Arc::new(shared),

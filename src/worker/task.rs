@@ -20,7 +20,7 @@ use super::port::Held;
 use super::process::Process;
 use super::{ExitStatus, Shared, SpawnOrder, Stop, WorkerEvent, probe};
 use crate::clock::Timestamp;
-use crate::model::{ModelSpec, ReadyCheck, Upstream, WorkerId};
+use crate::model::{ModelSpec, PlacedGpu, ReadyCheck, Upstream, WorkerId};
 
 /// At most one probe in this time, however many lines a worker prints.
 const PROBE_GAP: Duration = Duration::from_millis(2);
@@ -49,6 +49,7 @@ pub(super) struct Life {
     shared: Arc<Shared>,
     worker: WorkerId,
     spec: Arc<ModelSpec>,
+    gpus: Arc<[PlacedGpu]>,
     events: mpsc::UnboundedSender<WorkerEvent>,
     stop: watch::Receiver<Stop>,
     tail: Arc<Tail>,
@@ -64,12 +65,14 @@ impl Life {
         let SpawnOrder {
             worker,
             spec,
+            gpus,
             events,
         } = order;
         Self {
             shared,
             worker,
             spec,
+            gpus: gpus.into(),
             events,
             stop,
             tail,
@@ -109,6 +112,7 @@ impl Life {
         self.say(WorkerEvent::Spawned {
             worker: self.worker.clone(),
             tree,
+            report: body.report.clone(),
         });
         let mut end = self.starting(&mut body).await;
         let started = matches!(end, End::Ready);
@@ -139,9 +143,9 @@ impl Life {
             .log
             .note(&format!("--- {} ended: {status} ---", self.worker));
         self.shared.leaders.lock().remove(&body.process.pid());
-        if let Some(socket) = &body.socket {
-            // The worker may have taken it away itself.
-            let _ = std::fs::remove_file(socket);
+        for file in body.socket.iter().chain([&body.report]) {
+            // It may never have been made, or taken away by the worker itself.
+            let _ = std::fs::remove_file(file);
         }
         let retry = !started && hold_port && body.port.is_some() && self.port_was_taken();
         (!retry).then_some(status)
@@ -150,9 +154,11 @@ impl Life {
     async fn spawn(&self, hold_port: bool) -> Result<Body, String> {
         let shared = Arc::clone(&self.shared);
         let (worker, spec) = (self.worker.clone(), Arc::clone(&self.spec));
+        let gpus = Arc::clone(&self.gpus);
         // Opening files and the spawn itself wait for the disk.
-        let spawned =
-            tokio::task::spawn_blocking(move || Body::spawn(&shared, &worker, &spec, hold_port));
+        let spawned = tokio::task::spawn_blocking(move || {
+            Body::spawn(&shared, &worker, (&spec, &gpus), hold_port)
+        });
         let (pid, body) = spawned.await.map_err(|error| error.to_string())??;
         debug!(worker = %self.worker, pid, "spawned");
         Ok(body)
@@ -299,13 +305,14 @@ struct Body {
     upstream: Upstream,
     port: Option<Held>,
     socket: Option<PathBuf>,
+    report: PathBuf,
 }
 
 impl Body {
     fn spawn(
         shared: &Shared,
         worker: &WorkerId,
-        spec: &ModelSpec,
+        (spec, gpus): (&ModelSpec, &[PlacedGpu]),
         hold_port: bool,
     ) -> Result<(i32, Self), String> {
         let mut port = command::uses(spec, "PORT")
@@ -321,7 +328,9 @@ impl Body {
         let names = Names {
             port: port.as_ref().map(|held| held.port),
             socket: socket.as_deref(),
+            gpus,
         };
+        let report = shared.own_file("reports")?;
         let launch = Launch::new(spec, names)?;
         let failed = |what: &'static str| move |error: std::io::Error| format!("{what}: {error}");
         let mut log = Log::open(&shared.state_dir, spec.name.as_str(), shared.log_cap)
@@ -333,7 +342,7 @@ impl Body {
         let output = log.writer().map_err(failed("open its log"))?;
         let errors = output.try_clone().map_err(failed("open its log"))?;
         let mark = shared.owner.mark(worker);
-        let mut command = launch.command(&mark, output, errors);
+        let mut command = launch.command(&mark, &report, output, errors);
         // Held until the child is noted, so that the reaper leaves it alone.
         let mut leaders = shared.leaders.lock();
         let child = command
@@ -354,6 +363,7 @@ impl Body {
                 upstream: launch.upstream,
                 port,
                 socket,
+                report,
             },
         ))
     }

@@ -9,7 +9,7 @@ use std::time::Duration;
 use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
 use residentd::clock::Clock;
-use residentd::memory::{MemorySource, Pace, Reading, Sampler, SamplerSettings, Usage};
+use residentd::memory::{MemorySource, Pace, Reading, Sampler, SamplerSettings, Subject, Usage};
 use residentd::model::{Bytes, ModelName, WorkerId};
 use residentd::procfs::{ProcessStat, ProcessTree};
 use tempfile::NamedTempFile;
@@ -97,7 +97,10 @@ impl Holder {
 
     fn followed_by(&self, sampler: &Sampler) {
         let leader = ProcessStat::read(self.pid()).expect("it runs").key;
-        sampler.follow(self.id.clone(), Arc::new(ProcessTree::new(leader)));
+        sampler.follow(
+            self.id.clone(),
+            Subject::of(Arc::new(ProcessTree::new(leader))),
+        );
     }
 }
 

@@ -233,11 +233,14 @@ fn a12_the_second_load_expects_what_the_first_used() {
     world.use_once("unknown");
     let effects = world.exit("unknown");
     assert!(effects.iter().any(
-        |e| matches!(e, Effect::Learn { peak, .. } if peak[&Domain::Host] == Bytes::mib(300))
+        |e| matches!(e, Effect::Learn { footprint, .. } if footprint[&Domain::Host].peak == Bytes::mib(300))
     ));
-    let expected = world.policy.models()["unknown"].expected();
-    assert_eq!(expected.source, ExpectedSource::Learned);
-    assert_eq!(expected.bytes[&Domain::Host], Bytes::mib(300));
+    let expected = world.policy.expected(&world.policy.models()["unknown"]);
+    let learned = Expectation {
+        bytes: Bytes::mib(300),
+        source: ExpectedSource::Learned,
+    };
+    assert_eq!(expected.0, BTreeMap::from([(Domain::Host, learned)]));
 }
 
 #[test]

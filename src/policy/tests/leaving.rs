@@ -92,6 +92,7 @@ fn an_event_of_an_older_life_changes_nothing() {
         world.step(Event::Exited {
             worker: old,
             status,
+            out_of_memory: Vec::new(),
             last_lines: Vec::new()
         }),
         []

@@ -80,6 +80,7 @@ fn cleanups(command: Command) {
         CleanupReport {
             unloaded: vec![name("org/nano:e5")],
             freed: Bytes::mib(500),
+            freed_vram: Bytes::gib(6),
             skipped: vec![
                 Skipped {
                     model: name("gemma"),

@@ -158,7 +158,8 @@ fn stopped(spec: Arc<ModelSpec>) -> ModelView {
         queued: 0,
         usage: None,
         expected: Expected::default(),
-        peak: Bytes::ZERO,
+        peak: BTreeMap::new(),
+        settled: BTreeMap::new(),
         last_used_before: None,
         accesses_before: 0,
         loads: 0,
@@ -211,17 +212,19 @@ fn gemma() -> ModelView {
                 device: 0,
                 bytes: Some(Bytes::gib(6)),
                 source: VramSource::NvmlProcess,
+                tainted: false,
             }],
             ..Usage::default()
         }),
-        expected: Expected {
-            bytes: BTreeMap::from([
-                (Domain::Host, Bytes::gib(2)),
-                (Domain::Gpu(0), Bytes::gib(6)),
-            ]),
-            source: ExpectedSource::Declared,
-        },
-        peak: Bytes::mib(1600),
+        expected: Expected(BTreeMap::from([
+            (Domain::Host, declared(Bytes::gib(2))),
+            (Domain::Gpu(0), declared(Bytes::gib(6))),
+        ])),
+        peak: BTreeMap::from([
+            (Domain::Host, Bytes::mib(1600)),
+            (Domain::Gpu(0), Bytes::gib(6)),
+        ]),
+        settled: BTreeMap::from([(Domain::Host, Bytes::mib(1536))]),
         accesses_before: 100,
         loads: 3,
         evictions: 2,
@@ -234,6 +237,13 @@ fn gemma() -> ModelView {
         last_load: Some(Duration::from_millis(2500)),
         file_size: Bytes::mib(512),
         ..stopped(spec)
+    }
+}
+
+fn declared(bytes: Bytes) -> Expectation {
+    Expectation {
+        bytes,
+        source: ExpectedSource::Declared,
     }
 }
 
@@ -252,13 +262,14 @@ fn nano() -> ModelView {
                 device: 0,
                 bytes: None,
                 source: VramSource::Unknown,
+                tainted: false,
             }],
             ..Usage::default()
         }),
         last_used_before: Some(at(50)),
         accesses_before: 7,
         loads: 1,
-        peak: Bytes::mib(512),
+        peak: BTreeMap::from([(Domain::Host, Bytes::mib(512))]),
         last_load: Some(Duration::from_secs(1)),
         ..stopped(spec)
     }
@@ -392,6 +403,8 @@ fn reading(models: &BTreeMap<ModelName, ModelView>) -> Reading {
             total: Some(Bytes::gib(24)),
             used: Some(Bytes::gib(7)),
             free: Some(Bytes::gib(17)),
+            vendor: GpuVendor::Nvidia,
+            unified: false,
             source: "nvml",
         }],
         device_error: None,

@@ -55,6 +55,8 @@ max_queue = 0
 ready = { http = "/health", tcp = true }
 env = { OMP_NUM_THREADS = 2, "A=B" = "x" }
 vram = "6GiB"
+gpus = "all"
+concurrency = 2
 memmory = "1GiB"
 
 [models.big]
@@ -264,4 +266,20 @@ proptest! {
     fn text_that_is_no_toml_never_panics(text in r"[\[\]{}='.#a-z0-9 \n\\u{e4}]{0,60}") {
         let _ = one(&text).load();
     }
+}
+
+#[test]
+fn what_does_not_fit_together_about_gpus_and_ceilings_is_told() {
+    let told = |keys: &str| model(keys).problems();
+    assert_snapshot!(
+        [
+            told("vram = '6GiB'"),
+            told("env = { DEVICES = '${GPU}' }"),
+            told("gpus = [0, 0]"),
+            told("max_memory = '1GiB'\nmemory = '2GiB'"),
+            told("[gpus.first]\nlimit = '1GiB'"),
+            told("[gpus.0]\nlimt = '1GiB'"),
+        ]
+        .join("\n--\n")
+    );
 }

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use residentd::config::{DEFAULTS, Listen, Threshold};
-use residentd::model::{Bytes, ReadyCheck, UpstreamSpec};
+use residentd::model::{Bytes, GpuRequest, ReadyCheck, UpstreamSpec};
 
 use super::{MODEL, Setup, one};
 
@@ -77,6 +77,8 @@ fn the_defaults_are_those_of_the_documentation() {
     assert_eq!((spec.stop_signal, spec.max_queue), (15, 256));
     assert_eq!(spec.queue_timeout, Duration::from_secs(300));
     assert_eq!((spec.idle_timeout, spec.memory), (None, None));
+    assert_eq!((&spec.gpus, spec.vram), (&GpuRequest::None, None));
+    assert_eq!(spec.max_memory, None);
     assert!(!spec.pinned && !spec.preload && spec.weights.is_empty());
     assert_eq!(spec.kind, "llm");
 }

@@ -1,0 +1,122 @@
+//! Which GPUs a model goes to.
+//!
+//! A model that names its GPUs has no choice. One that wants a number of them
+//! gets those that fit best: where its need fits without ending anybody, the
+//! ones on which the least is left over; else those on which memory is on its
+//! way back; else those on which room is made most cheaply. All of them are
+//! needed at once: admission then looks at every domain together.
+
+use super::admission::missing;
+use super::ledger::{Constraint, Need};
+use super::lifecycle::ModelState;
+use super::words::{Expected, Refusal};
+use super::{Policy, eviction};
+use crate::clock::Timestamp;
+use crate::model::{DeviceRef, Domain, GpuRequest};
+
+/// How well a GPU suits a load; the least suits best.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Fit {
+    /// It fits now; what would be left over. Of an unknown need everything is
+    /// used, so the most room counts: it is kept negative.
+    Now(i128),
+    /// It fits when what loads or dies there is done.
+    Soon(i128),
+    /// Idle workers have to go: how many, and when the most recently used of
+    /// them was used.
+    Evict(usize, Timestamp),
+    /// Busy workers are in the way: room that is missing.
+    Busy(i128),
+}
+
+impl Policy {
+    /// Returns what the worker of a model has been promised, or what a load of
+    /// it now is expected to need.
+    #[must_use]
+    pub fn expected(&self, model: &ModelState) -> Expected {
+        if model.is_live() {
+            return model.reservation.clone();
+        }
+        let gpus = self.place(model, &Need::new()).unwrap_or_default();
+        model.expected_on(&gpus)
+    }
+
+    /// Chooses the GPUs for a model, in the order of their indexes.
+    pub(super) fn place(&self, model: &ModelState, claims: &Need) -> Result<Vec<u32>, Refusal> {
+        let present = &self.ledger.gpus;
+        let lacking = || Refusal::NoDevice {
+            model: model.name().clone(),
+            wanted: model.spec.gpus.clone(),
+            present: present.len(),
+        };
+        let mut gpus = match &model.spec.gpus {
+            GpuRequest::None => Vec::new(),
+            GpuRequest::These(names) => {
+                let find = |name: &DeviceRef| {
+                    let mut all = present.iter();
+                    all.find(|(index, uuid)| name.is(**index, uuid))
+                        .map(|(index, _)| *index)
+                };
+                let found: Option<Vec<u32>> = names.iter().map(find).collect();
+                found.ok_or_else(lacking)?
+            }
+            GpuRequest::Count(_) => {
+                let count = model.spec.gpus.count();
+                if present.len() < count {
+                    return Err(lacking());
+                }
+                let fit = |index: &u32| (self.fit(model, *index, claims), *index);
+                let mut ranked: Vec<_> = present.keys().map(fit).collect();
+                ranked.sort_unstable();
+                ranked
+                    .into_iter()
+                    .take(count)
+                    .map(|(_, index)| index)
+                    .collect()
+            }
+        };
+        gpus.sort_unstable();
+        gpus.dedup();
+        Ok(gpus)
+    }
+
+    fn fit(&self, model: &ModelState, index: u32, claims: &Need) -> Fit {
+        let domain = Domain::Gpu(index);
+        let peak = model.peak();
+        let alone = model.known(&peak).on_gpu(index);
+        let expected = Expected([(domain, alone)].into());
+        let unknown = expected.is_unknown(domain);
+        let need = self.need(&expected);
+        let (now_there, later) = self.rooms([domain].into_iter(), claims);
+        let left = |room: &Need| {
+            let least = [Constraint::Limit, Constraint::Physics]
+                .iter()
+                .filter_map(|constraint| {
+                    let key = (domain, *constraint);
+                    let needed = if unknown { 0 } else { *need.get(&key)? };
+                    Some(room.get(&key)? - needed)
+                })
+                .min()
+                .unwrap_or(0);
+            if unknown { -least } else { least }
+        };
+        let short = missing(&need, &later);
+        if short.is_empty() {
+            let fits = missing(&need, &now_there).is_empty() && self.is_still(domain);
+            return match fits {
+                true => Fit::Now(left(&now_there)),
+                false => Fit::Soon(left(&later)),
+            };
+        }
+        match eviction::choose_victims(self.candidates(), &short) {
+            Some(victims) => {
+                let used = victims.iter().map(|victim| victim.idle_since).max();
+                Fit::Evict(victims.len(), used.unwrap_or_default())
+            }
+            None => Fit::Busy(short.values().copied().max().unwrap_or(0)),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,275 @@
+//! Models on machines with GPUs.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use super::super::event::Event;
+use super::super::testing::{World, gone, name, refused, spawned, spec};
+use super::super::words::Refusal;
+use super::super::{Effect, EvictReason, PressureLevel};
+use crate::model::{Bytes, DeviceRef, Domain, GpuRequest, ModelSpec};
+
+/// A model that declares this much VRAM on each of its GPUs, and little RAM.
+fn on(gpus: GpuRequest, model: &str, vram: Option<u64>) -> ModelSpec {
+    ModelSpec {
+        gpus,
+        vram: vram.map(Bytes::mib),
+        ..spec(model, Some(10))
+    }
+}
+
+/// A machine with these GPUs and models; each declares what it holds.
+fn machine(gpus: &[u64], models: &[(&str, GpuRequest, u64)]) -> World {
+    let specs = models
+        .iter()
+        .map(|(model, gpus, vram)| on(gpus.clone(), model, Some(*vram)))
+        .collect();
+    world(gpus, specs, models)
+}
+
+fn world(gpus: &[u64], specs: Vec<ModelSpec>, models: &[(&str, GpuRequest, u64)]) -> World {
+    let sizes: Vec<_> = models.iter().map(|(model, ..)| (*model, 10)).collect();
+    let mut world = World::with(8000, specs, &sizes);
+    world.gpus = gpus.to_vec();
+    world.vram = models
+        .iter()
+        .map(|(model, _, vram)| (name(model), *vram))
+        .collect();
+    world.measure();
+    world
+}
+
+const ONE: GpuRequest = GpuRequest::Count(1);
+
+fn placed(effects: &[Effect]) -> Option<Vec<u32>> {
+    effects.iter().find_map(|effect| {
+        if let Effect::Spawn { gpus, .. } = effect {
+            Some(gpus.clone())
+        } else {
+            None
+        }
+    })
+}
+
+#[test]
+fn the_gpu_on_which_least_is_left_over_is_taken() {
+    let mut world = machine(
+        &[24_000, 8_000, 16_000],
+        &[("a", ONE, 6_000), ("b", ONE, 6_000)],
+    );
+    assert_eq!(placed(&world.acquire("a").1), Some(vec![1]));
+    world.ready("a");
+    assert_eq!(placed(&world.acquire("b").1), Some(vec![2]));
+}
+
+#[test]
+fn without_room_anywhere_the_cheapest_eviction_decides() {
+    let mut world = machine(
+        &[10_000, 10_000],
+        &[
+            ("small", ONE, 4_000),
+            ("other", ONE, 4_000),
+            ("large", ONE, 8_000),
+            ("new", ONE, 9_000),
+        ],
+    );
+    // Two small ones share gpu:0, the large one has gpu:1.
+    for model in ["small", "other", "large"] {
+        world.use_once(model);
+    }
+    assert_eq!(world.placed[&world.worker("large")], [1]);
+    let (_, effects) = world.acquire("new");
+    assert_eq!(gone(&effects), ["large"]);
+    assert_eq!(placed(&world.exit("large")), Some(vec![1]));
+}
+
+#[test]
+fn a_tensor_parallel_model_needs_all_its_gpus_at_once() {
+    let two = GpuRequest::Count(2);
+    let mut world = machine(
+        &[10_000, 10_000],
+        &[("single", ONE, 7_000), ("wide", two, 6_000)],
+    );
+    world.use_once("single");
+    let (_, effects) = world.acquire("wide");
+    assert_eq!(gone(&effects), ["single"]);
+    assert_eq!(placed(&effects), None);
+    assert_eq!(placed(&world.exit("single")), Some(vec![0, 1]));
+}
+
+#[test]
+fn named_gpus_are_taken_by_index_or_uuid_and_missing_ones_are_told() {
+    let named = |list: &[&str]| {
+        GpuRequest::These(list.iter().map(|n| DeviceRef::Uuid((*n).into())).collect())
+    };
+    let by_index = GpuRequest::These(vec![DeviceRef::Index(0)]);
+    let mut world = machine(
+        &[10_000, 10_000],
+        &[
+            ("uuid", named(&["GPU-1"]), 100),
+            ("index", by_index, 100),
+            ("nowhere", named(&["GPU-7"]), 100),
+            ("three", GpuRequest::Count(3), 100),
+        ],
+    );
+    assert_eq!(placed(&world.acquire("uuid").1), Some(vec![1]));
+    assert_eq!(placed(&world.acquire("index").1), Some(vec![0]));
+    for model in ["nowhere", "three"] {
+        let (ticket, effects) = world.acquire(model);
+        let refusal = refused(&effects, ticket).expect("it is refused");
+        assert_eq!(refusal.code(), "no_device", "{refusal}");
+    }
+}
+
+#[test]
+fn a13_a_model_larger_than_a_gpu_is_refused_with_both_numbers() {
+    let mut world = machine(&[10_000], &[("idle", ONE, 5_000), ("huge", ONE, 12_000)]);
+    world.use_once("idle");
+    let (ticket, effects) = world.acquire("huge");
+    assert_eq!(gone(&effects), Vec::<String>::new());
+    assert_eq!(
+        refused(&effects, ticket),
+        Some(Refusal::TooLarge {
+            model: name("huge"),
+            domain: Domain::Gpu(0),
+            need: Bytes::mib(12_000),
+            budget: Bytes::mib(10_000),
+        })
+    );
+}
+
+#[test]
+fn one_load_at_a_time_on_a_gpu_and_another_gpu_is_not_held_up() {
+    let zero = GpuRequest::These(vec![DeviceRef::Index(0)]);
+    let one = GpuRequest::These(vec![DeviceRef::Index(1)]);
+    let mut world = machine(
+        &[10_000, 10_000],
+        &[
+            ("a", zero.clone(), 1_000),
+            ("b", zero, 1_000),
+            ("c", one, 1_000),
+        ],
+    );
+    assert_eq!(spawned(&world.acquire("a").1), ["a"]);
+    // There is room for b on gpu:0, but a is loading there.
+    assert_eq!(spawned(&world.acquire("b").1), Vec::<String>::new());
+    assert_eq!(spawned(&world.acquire("c").1), ["c"]);
+    assert_eq!(spawned(&world.ready("a")), ["b"]);
+}
+
+#[test]
+fn a16_vram_that_returns_late_delays_only_its_own_gpu() {
+    let zero = GpuRequest::These(vec![DeviceRef::Index(0)]);
+    let one = GpuRequest::These(vec![DeviceRef::Index(1)]);
+    let mut world = machine(
+        &[10_000, 10_000],
+        &[
+            ("old", zero.clone(), 8_000),
+            ("new", zero, 8_000),
+            ("else", one, 8_000),
+        ],
+    );
+    world.use_once("old");
+    assert_eq!(gone(&world.acquire("new").1), ["old"]);
+    // The process is gone, its memory is not back yet.
+    world.late = BTreeMap::from([(0, 8_000)]);
+    assert_eq!(spawned(&world.exit("old")), Vec::<String>::new());
+    assert_eq!(spawned(&world.acquire("else").1), ["else"]);
+    world.pass(Duration::from_millis(700));
+    assert_eq!(spawned(&world.measure()), Vec::<String>::new());
+    world.late.clear();
+    assert_eq!(spawned(&world.measure()), ["new"]);
+}
+
+#[test]
+fn a16_a_victim_that_is_slow_to_die_on_a_gpu_delays_no_load_elsewhere() {
+    let zero = GpuRequest::These(vec![DeviceRef::Index(0)]);
+    let one = GpuRequest::These(vec![DeviceRef::Index(1)]);
+    let mut world = machine(
+        &[10_000, 10_000],
+        &[
+            ("slow", zero.clone(), 8_000),
+            ("next", zero, 8_000),
+            ("else", one, 8_000),
+            ("host", GpuRequest::None, 0),
+        ],
+    );
+    world.use_once("slow");
+    world.acquire("next");
+    for _ in 0..5 {
+        world.pass(Duration::from_secs(1));
+        world.measure();
+    }
+    assert_eq!(spawned(&world.acquire("else").1), ["else"]);
+    assert_eq!(spawned(&world.acquire("host").1), ["host"]);
+    assert_eq!(spawned(&world.exit("slow")), ["next"]);
+}
+
+#[test]
+fn what_never_comes_back_is_reported_and_waited_for_no_longer_than_its_deadline() {
+    let mut world = machine(&[10_000], &[("old", ONE, 6_000), ("new", ONE, 5_000)]);
+    world.use_once("old");
+    world.acquire("new");
+    world.late = BTreeMap::from([(0, 3_000)]);
+    world.exit("old");
+    world.pass(Duration::from_secs(6));
+    let effects = world.measure();
+    assert!(effects.contains(&Effect::ReclaimShortfall {
+        worker: crate::model::WorkerId {
+            model: name("old"),
+            generation: 1
+        },
+        domain: Domain::Gpu(0),
+        missing: Bytes::mib(3_000),
+    }));
+    assert_eq!(spawned(&effects), ["new"]);
+}
+
+#[test]
+fn a_model_of_unknown_need_has_its_gpu_alone_until_it_is_ready_and_is_then_known() {
+    let specs = vec![on(ONE, "known", Some(1_000)), on(ONE, "unknown", None)];
+    let models = [("known", ONE, 1_000), ("unknown", ONE, 3_000)];
+    let mut world = world(&[10_000], specs, &models);
+    assert_eq!(spawned(&world.acquire("unknown").1), ["unknown"]);
+    assert_eq!(world.policy.charged(Domain::Gpu(0)), Bytes::mib(10_000));
+    assert_eq!(spawned(&world.acquire("known").1), Vec::<String>::new());
+    assert_eq!(spawned(&world.ready("unknown")), ["known"]);
+    let state = &world.policy.models()["unknown"];
+    assert_eq!(state.peak()[&Domain::Gpu(0)], Bytes::mib(3_000));
+}
+
+#[test]
+fn a_lost_gpu_gets_no_load_and_the_others_go_on() {
+    let mut world = machine(&[10_000, 9_000], &[("a", ONE, 1_000)]);
+    let mut measured = world.measured(Bytes::gib(15));
+    measured.domains.remove(&Domain::Gpu(1));
+    world.step(Event::Measured(measured));
+    assert_eq!(placed(&world.acquire("a").1), Some(vec![0]));
+}
+
+#[test]
+fn a_filled_gpu_is_no_pressure_but_a_lowered_limit_is_and_only_there() {
+    let mut world = machine(
+        &[10_000, 10_000],
+        &[("full", ONE, 9_300), ("host", GpuRequest::None, 0)],
+    );
+    world.use_once("full");
+    world.use_once("host");
+    assert_eq!(gone(&world.measure()), Vec::<String>::new());
+    let effects = world.step(Event::Limit {
+        domain: Domain::Gpu(0),
+        limit: Bytes::mib(5_000),
+    });
+    assert_eq!(gone(&effects), ["full"]);
+    assert!(effects.iter().any(|effect| matches!(
+        effect,
+        Effect::Evict {
+            reason: EvictReason::Pressure {
+                level: PressureLevel::Soft,
+                domain: Domain::Gpu(0),
+                ..
+            },
+            ..
+        }
+    )));
+}
