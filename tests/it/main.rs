@@ -5,6 +5,7 @@ mod api;
 mod cli;
 mod config;
 mod failures;
+mod gpu;
 mod memory;
 mod proxy;
 mod story;

@@ -64,6 +64,23 @@ pub(crate) struct Args {
     #[arg(long, default_value = "1GiB", value_parser = size::parse)]
     pub(crate) grow_max: u64,
 
+    /// Memory to claim on each visible GPU of the fake driver in `--vram-dir`.
+    #[arg(long, default_value = "0", value_parser = size::parse)]
+    pub(crate) vram: u64,
+    /// Folder of the fake driver; nothing is claimed without it.
+    #[arg(long)]
+    pub(crate) vram_dir: Option<PathBuf>,
+    /// UUIDs of the visible GPUs.
+    #[arg(long, env = "CUDA_VISIBLE_DEVICES", value_delimiter = ',')]
+    pub(crate) gpus: Vec<String>,
+    /// A line for the file in which residentd lets workers report their own
+    /// GPU memory, as "gpu:0 1000000".
+    #[arg(long)]
+    pub(crate) report: Option<String>,
+    /// That file.
+    #[arg(long, env = "RESIDENTD_REPORT")]
+    pub(crate) report_file: Option<PathBuf>,
+
     /// Ignore SIGTERM.
     #[arg(long)]
     pub(crate) ignore_term: bool,

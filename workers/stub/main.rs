@@ -18,6 +18,7 @@ mod serve;
 #[path = "../size.rs"]
 mod size;
 mod state;
+mod vram;
 
 use std::io::{self, Write};
 use std::process::ExitCode;
@@ -122,7 +123,9 @@ async fn listen(stub: &Stub) -> io::Result<Listener> {
 /// Takes the memory, prints the noise and lets the loading time pass.
 async fn load(stub: &Arc<Stub>, started: Instant) -> io::Result<()> {
     let args = &stub.args;
-    if args.anon > 0 || args.shm > 0 || args.map.is_some() || args.spam_lines > 0 {
+    let has_memory = args.anon > 0 || args.shm > 0 || args.map.is_some();
+    let has_vram = args.vram_dir.is_some() || args.report.is_some();
+    if has_memory || has_vram || args.spam_lines > 0 {
         let stub = Arc::clone(stub);
         let loading = tokio::task::spawn_blocking(move || take_memory(&stub));
         loading.await.map_err(io::Error::other)??;
@@ -143,6 +146,7 @@ fn take_memory(stub: &Stub) -> io::Result<()> {
             .saturating_sub(line.len() + args.name.len() + 2);
         say(stub, &(line + &"x".repeat(filler)));
     }
+    vram::take(args)?;
     stub.memory.take(args.anon);
     memory::share(args.shm)?;
     args.map.as_deref().map_or(Ok(()), memory::map_file)
@@ -164,10 +168,7 @@ fn announce(stub: &Stub, address: &str) {
 
 /// Writes the stamp so that a reader sees all of it or nothing.
 fn write_stamp(path: &std::path::Path, stamp: &str) {
-    let unfinished = path.with_added_extension("tmp");
-    let written =
-        std::fs::write(&unfinished, stamp).and_then(|()| std::fs::rename(&unfinished, path));
-    if let Err(error) = written {
+    if let Err(error) = vram::write_whole(path, stamp) {
         let _ = writeln!(io::stderr(), "stub-worker: ready stamp: {error}");
     }
 }

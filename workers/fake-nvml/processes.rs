@@ -1,0 +1,185 @@
+//! The functions only newer drivers have: processes, and MIG.
+//!
+//! Layouts and codes are those of `nvml.h`.
+
+#![expect(
+    unsafe_code,
+    reason = "functions with C linkage that write through their caller's pointers"
+)]
+
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use crate::driver::{Driver, Holding, Rows, code, handle};
+
+/// `nvmlProcessInfo_t`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct Process {
+    pid: u32,
+    used: u64,
+    gpu_instance: u32,
+    compute_instance: u32,
+}
+
+const NOT_SUPPORTED: i32 = 3;
+/// Instead of a number of bytes: there is none.
+const UNAVAILABLE: u64 = u64::MAX;
+/// Added to pids that are to mean nothing here: over the kernel's largest.
+const FOREIGN: u32 = 5_000_000;
+
+/// # Safety
+/// `count` can be read and written, and `list` has room for that many.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn nvmlDeviceGetComputeRunningProcesses_v3(
+    device: usize,
+    count: *mut u32,
+    list: *mut Process,
+) -> i32 {
+    let driver = Driver::read();
+    driver.take_time();
+    let rows = match rows(&driver, device) {
+        Ok(rows) => rows,
+        Err(error) => return error,
+    };
+    // SAFETY: as promised by the caller.
+    unsafe { give(&driver, &rows, count, list) }
+}
+
+/// # Safety
+/// `count` can be written to.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn nvmlDeviceGetGraphicsRunningProcesses_v3(
+    device: usize,
+    count: *mut u32,
+    _list: *mut Process,
+) -> i32 {
+    match rows(&Driver::read(), device) {
+        Ok(_) => {
+            // SAFETY: as promised by the caller.
+            unsafe { count.write(0) };
+            code::OK
+        }
+        Err(error) => error,
+    }
+}
+
+/// # Safety
+/// `current` and `pending` can be written to.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn nvmlDeviceGetMigMode(
+    device: usize,
+    current: *mut u32,
+    pending: *mut u32,
+) -> i32 {
+    let driver = Driver::read();
+    let Some(found) = driver.device(device) else {
+        return code::NOT_FOUND;
+    };
+    let mode = u32::from(!found.mig.is_empty());
+    // SAFETY: as promised by the caller.
+    unsafe {
+        current.write(mode);
+        pending.write(mode);
+    }
+    code::OK
+}
+
+/// # Safety
+/// `count` can be written to.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn nvmlDeviceGetMaxMigDeviceCount(_device: usize, count: *mut u32) -> i32 {
+    // Places, of which some are empty.
+    // SAFETY: as promised by the caller.
+    unsafe { count.write(7) };
+    code::OK
+}
+
+/// # Safety
+/// `instance` can be written to.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn nvmlDeviceGetMigDeviceHandleByIndex(
+    device: usize,
+    index: u32,
+    instance: *mut usize,
+) -> i32 {
+    let driver = Driver::read();
+    let index = usize::try_from(index).unwrap_or(usize::MAX);
+    let Some(found) = driver.device(device).filter(|d| index < d.mig.len()) else {
+        return code::NOT_FOUND;
+    };
+    if found.error != code::OK {
+        return found.error;
+    }
+    // SAFETY: as promised by the caller.
+    unsafe { instance.write(handle(device / 1000 - 1, Some(index))) };
+    code::OK
+}
+
+fn rows(driver: &Driver, device: usize) -> Result<Vec<Process>, i32> {
+    let found = driver.device(device).ok_or(code::NOT_FOUND)?;
+    if found.error != code::OK {
+        return Err(found.error);
+    }
+    if driver.rows == Rows::NotSupported {
+        return Err(NOT_SUPPORTED);
+    }
+    let holdings = driver.holdings(&found.uuid);
+    let living = holdings.iter().filter(|holding| holding.alive);
+    Ok(living
+        .filter_map(|holding| row(driver.rows, *holding))
+        .collect())
+}
+
+fn row(rows: Rows, holding: Holding) -> Option<Process> {
+    let pid = match rows {
+        Rows::None => return None,
+        Rows::Threads => last_thread(holding.pid)?,
+        _ => holding.pid,
+    };
+    let pid = u32::try_from(pid).ok()?;
+    Some(Process {
+        pid: if rows == Rows::Foreign {
+            pid + FOREIGN
+        } else {
+            pid
+        },
+        used: match rows {
+            Rows::Zero => 0,
+            Rows::Unavailable => UNAVAILABLE,
+            _ => holding.bytes,
+        },
+        gpu_instance: u32::MAX,
+        compute_instance: u32::MAX,
+    })
+}
+
+fn last_thread(pid: i32) -> Option<i32> {
+    let threads = std::fs::read_dir(format!("/proc/{pid}/task")).ok()?;
+    let ids = threads
+        .flatten()
+        .filter_map(|t| t.file_name().to_str()?.parse().ok());
+    ids.max()
+}
+
+/// Writes a list by NVML's rule: with too little room only its length.
+///
+/// # Safety
+/// `count` can be read and written, and `list` has room for that many.
+unsafe fn give(driver: &Driver, rows: &[Process], count: *mut u32, list: *mut Process) -> i32 {
+    static GROWN: AtomicU32 = AtomicU32::new(0);
+    // SAFETY: as promised by the caller.
+    let room = unsafe { count.read() };
+    let length = u32::try_from(rows.len()).unwrap_or(u32::MAX);
+    let asks_for_length = room == 0 && length > 0;
+    let grows = !asks_for_length && GROWN.fetch_add(1, Ordering::Relaxed) < driver.grow;
+    // SAFETY: as promised by the caller.
+    unsafe { count.write(length + u32::from(grows) * 10) };
+    if room < length || grows {
+        return code::INSUFFICIENT_SIZE;
+    }
+    for (index, row) in rows.iter().enumerate() {
+        // SAFETY: there is room for `length`, as just checked.
+        unsafe { list.add(index).write(*row) };
+    }
+    code::OK
+}
