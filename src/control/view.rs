@@ -8,7 +8,7 @@ use super::task::{Live, Task};
 use super::{Candidate, DomainView, LastEviction, MemoryView, ModelView, Snapshot};
 use crate::memory::Reading;
 use crate::model::{Domain, WorkerId};
-use crate::policy::{DomainMeasure, Measure, Measured, ModelState, PressureLevel};
+use crate::policy::{DomainMeasure, GpuFacts, Measure, Measured, ModelState, PressureLevel};
 
 impl Task {
     /// Returns the newest reading in the policy's terms.
@@ -53,7 +53,10 @@ fn measured(reading: &Reading, workers: &BTreeMap<WorkerId, Live>) -> Measured {
             };
             let mut by_domain = BTreeMap::from([(Domain::Host, host)]);
             for vram in &usage.vram {
-                if let Some(bytes) = vram.bytes {
+                let mut devices = reading.devices.iter();
+                // What such a GPU holds is in the host's figure.
+                let unified = devices.any(|d| d.index == vram.device && d.unified);
+                if let Some(bytes) = vram.bytes.filter(|_| !unified) {
                     by_domain.insert(
                         Domain::Gpu(vram.device),
                         Measure {
@@ -67,7 +70,13 @@ fn measured(reading: &Reading, workers: &BTreeMap<WorkerId, Live>) -> Measured {
         })
         .collect();
     let gpus = reading.devices.iter();
-    let gpus = gpus.map(|device| (device.index, device.uuid.clone()));
+    let gpus = gpus.map(|device| {
+        let facts = GpuFacts {
+            uuid: device.uuid.clone(),
+            unified: device.unified,
+        };
+        (device.index, facts)
+    });
     Measured {
         at: reading.at,
         domains,

@@ -219,7 +219,7 @@ impl Policy {
             Ok(gpus) => gpus,
             Err(refusal) => return Verdict::Refuse(refusal),
         };
-        let expected = model.expected_on(&gpus);
+        let expected = self.expected_on(model, &gpus);
         if expected
             .domains()
             .any(|domain| self.must_load_alone(&expected, domain))

@@ -214,8 +214,17 @@ pub struct Measured {
     pub workers: BTreeMap<WorkerId, BTreeMap<Domain, Measure>>,
     /// Bytes of host RAM that the sum of all workers counts more than once.
     pub counted_twice: Bytes,
-    /// UUIDs of the GPUs, by index.
-    pub gpus: BTreeMap<u32, String>,
+    /// The GPUs there are, by index.
+    pub gpus: BTreeMap<u32, GpuFacts>,
+}
+
+/// What does not change about a GPU.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct GpuFacts {
+    /// The driver's UUID.
+    pub uuid: String,
+    /// It has no memory of its own: what it uses is the host's.
+    pub unified: bool,
 }
 
 /// One domain, measured.

@@ -9,7 +9,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use super::event::{DomainMeasure, Measured};
+use super::event::{DomainMeasure, GpuFacts, Measured};
 use super::lifecycle::ModelState;
 use crate::clock::Timestamp;
 use crate::model::{Bytes, DeviceRef, Domain, ModelName, WorkerId};
@@ -106,8 +106,8 @@ pub(super) struct Reclaimed {
 pub(super) struct Ledger {
     /// By domain.
     pub domains: BTreeMap<Domain, DomainBooks>,
-    /// UUIDs of the GPUs there are, by index.
-    pub gpus: BTreeMap<u32, String>,
+    /// The GPUs there are, by index.
+    pub gpus: BTreeMap<u32, GpuFacts>,
     /// Limits that a user set on GPUs, by name.
     gpu_limits: BTreeMap<DeviceRef, Bytes>,
     counted_twice: Bytes,
@@ -153,7 +153,7 @@ impl Ledger {
         let Domain::Gpu(index) = domain else {
             return Bytes::MAX;
         };
-        let uuid = self.gpus.get(&index).map_or("", String::as_str);
+        let uuid = self.gpus.get(&index).map_or("", |gpu| gpu.uuid.as_str());
         let limits = self.gpu_limits.iter();
         let mut of_this = limits.filter(|(name, _)| name.is(index, uuid));
         of_this.next().map_or(Bytes::MAX, |(_, limit)| *limit)

@@ -36,8 +36,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 pub use event::{
-    Activity, CleanupOrder, CleanupReport, DomainMeasure, Effect, Event, Measure, Measured,
-    Skipped, Ticket,
+    Activity, CleanupOrder, CleanupReport, DomainMeasure, Effect, Event, GpuFacts, Measure,
+    Measured, Skipped, Ticket,
 };
 pub use footprint::{from_weights, from_weights_on_gpus};
 pub use ledger::DomainBooks;

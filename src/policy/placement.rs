@@ -7,9 +7,10 @@
 //! needed at once: admission then looks at every domain together.
 
 use super::admission::missing;
+use super::event::GpuFacts;
 use super::ledger::{Constraint, Need};
 use super::lifecycle::ModelState;
-use super::words::{Expected, Refusal};
+use super::words::{Expected, ExpectedSource, Refusal};
 use super::{Policy, eviction};
 use crate::clock::Timestamp;
 use crate::model::{DeviceRef, Domain, GpuRequest};
@@ -38,7 +39,40 @@ impl Policy {
             return model.reservation.clone();
         }
         let gpus = self.place(model, &Need::new()).unwrap_or_default();
-        model.expected_on(&gpus)
+        self.expected_on(model, &gpus)
+    }
+
+    /// Returns what a load on these GPUs is expected to need of the domains
+    /// that bound it.
+    ///
+    /// A GPU without memory of its own takes the host's: what is declared for
+    /// it counts there. One that does not tell its memory bounds nothing.
+    pub(super) fn expected_on(&self, model: &ModelState, gpus: &[u32]) -> Expected {
+        let mut expected = model.expected_on(gpus);
+        let is_bound = |domain: &Domain| self.ledger.domains.contains_key(domain);
+        let unbound: Vec<_> = expected.domains().filter(|d| !is_bound(d)).collect();
+        for domain in unbound {
+            let need = expected.0.remove(&domain).unwrap_or_default();
+            let host = expected.0.get_mut(&Domain::Host);
+            let unified = self.gpu(domain).is_some_and(|gpu| gpu.unified);
+            // A learned need of the host has this in it, and weights are there
+            // once.
+            if let Some(host) = host
+                && unified
+                && need.source == ExpectedSource::Declared
+                && host.source != ExpectedSource::Learned
+            {
+                host.bytes += need.bytes;
+            }
+        }
+        expected
+    }
+
+    fn gpu(&self, domain: Domain) -> Option<&GpuFacts> {
+        match domain {
+            Domain::Gpu(index) => self.ledger.gpus.get(&index),
+            Domain::Host => None,
+        }
     }
 
     /// Chooses the GPUs for a model, in the order of their indexes.
@@ -54,7 +88,7 @@ impl Policy {
             GpuRequest::These(names) => {
                 let find = |name: &DeviceRef| {
                     let mut all = present.iter();
-                    all.find(|(index, uuid)| name.is(**index, uuid))
+                    all.find(|(index, gpu)| name.is(**index, &gpu.uuid))
                         .map(|(index, _)| *index)
                 };
                 let found: Option<Vec<u32>> = names.iter().map(find).collect();
@@ -82,6 +116,9 @@ impl Policy {
 
     fn fit(&self, model: &ModelState, index: u32, claims: &Need) -> Fit {
         let domain = Domain::Gpu(index);
+        if !self.ledger.domains.contains_key(&domain) {
+            return Fit::Now(i128::MAX);
+        }
         let peak = model.peak();
         let alone = model.known(&peak).on_gpu(index);
         let expected = Expected([(domain, alone)].into());

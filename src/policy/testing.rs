@@ -11,8 +11,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::{
-    Activity, DomainMeasure, Effect, Event, Measure, Measured, Policy, Settings, Setup, Threshold,
-    Ticket,
+    Activity, DomainMeasure, Effect, Event, GpuFacts, Measure, Measured, Policy, Settings, Setup,
+    Threshold, Ticket,
 };
 use crate::clock::Timestamp;
 use crate::model::{Bytes, Domain, ModelName, ModelSpec, WorkerId};
@@ -265,9 +265,14 @@ impl World {
             };
             domains.insert(Domain::Gpu(index), measure);
         }
-        let gpus = (0..)
-            .zip(&self.gpus)
-            .map(|(index, _)| (index, format!("GPU-{index}")));
+        let gpus = (0..).zip(&self.gpus).map(|(index, _)| {
+            let uuid = format!("GPU-{index}");
+            let facts = GpuFacts {
+                uuid,
+                unified: false,
+            };
+            (index, facts)
+        });
         Measured {
             gpus: gpus.collect(),
             at: self.now,

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use super::super::event::Event;
+use super::super::event::{Event, GpuFacts};
 use super::super::testing::{World, gone, name, refused, spawned, spec};
 use super::super::words::Refusal;
 use super::super::{Effect, EvictReason, PressureLevel};
@@ -272,4 +272,21 @@ fn a_filled_gpu_is_no_pressure_but_a_lowered_limit_is_and_only_there() {
             ..
         }
     )));
+}
+
+#[test]
+fn a_gpu_without_memory_of_its_own_takes_the_hosts_and_one_that_does_not_tell_bounds_nothing() {
+    for (unified, needed) in [(true, 4_010), (false, 10)] {
+        let mut world = machine(&[], &[("a", ONE, 4_000)]);
+        let mut measured = world.measured(Bytes::gib(15));
+        let gpu = GpuFacts {
+            uuid: "GPU-0".into(),
+            unified,
+        };
+        measured.gpus.insert(0, gpu);
+        world.step(Event::Measured(measured));
+        let (_, effects) = world.acquire("a");
+        assert_eq!(placed(&effects), Some(vec![0]));
+        assert_eq!(world.policy.charged(Domain::Host), Bytes::mib(needed));
+    }
 }

@@ -1,3 +1,4 @@
 //! GPUs, by a fake driver library and real processes.
 
 mod ladder;
+mod placed;
