@@ -213,6 +213,14 @@ fn events(out: Out<'_, '_>, snapshot: &Snapshot) -> fmt::Result {
     for (reason, count) in &counters.evictions {
         evictions.sample(&[("reason", reason)], *count)?;
     }
+    let mut kills = counter(
+        out,
+        "kills_total",
+        "Workers killed by somebody else, by verdict",
+    )?;
+    for (verdict, count) in &counters.kills {
+        kills.sample(&[("verdict", verdict)], *count)?;
+    }
     let mut refusals = counter(out, "refusals_total", "Requests turned away by code")?;
     for (code, count) in &counters.refusals {
         refusals.sample(&[("code", code)], *count)?;

@@ -218,6 +218,8 @@ pub struct Counters {
     pub crashes: u64,
     /// Evictions by reason.
     pub evictions: BTreeMap<&'static str, u64>,
+    /// Workers that were killed by somebody else, by who it most likely was.
+    pub kills: BTreeMap<&'static str, u64>,
     /// Refusals by code.
     pub refusals: BTreeMap<&'static str, u64>,
     /// Bytes that did not come back after an eviction.

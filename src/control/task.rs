@@ -4,6 +4,7 @@
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::Arc;
 
+use nix::libc::SIGKILL;
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
@@ -15,13 +16,13 @@ use super::{
 };
 use crate::clock::{Clock, Timestamp};
 use crate::gate::Gate;
-use crate::memory::{MemorySource, Pace, Reading, Subject};
-use crate::model::{ModelName, Upstream, WorkerId};
+use crate::memory::{Killer, MemorySource, OomWatch, Pace, Reading, Subject};
+use crate::model::{Domain, ModelName, Upstream, WorkerId};
 use crate::policy::{Activity, Event, Phase, Policy, Ticket};
 use crate::procfs::ProcessTree;
 use crate::store::Store;
 use crate::telemetry;
-use crate::worker::{Spawner, Stop, Tail, WorkerEvent, WorkerHandle};
+use crate::worker::{ExitStatus, Spawner, Stop, Tail, WorkerEvent, WorkerHandle};
 
 /// Arrivals handled before the next snapshot is published, so that a burst
 /// costs one snapshot and a quiet moment shows each step.
@@ -83,6 +84,7 @@ pub fn start(parts: Parts) -> Controller {
         limit_source: parts.limit_source,
         auto_cleanup: parts.auto_cleanup,
         counters: Counters::default(),
+        oom: OomWatch::default(),
         granted_late: 0,
         next_serial: 0,
         seq: 0,
@@ -228,6 +230,7 @@ pub(super) struct Task {
     pub(super) limit_source: LimitSource,
     pub(super) auto_cleanup: bool,
     pub(super) counters: Counters,
+    oom: OomWatch,
     /// Requests that were granted after they had waited.
     pub(super) granted_late: u64,
     next_serial: u64,
@@ -290,6 +293,7 @@ impl Task {
                 status,
                 mut last_lines,
             } => {
+                let (status, out_of_memory) = self.autopsy(&worker, &status, &last_lines);
                 info!(%worker, %status, "worker is gone");
                 self.bury(&worker);
                 self.memory.forget(&worker);
@@ -297,14 +301,57 @@ impl Task {
                 last_lines.drain(..from);
                 self.feed(Event::Exited {
                     worker,
-                    status: status.to_string(),
-                    out_of_memory: Vec::new(),
+                    status,
+                    out_of_memory,
                     last_lines,
                 });
                 // Only a reading later than the step above shows bytes back.
                 self.memory.sample_now();
             }
         }
+    }
+
+    /// Finds out what ended a worker that was not told to go. Returns how it
+    /// ended, as text, and where it ran out of memory.
+    fn autopsy(
+        &mut self,
+        worker: &WorkerId,
+        status: &ExitStatus,
+        last_lines: &[String],
+    ) -> (String, Vec<Domain>) {
+        let model = &self.policy.models()[&worker.model];
+        let unexpected = model.generation == worker.generation
+            && matches!(model.phase, Phase::Starting | Phase::Ready);
+        if !unexpected {
+            return (status.to_string(), Vec::new());
+        }
+        let gpus: Vec<_> = model
+            .domains()
+            .into_iter()
+            .filter(|d| *d != Domain::Host)
+            .collect();
+        let now = self.clock.now();
+        self.oom.notice(now, self.memory.oom_counters());
+        let killed = *status == ExitStatus::Signal(SIGKILL);
+        let Some(killer) = self.oom.killer(now, killed) else {
+            let lacked_vram = last_lines.iter().any(|line| tells_of_full_gpu(line));
+            let domains = if lacked_vram { gpus } else { Vec::new() };
+            return (status.to_string(), domains);
+        };
+        *self.counters.kills.entry(killer.as_str()).or_default() += 1;
+        let (by, domains) = match killer {
+            Killer::OomInCgroup => (
+                ", most likely because its cgroup ran out of memory",
+                vec![Domain::Host],
+            ),
+            Killer::OomInSystem => (
+                ", most likely because the machine ran out of memory",
+                vec![Domain::Host],
+            ),
+            Killer::Stranger => (", sent by another program", Vec::new()),
+        };
+        warn!(%worker, %status, verdict = killer.as_str(), "worker was killed");
+        (format!("{status}{by}"), domains)
     }
 
     fn worker_ready(&mut self, worker: &WorkerId, upstream: Upstream) {
@@ -367,6 +414,8 @@ impl Task {
         }
         let pace = if self.policy.is_restless() {
             Pace::Busy
+        } else if self.policy.is_watchful() {
+            Pace::Watchful
         } else {
             Pace::Calm
         };
@@ -397,6 +446,7 @@ impl Task {
     }
 
     fn take_reading(&mut self) {
+        self.oom.notice(self.clock.now(), self.reading.host.oom);
         let measured = self.measured();
         self.feed(Event::Measured(measured));
     }
@@ -419,6 +469,21 @@ impl Task {
             self.reject(ticket, Refusal::ShuttingDown);
         }
     }
+}
+
+/// Returns whether a line is what engines print when a GPU has no room left:
+/// PyTorch, llama.cpp, and the drivers of NVIDIA and AMD.
+fn tells_of_full_gpu(line: &str) -> bool {
+    let signs = [
+        "CUDA out of memory",
+        "HIP out of memory",
+        "cudaMalloc failed: out of memory",
+        "CUDA error: out of memory",
+        "CUDA_ERROR_OUT_OF_MEMORY",
+        "hipErrorOutOfMemory",
+        "NV_ERR_NO_MEMORY",
+    ];
+    signs.iter().any(|sign| line.contains(sign))
 }
 
 /// Lines of a worker's output that go into an error.

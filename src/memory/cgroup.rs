@@ -9,7 +9,7 @@
 use std::path::{Component, Path, PathBuf};
 use std::{fs, iter};
 
-use super::CgroupReading;
+use super::{CgroupReading, oom};
 use crate::model::Bytes;
 
 /// Version 1 writes "no limit" as the largest multiple of a page below 2^63.
@@ -64,6 +64,22 @@ impl Cgroup {
             .ancestors()
             .filter_map(|level| self.read_level(level))
             .min_by_key(|(_, margin)| *margin)
+    }
+
+    /// Returns how many processes of our own cgroup the kernel has ended for
+    /// want of memory.
+    pub(super) fn oom_kills(&self) -> Option<u64> {
+        let file = match self.version {
+            Version::One => "memory.oom_control",
+            Version::Two => "memory.events",
+        };
+        let text = fs::read_to_string(self.own().join(file)).ok()?;
+        oom::count(&text, "oom_kill")
+    }
+
+    /// Returns the folder of our own cgroup.
+    pub(super) fn own(&self) -> PathBuf {
+        self.mount.join(&self.below)
     }
 
     fn read_level(&self, level: &Path) -> Option<(CgroupReading, Bytes)> {
@@ -303,6 +319,33 @@ mod tests {
         assert_eq!((reading.version, reading.path.as_str()), (1, "/inner"));
         assert_eq!(reading.working_set, Bytes(3_600));
         assert_eq!(margin, Bytes(2_400));
+    }
+
+    #[test]
+    fn kills_are_counted_in_either_version() {
+        let two = root(&[
+            V2_MOUNT,
+            ("proc/self/cgroup", "0::/pod\n"),
+            (
+                "sys/fs/cgroup/pod/memory.events",
+                "max 9\noom 2\noom_kill 1\n",
+            ),
+        ]);
+        let cgroup = Cgroup::locate(two.path()).expect("a cgroup");
+        assert_eq!(cgroup.oom_kills(), Some(1));
+        let one = root(&[
+            (
+                "proc/self/mountinfo",
+                "35 31 0:32 / /sys/fs/cgroup/memory ro - cgroup cgroup rw,memory\n",
+            ),
+            ("proc/self/cgroup", "4:memory:/\n"),
+            (
+                "sys/fs/cgroup/memory/memory.oom_control",
+                "oom_kill_disable 0\nunder_oom 0\noom_kill 7\n",
+            ),
+        ]);
+        let cgroup = Cgroup::locate(one.path()).expect("a cgroup");
+        assert_eq!(cgroup.oom_kills(), Some(7));
     }
 
     #[test]

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use sysinfo::System;
 
 use super::cgroup::Cgroup;
+use super::oom::OomCounters;
 use super::usage::kib_line;
 use super::{HostReading, psi};
 use crate::model::Bytes;
@@ -62,6 +63,7 @@ impl Host {
             headroom,
             cgroup: cgroup.map(|(reading, _)| reading),
             psi: psi::read(&self.root),
+            oom: OomCounters::read(&self.root, self.cgroup.as_ref()),
         }
     }
 

@@ -5,8 +5,8 @@
 //! publishes the newest [`Reading`] on a `watch` channel; nobody waits for it.
 //!
 //! ```text
-//! sampler ── thread: pace, wake-ups, publishing
-//!    └ observer ── one pass ─┬ host ── cgroup, psi
+//! sampler ── thread: pace, publishing ── wake (thread): pressure, events
+//!    └ observer ── one pass ─┬ host ── cgroup, psi, oom
 //!                            ├ usage      statm and status of each process
 //!                            ├ sharing ── walker (thread) ── maps
 //!                            ├ vram ───── nvml   (thread)
@@ -19,11 +19,13 @@ mod host;
 mod maps;
 mod nvml;
 mod observer;
+mod oom;
 mod psi;
 mod sampler;
 mod sharing;
 mod usage;
 mod vram;
+mod wake;
 mod walker;
 
 use std::collections::BTreeMap;
@@ -31,6 +33,7 @@ use std::fmt;
 use std::path::PathBuf;
 use std::sync::Arc;
 
+pub use oom::{Killer, OomCounters, OomWatch};
 pub use sampler::{Sampler, SamplerSettings};
 use tokio::sync::watch;
 
@@ -52,6 +55,8 @@ pub trait MemorySource: fmt::Debug + Send + Sync + 'static {
     fn sample_now(&self);
     /// Sets how often readings are taken.
     fn pace(&self, pace: Pace);
+    /// Reads the kernel's counts of its OOM kills at once.
+    fn oom_counters(&self) -> OomCounters;
     /// Returns the channel that holds the newest reading.
     fn readings(&self) -> watch::Receiver<Arc<Reading>>;
 }
@@ -89,6 +94,9 @@ pub enum Pace {
     /// every 5 s, a full check each `check_interval`.
     #[default]
     Calm,
+    /// So little headroom is left that it could be gone within a second: the
+    /// host every 100 ms, the rest as when calm.
+    Watchful,
     /// Something loads or dies, or headroom shrinks: every 100 ms.
     Busy,
 }
@@ -237,6 +245,8 @@ pub struct HostReading {
     pub cgroup: Option<CgroupReading>,
     /// Memory pressure stall information, when the kernel offers it.
     pub psi: Option<PsiReading>,
+    /// How often the kernel's OOM killer has struck.
+    pub oom: OomCounters,
 }
 
 impl HostReading {

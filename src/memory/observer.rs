@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use super::attribution::{Attribution, Claim};
 use super::host::Host;
-use super::nvml::Gpus;
+use super::nvml::{Gpus, Sweep};
 use super::sharing::{Member, Sharing};
 use super::usage::{self, ProcessMemory, Sizes};
 use super::vram::{self, Vram};
@@ -21,6 +21,8 @@ pub(super) type Followed = BTreeMap<WorkerId, Subject>;
 /// How much a pass looks at.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Depth {
+    /// The host alone; workers and devices as they were last measured.
+    Host,
     /// The sizes of processes that are known; all parts when they moved much.
     Sizes,
     /// All parts, and who is new.
@@ -35,6 +37,8 @@ pub(super) struct Observer {
     clock: Clock,
     host: Host,
     gpus: Gpus,
+    /// What the GPUs said last.
+    sweep: Sweep,
     walker: Walker,
     sharing: Sharing,
     attribution: Attribution,
@@ -64,6 +68,7 @@ impl Observer {
             clock,
             host,
             gpus,
+            sweep: Sweep::default(),
             walker,
             sharing: Sharing::default(),
             attribution: Attribution::default(),
@@ -84,7 +89,8 @@ impl Observer {
         let host = self.host.read();
         self.trees.retain(|worker, _| followed.contains_key(worker));
         let unknown = followed.len() > self.trees.len();
-        let depth = if depth == Depth::Sizes && (unknown || self.read_sizes()) {
+        let grown = depth == Depth::Sizes && self.read_sizes();
+        let depth = if depth <= Depth::Sizes && (unknown || grown) {
             Depth::Parts
         } else {
             depth
@@ -93,8 +99,11 @@ impl Observer {
             self.read_parts(followed);
         }
         let members = self.members();
-        self.look_for_sharing(at, &members, depth);
-        let sweep = self.gpus.sweep(at);
+        if depth > Depth::Host {
+            self.look_for_sharing(at, &members, depth);
+            self.sweep = self.gpus.sweep(at);
+        }
+        let sweep = self.sweep.clone();
         let known: BTreeSet<i32> = members.iter().map(|m| m.process.pid).collect();
         let host_proc = self.host_proc.clone();
         let vram = Vram::new(&sweep.rows, |pid| {

@@ -1,10 +1,11 @@
 //! The sampler's thread: when to measure, and publishing what was measured.
 //!
-//! | what | calm | busy, or asked to |
-//! | --- | --- | --- |
-//! | host, cgroup, GPUs, sizes of known processes | each second | every 100 ms |
-//! | all parts of each process, new descendants | every 5 s, and when a size moved much | every 100 ms |
-//! | full check: our cgroup's place, who maps what | each `check_interval` | each `check_interval` |
+//! | what | calm | watchful | busy, or asked to |
+//! | --- | --- | --- | --- |
+//! | host, cgroup | each second | every 100 ms | every 100 ms |
+//! | GPUs, sizes of known processes | each second | each second | every 100 ms |
+//! | all parts of each process, new descendants | every 5 s, and when a size moved much | likewise | every 100 ms |
+//! | full check: our cgroup's place, who maps what | each `check_interval` | likewise | likewise |
 //!
 //! A `check_interval` below 5 s makes the second row as frequent, one below a
 //! second the first. A pass that takes long is followed by a rest of four times
@@ -17,11 +18,13 @@ use std::time::Duration;
 
 use tokio::sync::watch;
 
+use super::cgroup::Cgroup;
 use super::host::Host;
 use super::nvml::Gpus;
 use super::observer::{Depth, Followed, Observer};
+use super::wake::Wake;
 use super::walker::Walker;
-use super::{MemorySource, Pace, Reading, Subject};
+use super::{MemorySource, OomCounters, Pace, Reading, Subject};
 use crate::clock::{Clock, Timestamp};
 use crate::model::WorkerId;
 
@@ -62,8 +65,10 @@ impl Default for SamplerSettings {
 #[derive(Debug)]
 pub struct Sampler {
     desk: Arc<Desk>,
+    root: PathBuf,
     readings: watch::Receiver<Arc<Reading>>,
     thread: Option<JoinHandle<()>>,
+    _wake: Wake,
 }
 
 /// Where orders for the thread lie.
@@ -81,6 +86,8 @@ struct Orders {
     now: bool,
     /// The walker found something: a pass over sizes is wanted.
     found: bool,
+    /// The kernel says that memory is tight: the host is wanted at once.
+    pressed: bool,
     stop: bool,
 }
 
@@ -97,8 +104,12 @@ impl Sampler {
             let desk = Arc::clone(&desk);
             move || desk.order(|orders| orders.found = true)
         });
+        let wake = Wake::start(&settings.root, Cgroup::locate(&settings.root).as_ref(), {
+            let desk = Arc::clone(&desk);
+            move || desk.order(|orders| orders.pressed = true)
+        });
         let gpus = Gpus::start(clock, settings.nvml_library);
-        let host = Host::new(settings.root);
+        let host = Host::new(settings.root.clone());
         let mut observer = Observer::new(clock, host, gpus, walker, settings.host_proc);
         let (first, _) = observer.observe(Depth::Full, &Followed::new());
         let mut rounds = Rounds::new(settings.check_interval);
@@ -113,8 +124,10 @@ impl Sampler {
             .expect("a process that starts has room for its threads");
         Arc::new(Self {
             desk,
+            root: settings.root,
             readings,
             thread: Some(thread),
+            _wake: wake,
         })
     }
 }
@@ -152,6 +165,10 @@ impl MemorySource for Sampler {
             orders.now |= pace == Pace::Busy && orders.pace == Pace::Calm;
             orders.pace = pace;
         });
+    }
+
+    fn oom_counters(&self) -> OomCounters {
+        OomCounters::read(&self.root, Cgroup::locate(&self.root).as_ref())
     }
 
     fn readings(&self) -> watch::Receiver<Arc<Reading>> {
@@ -192,6 +209,7 @@ impl Desk {
             if let Some(depth) = rounds.due(now, &orders) {
                 orders.now = false;
                 orders.found = false;
+                orders.pressed = false;
                 return Some((depth, orders.followed.clone()));
             }
             let next = if orders.found {
@@ -226,6 +244,7 @@ fn run(
 #[derive(Debug)]
 struct Rounds {
     check_interval: Duration,
+    host: Timestamp,
     sizes: Timestamp,
     parts: Timestamp,
     full: Timestamp,
@@ -237,6 +256,7 @@ impl Rounds {
     fn new(check_interval: Duration) -> Self {
         Self {
             check_interval: check_interval.max(BUSY_EVERY),
+            host: Timestamp::START,
             sizes: Timestamp::START,
             parts: Timestamp::START,
             full: Timestamp::START,
@@ -246,7 +266,10 @@ impl Rounds {
 
     /// Notes a pass that has ended.
     fn passed(&mut self, reading: &Reading, depth: Depth, ended: Timestamp) {
-        self.sizes = reading.at;
+        self.host = reading.at;
+        if depth >= Depth::Sizes {
+            self.sizes = reading.at;
+        }
         if depth >= Depth::Parts {
             self.parts = reading.at;
         }
@@ -259,17 +282,21 @@ impl Rounds {
 
     /// Returns when the next pass is due without an order.
     fn next(&self, pace: Pace) -> Timestamp {
-        let every = match pace {
-            Pace::Calm => SIZES_EVERY.min(self.check_interval),
-            Pace::Busy => BUSY_EVERY,
+        let next = match pace {
+            Pace::Calm => self.sizes + self.sizes_every(),
+            Pace::Watchful | Pace::Busy => self.host + BUSY_EVERY,
         };
-        (self.sizes + every).max(self.rested)
+        next.max(self.rested)
+    }
+
+    fn sizes_every(&self) -> Duration {
+        SIZES_EVERY.min(self.check_interval)
     }
 
     /// Returns how deep the pass is to be that is due now.
     fn due(&self, now: Timestamp, orders: &Orders) -> Option<Depth> {
         let asked = orders.now || (orders.found && now >= self.rested);
-        if !asked && now < self.next(orders.pace) {
+        if !asked && !orders.pressed && now < self.next(orders.pace) {
             return None;
         }
         let parts_every = PARTS_EVERY.min(self.check_interval);
@@ -277,8 +304,10 @@ impl Rounds {
             Depth::Full
         } else if orders.now || orders.pace == Pace::Busy || now.since(self.parts) >= parts_every {
             Depth::Parts
-        } else {
+        } else if asked || now.since(self.sizes) >= self.sizes_every() {
             Depth::Sizes
+        } else {
+            Depth::Host
         };
         Some(depth)
     }
@@ -337,6 +366,20 @@ mod tests {
     }
 
     #[test]
+    fn watchful_is_the_host_every_hundred_milliseconds_and_the_rest_as_when_calm() {
+        let mut rounds = rounds_after(Depth::Full, 1_000, 1);
+        let watchful = orders(Pace::Watchful);
+        assert_eq!(due(&rounds, 1_099, &watchful), None);
+        assert_eq!(due(&rounds, 1_100, &watchful), Some(Depth::Host));
+        let reading = Reading {
+            at: Timestamp::from_millis(1_950),
+            ..Reading::default()
+        };
+        rounds.passed(&reading, Depth::Host, Timestamp::from_millis(1_950));
+        assert_eq!(due(&rounds, 2_050, &watchful), Some(Depth::Sizes));
+    }
+
+    #[test]
     fn an_order_is_obeyed_at_once_and_a_find_after_the_rest() {
         // The pass took 50 ms, so it is followed by 200 ms of rest.
         let rounds = rounds_after(Depth::Full, 1_000, 50);
@@ -346,6 +389,14 @@ mod tests {
         assert_eq!(due(&rounds, 1_250, &calm), Some(Depth::Sizes));
         calm.now = true;
         assert_eq!(due(&rounds, 1_051, &calm), Some(Depth::Parts));
+    }
+
+    #[test]
+    fn a_kernel_that_says_memory_is_tight_gets_a_look_at_the_host_at_once() {
+        let rounds = rounds_after(Depth::Full, 1_000, 1);
+        let mut calm = orders(Pace::Calm);
+        calm.pressed = true;
+        assert_eq!(due(&rounds, 1_010, &calm), Some(Depth::Host));
     }
 
     #[test]

@@ -25,11 +25,18 @@ enum Verdict {
     /// Bytes are on their way back that will suffice.
     Wait(Need),
     /// End these, then wait.
-    Evict(Vec<Candidate>, Need, (Bytes, Bytes)),
+    Evict(Vec<Candidate>, Need, Shortage),
     /// Busy workers have to become idle first.
     Blocked,
     /// It cannot be, however long it waits.
     Refuse(Refusal),
+}
+
+/// Where most is missing for a load.
+struct Shortage {
+    domain: Domain,
+    need: Bytes,
+    room: Bytes,
 }
 
 impl Policy {
@@ -176,12 +183,13 @@ impl Policy {
             match self.admit(&name, &claims) {
                 Verdict::Spawn(expected, gpus) => self.spawn(now, &name, expected, gpus, out),
                 Verdict::Wait(need) => ledger::add(&mut claims, &need),
-                Verdict::Evict(victims, need, (wanted, room)) => {
+                Verdict::Evict(victims, need, short) => {
                     for victim in victims {
                         let reason = EvictReason::MakeRoom {
                             for_model: name.clone(),
-                            need: wanted,
-                            room,
+                            domain: short.domain,
+                            need: short.need,
+                            room: short.room,
                         };
                         self.evict(now, &victim.worker, reason, false, out);
                     }
@@ -251,10 +259,23 @@ impl Policy {
         }
         match eviction::choose_victims(self.candidates(), &missing(&need, &later)) {
             Some(victims) => {
-                let wanted = self.floors(&expected).map(|(_, bytes)| bytes).sum();
-                Verdict::Evict(victims, need, (wanted, least(&now_there)))
+                let shortage = self.shortage(&expected, &missing(&need, &later));
+                Verdict::Evict(victims, need, shortage)
             }
             None => Verdict::Blocked,
+        }
+    }
+
+    /// Returns where most is missing, what is needed and what is there.
+    fn shortage(&self, expected: &Expected, missing: &Need) -> Shortage {
+        let tightest = missing.iter().max_by_key(|(_, bytes)| **bytes);
+        let domain = tightest.map_or(Domain::Host, |((domain, _), _)| *domain);
+        let mut floors = self.floors(expected);
+        let need = floors.find(|(of, _)| *of == domain);
+        Shortage {
+            domain,
+            need: need.map_or(Bytes::ZERO, |(_, bytes)| bytes),
+            room: least(&self.ledger.room(&self.models, domain)),
         }
     }
 

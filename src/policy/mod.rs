@@ -281,6 +281,14 @@ impl Policy {
             || self.levels.worst() != PressureLevel::None
     }
 
+    /// Returns whether headroom of the host could be short within a second, so
+    /// that it should be watched closely; not while there is nobody to end.
+    #[must_use]
+    pub fn is_watchful(&self) -> bool {
+        let (look, thresholds) = (self.look(Domain::Host), self.thresholds(Domain::Host));
+        self.models.values().any(ModelState::is_live) && Levels::is_near(look, thresholds)
+    }
+
     /// Returns whether somebody waits for busy workers to become idle, so that
     /// their gates should be watched.
     #[must_use]

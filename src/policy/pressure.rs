@@ -15,6 +15,10 @@ const LEAVE_PERCENT: u64 = 150;
 /// Measurements under the soft threshold before it counts.
 const SOFT_SAMPLES: u32 = 2;
 
+/// No program is known to take memory faster than this each second; earlyoom
+/// counts with it too.
+const FASTEST: Bytes = Bytes::gib(6);
+
 /// A size, or a share of the domain.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Threshold {
@@ -158,6 +162,12 @@ impl Levels {
         levels
             .filter(|(_, level)| *level != PressureLevel::None)
             .collect()
+    }
+
+    /// Returns whether soft pressure could be there within a second.
+    #[must_use]
+    pub(super) fn is_near(look: Look, thresholds: Thresholds) -> bool {
+        look.headroom - thresholds.soft < FASTEST
     }
 
     /// Returns how many bytes are missing to the end of pressure in a domain.

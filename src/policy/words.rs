@@ -61,7 +61,9 @@ pub enum EvictReason {
     MakeRoom {
         /// Who needs them.
         for_model: ModelName,
-        /// How much that model is expected to need.
+        /// Where most is missing.
+        domain: Domain,
+        /// How much that model is expected to need there.
         need: Bytes,
         /// How much room there was.
         room: Bytes,
@@ -118,12 +120,13 @@ impl fmt::Display for EvictReason {
         match self {
             Self::MakeRoom {
                 for_model,
+                domain,
                 need,
                 room,
             } => {
                 write!(
                     f,
-                    "make room for {for_model}: it needs {need}, there was room for {room}"
+                    "make room for {for_model}: it needs {need} on {domain}, there was room for {room}"
                 )
             }
             Self::Idle { after } => write!(f, "idle for {:.0} s", after.as_secs_f64()),

@@ -1,0 +1,273 @@
+//! Memory pressure in a real cgroup: idle workers go before the kernel's OOM
+//! killer comes, and limits that change are followed.
+
+use std::process::{Child, Command, Stdio};
+
+use serde_json::Value;
+
+use crate::support::cgroup::MemoryCgroup;
+use crate::support::residentd::{STUB, command};
+use crate::support::{Residentd, kill, now, runs, wait_until};
+
+const MIB: u64 = 1 << 20;
+
+/// Takes memory step by step, holds it, and says when it has all.
+const NEIGHBOUR: &str = "
+import mmap, sys, time
+held = []
+for _ in range(int(sys.argv[1])):
+    m = mmap.mmap(-1, 2 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    for i in range(0, len(m), 4096):
+        m[i] = 1
+    held.append(m)
+    time.sleep(0.02)
+print('has it all', flush=True)
+time.sleep(60)
+";
+
+/// A process that is ended when this is dropped.
+struct Neighbour(Child);
+
+impl Neighbour {
+    /// Starts one that takes this much at 100 MiB a second at most.
+    fn eats(cgroup: &MemoryCgroup, mib: u64) -> Self {
+        let mut python = Command::new("python3");
+        python.args(["-c", NEIGHBOUR]).arg((mib / 2).to_string());
+        let child = cgroup
+            .within(&python)
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("python3 runs");
+        Self(child)
+    }
+
+    /// Waits until it has all or is dead; true when it has.
+    fn succeeds(&mut self) -> bool {
+        use std::io::Read;
+        let mut line = [0_u8; 11];
+        let output = self.0.stdout.as_mut().expect("it is piped");
+        output.read_exact(&mut line).is_ok()
+    }
+}
+
+impl Drop for Neighbour {
+    fn drop(&mut self) {
+        // It may be gone already.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// residentd in the cgroup, with four models of 40 MiB.
+fn residentd(cgroup: &MemoryCgroup, more: &str) -> Residentd {
+    let folder = tempfile::tempdir().expect("a folder for the test");
+    let file = folder.path().join("residentd.toml");
+    let state = folder.path().join("state");
+    let head = format!(
+        "[server]\nlisten = \"127.0.0.1:0\"\nstate_dir = {state:?}\n[memory]\nreserve = \"16MiB\"\nlimit = \"2GiB\"\n{more}\n"
+    );
+    let models = MODELS.map(|name| {
+        format!(
+            "[models.{name}]\ncommand = [{STUB:?}, \"--port\", \"${{PORT}}\", \"--name\", \"{name}\", \"--anon\", \"40MiB\"]\nmemory = \"44MiB\"\n"
+        )
+    });
+    let config = head + &models.concat();
+    std::fs::write(&file, config).expect("the config can be written");
+    let mut command = command(&file, &[]);
+    command.current_dir(folder.path());
+    let command = cgroup.within(&command);
+    Residentd::launch(folder, command)
+}
+
+const MODELS: [&str; 4] = ["a", "b", "c", "d"];
+
+/// Makes a cgroup, or says why this machine has none; then nothing can be
+/// shown here.
+#[expect(clippy::print_stdout, reason = "a test that cannot be run says so")]
+fn cgroup(claim: &str, limit: u64) -> Option<MemoryCgroup> {
+    match MemoryCgroup::new(limit) {
+        Ok(cgroup) => Some(cgroup),
+        Err(why) => {
+            println!("SKIPPED {claim}: no memory cgroup can be made: {why}");
+            None
+        }
+    }
+}
+
+/// What came of one neighbour that needs the room of three of four workers.
+struct Outcome {
+    kills: u64,
+    has_it_all: bool,
+    survivors: usize,
+    reasons: Vec<Value>,
+}
+
+fn squeeze(cgroup: &MemoryCgroup, config: &str) -> Outcome {
+    let residentd = residentd(cgroup, config);
+    let workers: Vec<i64> = MODELS
+        .map(|name| residentd.complete(name).worker_pid())
+        .into();
+    let mut neighbour = Neighbour::eats(cgroup, 240);
+    let has_it_all = neighbour.succeeds();
+    let reasons = MODELS.map(|name| residentd.model(name)["last_eviction"]["reason"].clone());
+    Outcome {
+        kills: cgroup.oom_kills(),
+        has_it_all,
+        survivors: workers.iter().filter(|pid| runs(**pid)).count(),
+        reasons: reasons.into(),
+    }
+}
+
+#[test]
+fn a20_idle_workers_go_before_the_oom_killer_comes_and_it_comes_when_that_is_off() {
+    let limit = 400 * MIB;
+    let Some(first) = cgroup("A20", limit) else {
+        return;
+    };
+    drop(first);
+    let runs = std::env::var_os("RESIDENTD_RUNS");
+    let runs: u32 = runs.map_or(2, |runs| {
+        runs.to_str()
+            .and_then(|n| n.parse().ok())
+            .expect("a number")
+    });
+    let mut good = 0;
+    for run in 0..runs {
+        let cgroup = MemoryCgroup::new(limit).expect("as just before");
+        let outcome = squeeze(&cgroup, "");
+        assert_eq!(outcome.kills, 0, "run {run}: {:?}", outcome.reasons);
+        assert!(outcome.has_it_all, "run {run}: the neighbour was ended");
+        let pressed = outcome
+            .reasons
+            .iter()
+            .filter(|reason| **reason == "pressure");
+        assert!(pressed.count() >= 1, "{:?}", outcome.reasons);
+        good += 1;
+    }
+    let cgroup = MemoryCgroup::new(limit).expect("as just before");
+    let off = "auto_cleanup = false\n[pressure]\nemergency = false";
+    let outcome = squeeze(&cgroup, off);
+    assert!(
+        outcome.kills > 0,
+        "without it the kernel has to end somebody"
+    );
+    println!(
+        "FIGURE A20 {good} of {runs} runs without an OOM kill; with pressure handling off {} kills, {} of 4 workers left",
+        outcome.kills, outcome.survivors
+    );
+}
+
+#[test]
+fn a19_the_limit_follows_the_cgroup_down_within_two_ticks_and_up_again() {
+    let Some(cgroup) = cgroup("A19", 500 * MIB) else {
+        return;
+    };
+    let big = format!(
+        "[models.big]\ncommand = [{STUB:?}, \"--port\", \"${{PORT}}\"]\nmemory = \"300MiB\"\n"
+    );
+    let residentd = residentd(&cgroup, &big);
+    let workers: Vec<i64> = MODELS
+        .map(|name| residentd.complete(name).worker_pid())
+        .into();
+    wait_until("a calm moment", || {
+        let models = residentd.memory("models");
+        let total = residentd.memory("stats")["total_memory_usage"].as_u64()?;
+        (models["loaded_count"] == 4 && total > 160 * MIB).then_some(())
+    });
+    // Workers, residentd and what cannot be dropped fill most of this.
+    let system = residentd.memory("system");
+    let working = system["cgroup"]["working_set"].as_u64().expect("a number");
+    let limit = working + 12 * MIB;
+    let shrunk = now();
+    cgroup.set_limit(limit);
+    wait_until("a worker to go", || {
+        workers.iter().any(|pid| !runs(*pid)).then_some(())
+    });
+    let took = shrunk.elapsed();
+    assert!(took.as_secs() < 2, "two ticks are 2 s, it took {took:?}");
+    println!(
+        "FIGURE A19 the first worker was gone {} ms after the limit",
+        took.as_millis()
+    );
+    assert_eq!(residentd.memory("system")["total"], limit / 4096 * 4096);
+    let reason = residentd.model("a")["last_eviction"]["reason"].clone();
+    assert_eq!(reason, "pressure", "the least recently used one");
+    let refused = residentd.complete("big");
+    assert_eq!(refused.status, 503, "{}", refused.text());
+
+    cgroup.set_limit(700 * MIB);
+    wait_until("the new limit to be seen", || {
+        (residentd.memory("system")["total"] == 700 * MIB).then_some(())
+    });
+    for name in ["big", "a"] {
+        let answer = residentd.complete(name);
+        assert_eq!(answer.status, 200, "{}", answer.text());
+    }
+    assert_eq!(cgroup.oom_kills(), 0);
+}
+
+#[test]
+fn a19_a_lower_limit_of_the_user_evicts_at_once_and_a_higher_one_admits_again() {
+    let models = ["a", "b"].map(|name| {
+        format!("[models.{name}]\ncommand = [{STUB:?}, \"--port\", \"${{PORT}}\", \"--anon\", \"64MiB\"]\nmemory = \"80MiB\"\n")
+    });
+    let head = "[memory]\nlimit = \"200MiB\"\nreserve = \"16MiB\"\n";
+    let residentd = Residentd::start(&(head.to_owned() + &models.concat()));
+    let (a, b) = (
+        residentd.complete("a").worker_pid(),
+        residentd.complete("b").worker_pid(),
+    );
+    wait_until("both to be measured", || {
+        let usage = residentd.memory("stats")["total_memory_usage"].as_u64()?;
+        (usage > 128 * MIB).then_some(())
+    });
+    let lowered = now();
+    residentd.ask("POST", "/api/v1/memory/limit?limit_gb=0.1", None);
+    wait_until("the older one to go", || (!runs(a)).then_some(()));
+    assert!(lowered.elapsed().as_secs() < 2);
+    assert!(runs(b));
+    residentd.ask("POST", "/api/v1/memory/limit?limit_gb=0.2", None);
+    assert_eq!(residentd.complete("a").status, 200);
+    assert!(runs(b));
+}
+
+#[test]
+fn a_worker_that_the_oom_killer_ended_is_known_as_such_and_expected_to_need_more() {
+    let Some(cgroup) = cgroup("OOM attribution", 200 * MIB) else {
+        return;
+    };
+    let greedy = format!(
+        "auto_cleanup = false\n[pressure]\nemergency = false\n[models.greedy]\ncommand = [{STUB:?}, \"--port\", \"${{PORT}}\", \"--anon\", \"300MiB\"]\n"
+    );
+    let residentd = residentd(&cgroup, &greedy);
+    let answer = residentd.complete("greedy");
+    assert_eq!(answer.status, 502);
+    let message = answer.json()["error"]["message"].to_string();
+    assert!(
+        message.contains("most likely because its cgroup ran out of memory"),
+        "{message}"
+    );
+    assert!(cgroup.oom_kills() > 0);
+    let page = residentd.ask("GET", "/metrics", None).text();
+    assert!(page.contains("residentd_kills_total{verdict=\"oom_cgroup_likely\"} 1"));
+    let expected = residentd.model("greedy")["expected"].clone();
+    assert_eq!(expected["source"], "learned", "{expected}");
+}
+
+#[test]
+fn a_worker_that_somebody_killed_is_told_apart_from_one_that_ran_out_of_memory() {
+    let model = format!("[models.a]\ncommand = [{STUB:?}, \"--port\", \"${{PORT}}\"]\n");
+    let residentd = Residentd::start(&model);
+    let worker = residentd.complete("a").worker_pid();
+    kill(worker, nix::sys::signal::Signal::SIGKILL);
+    let error = wait_until("the end to be noticed", || {
+        residentd.model("a")["last_error"]
+            .as_str()
+            .map(str::to_owned)
+    });
+    assert!(
+        error.contains("SIGKILL, sent by another program"),
+        "{error}"
+    );
+}
