@@ -20,6 +20,7 @@ mod port;
 mod probe;
 mod process;
 mod reaper;
+mod release;
 mod task;
 mod watched;
 

@@ -15,9 +15,9 @@ use rustix::process::{
 use tokio::io::unix::AsyncFd;
 use tracing::{debug, error};
 
-use super::ExitStatus;
 use super::reaper::Leaders;
 use super::watched::readable;
+use super::{ExitStatus, release};
 use crate::clock::Clock;
 use crate::procfs::mark::{Mark, Marks};
 use crate::procfs::{ProcessKey, ProcessStat, ProcessTable, ProcessTree};
@@ -147,10 +147,14 @@ pub(super) async fn end(tree: &ProcessTree, clock: Clock, patience: Option<Durat
     }
     let since = clock.now();
     let mut told = false;
+    let mut released = false;
     loop {
         let members = members(tree);
         for member in &members {
             send(*member, Signal::KILL);
+        }
+        if !std::mem::replace(&mut released, true) {
+            release::memory_of(&members);
         }
         let waited = clock.now().since(since);
         if members.is_empty() || patience.is_some_and(|patience| waited > patience) {

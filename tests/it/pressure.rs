@@ -271,3 +271,17 @@ fn a_worker_that_somebody_killed_is_told_apart_from_one_that_ran_out_of_memory()
         "{error}"
     );
 }
+
+#[test]
+fn a_model_over_its_own_ceiling_is_recycled_between_two_requests() {
+    let model = format!(
+        "[models.leaky]\ncommand = [{STUB:?}, \"--port\", \"${{PORT}}\", \"--grow\", \"40MiB\"]\nmax_memory = \"60MiB\"\n"
+    );
+    let residentd = Residentd::start(&model);
+    let first = residentd.complete("leaky").worker_pid();
+    assert_eq!(residentd.complete("leaky").worker_pid(), first);
+    wait_until("the worker to go", || (!runs(first)).then_some(()));
+    let last = residentd.model("leaky")["last_eviction"].clone();
+    assert_eq!(last["reason"], "max_memory", "{last}");
+    assert_ne!(residentd.complete("leaky").worker_pid(), first);
+}

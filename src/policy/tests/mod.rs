@@ -1,4 +1,5 @@
 //! One rule of the policy at a time, told as a story.
 
 mod admission;
+mod ceilings;
 mod leaving;
