@@ -7,7 +7,7 @@ use std::sync::Arc;
 use super::task::{Live, Task};
 use super::{Candidate, DomainView, LastEviction, MemoryView, ModelView, Snapshot};
 use crate::memory::Reading;
-use crate::model::{Domain, WorkerId};
+use crate::model::{Bytes, Domain, WorkerId};
 use crate::policy::{DomainMeasure, GpuFacts, Measure, Measured, ModelState, PressureLevel};
 
 impl Task {
@@ -30,8 +30,15 @@ fn measured(reading: &Reading, workers: &BTreeMap<WorkerId, Live>) -> Measured {
     };
     let mut domains = BTreeMap::from([(Domain::Host, host)]);
     for device in &reading.devices {
-        // A device that does not tell its memory bounds nothing.
-        if let (Some(total), Some(free)) = (device.total, device.free) {
+        // A device that does not tell its size bounds nothing; of one that does
+        // not tell its use, what workers are known to hold is taken.
+        let known = || {
+            let vram = reading.workers.values().flat_map(|usage| &usage.vram);
+            let here = vram.filter(|vram| vram.device == device.index);
+            here.filter_map(|vram| vram.bytes).sum::<Bytes>()
+        };
+        let free = device.free.or_else(|| Some(device.total? - known()));
+        if let (Some(total), Some(free)) = (device.total, free) {
             domains.insert(
                 Domain::Gpu(device.index),
                 DomainMeasure {
@@ -74,6 +81,7 @@ fn measured(reading: &Reading, workers: &BTreeMap<WorkerId, Live>) -> Measured {
         let facts = GpuFacts {
             uuid: device.uuid.clone(),
             unified: device.unified,
+            vendor: device.vendor,
         };
         (device.index, facts)
     });

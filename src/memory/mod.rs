@@ -9,12 +9,13 @@
 //!    └ observer ── one pass ─┬ host ── cgroup, psi, oom
 //!                            ├ usage      statm and status of each process
 //!                            ├ sharing ── walker (thread) ── maps
-//!                            ├ vram ───── nvml   (thread)
+//!                            ├ vram ───── nvml   (thread), drm
 //!                            └ attribution   what processes do not tell
 //! ```
 
 mod attribution;
 mod cgroup;
+mod drm;
 mod host;
 mod maps;
 mod nvml;

@@ -4,11 +4,12 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 
 use super::attribution::{Attribution, Claim};
+use super::drm::Drm;
 use super::host::Host;
 use super::nvml::{Gpus, Sweep};
 use super::sharing::{Member, Sharing};
 use super::usage::{self, ProcessMemory, Sizes};
-use super::vram::{self, Vram};
+use super::vram::{self, Row, Vram};
 use super::walker::Walker;
 use super::{DeviceReading, Reading, Subject, Usage};
 use crate::clock::{Clock, Timestamp};
@@ -37,6 +38,8 @@ pub(super) struct Observer {
     clock: Clock,
     host: Host,
     gpus: Gpus,
+    drm: Drm,
+    drm_rows: Vec<Row>,
     /// What the GPUs said last.
     sweep: Sweep,
     walker: Walker,
@@ -60,7 +63,7 @@ impl Observer {
     pub(super) fn new(
         clock: Clock,
         host: Host,
-        gpus: Gpus,
+        (gpus, drm): (Gpus, Drm),
         walker: Walker,
         host_proc: Option<PathBuf>,
     ) -> Self {
@@ -68,6 +71,8 @@ impl Observer {
             clock,
             host,
             gpus,
+            drm,
+            drm_rows: Vec::new(),
             sweep: Sweep::default(),
             walker,
             sharing: Sharing::default(),
@@ -101,7 +106,7 @@ impl Observer {
         let members = self.members();
         if depth > Depth::Host {
             self.look_for_sharing(at, &members, depth);
-            self.sweep = self.gpus.sweep(at);
+            self.sweep_gpus(at, &members, depth);
         }
         let sweep = self.sweep.clone();
         let known: BTreeSet<i32> = members.iter().map(|m| m.process.pid).collect();
@@ -122,6 +127,26 @@ impl Observer {
             device_error: sweep.error,
         };
         (reading, depth)
+    }
+
+    /// Reads all GPUs: NVIDIA's first, then those of the kernel's own drivers.
+    /// Whose memory is whose takes looking at every open file there, so that is
+    /// done with the parts only.
+    fn sweep_gpus(&mut self, at: Timestamp, members: &[Member], depth: Depth) {
+        let mut sweep = self.gpus.sweep(at);
+        if depth == Depth::Full {
+            self.drm.relocate();
+        }
+        if !self.drm.is_empty() {
+            let first = u32::try_from(sweep.devices.len()).unwrap_or(u32::MAX);
+            sweep.devices.extend(self.drm.devices(first));
+            if depth >= Depth::Parts {
+                let pids = members.iter().map(|m| m.process.pid).collect();
+                self.drm_rows = self.drm.rows(first, &pids);
+            }
+            sweep.rows.extend(&self.drm_rows);
+        }
+        self.sweep = sweep;
     }
 
     /// Fills in what processes do not tell of GPUs.

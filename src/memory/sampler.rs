@@ -19,6 +19,7 @@ use std::time::Duration;
 use tokio::sync::watch;
 
 use super::cgroup::Cgroup;
+use super::drm::Drm;
 use super::host::Host;
 use super::nvml::Gpus;
 use super::observer::{Depth, Followed, Observer};
@@ -39,8 +40,9 @@ const REST: u32 = 4;
 pub struct SamplerSettings {
     /// Longest time between two full checks when nothing is happening.
     pub check_interval: Duration,
-    /// Where `/proc/meminfo`, `/proc/pressure` and the cgroup files are looked
-    /// for: `/`, or a folder of fixtures. Processes are always the real ones.
+    /// Where `/proc/meminfo`, `/proc/pressure`, the cgroup files and AMD's and
+    /// Intel's GPUs are looked for: `/`, or a folder of fixtures. The sizes of
+    /// processes are always the real ones.
     pub root: PathBuf,
     /// The GPU driver's library; the system's `libnvidia-ml.so.1` when absent.
     pub nvml_library: Option<PathBuf>,
@@ -109,8 +111,9 @@ impl Sampler {
             move || desk.order(|orders| orders.pressed = true)
         });
         let gpus = Gpus::start(clock, settings.nvml_library);
+        let drm = Drm::new(settings.root.clone());
         let host = Host::new(settings.root.clone());
-        let mut observer = Observer::new(clock, host, gpus, walker, settings.host_proc);
+        let mut observer = Observer::new(clock, host, (gpus, drm), walker, settings.host_proc);
         let (first, _) = observer.observe(Depth::Full, &Followed::new());
         let mut rounds = Rounds::new(settings.check_interval);
         rounds.passed(&first, Depth::Full, clock.now());

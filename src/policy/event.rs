@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use super::words::{EvictReason, Expected, Refusal, Skip};
 use crate::clock::Timestamp;
-use crate::model::{Bytes, Domain, Footprint, ModelName, WorkerId};
+use crate::model::{Bytes, Domain, Footprint, GpuVendor, ModelName, WorkerId};
 
 /// Names one wish, so that its answer finds the way back.
 pub type Ticket = u64;
@@ -219,12 +219,14 @@ pub struct Measured {
 }
 
 /// What does not change about a GPU.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct GpuFacts {
     /// The driver's UUID.
     pub uuid: String,
     /// It has no memory of its own: what it uses is the host's.
     pub unified: bool,
+    /// Who made it: a worker is placed on GPUs of one vendor.
+    pub vendor: GpuVendor,
 }
 
 /// One domain, measured.

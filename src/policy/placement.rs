@@ -96,22 +96,34 @@ impl Policy {
             }
             GpuRequest::Count(_) => {
                 let count = model.spec.gpus.count();
-                if present.len() < count {
-                    return Err(lacking());
-                }
-                let fit = |index: &u32| (self.fit(model, *index, claims), *index);
-                let mut ranked: Vec<_> = present.keys().map(fit).collect();
-                ranked.sort_unstable();
-                ranked
-                    .into_iter()
-                    .take(count)
-                    .map(|(_, index)| index)
-                    .collect()
+                self.best(model, count, claims).ok_or_else(lacking)?
             }
         };
         gpus.sort_unstable();
         gpus.dedup();
         Ok(gpus)
+    }
+
+    /// Chooses the GPUs that suit best, all of one vendor; `None` when there are
+    /// not as many. Those that bound nothing, as an integrated one beside large
+    /// ones, are taken only where there are no others.
+    fn best(&self, model: &ModelState, count: usize, claims: &Need) -> Option<Vec<u32>> {
+        let all = || self.ledger.gpus.iter();
+        let is_bound = |index: &u32| self.ledger.domains.contains_key(&Domain::Gpu(*index));
+        let any_bound = all().any(|(index, _)| is_bound(index));
+        let eligible = all().filter(|(index, _)| is_bound(index) || !any_bound);
+        let mut ranked: Vec<_> = eligible
+            .map(|(index, gpu)| (self.fit(model, *index, claims), *index, gpu.vendor))
+            .collect();
+        ranked.sort_unstable_by_key(|(fit, index, _)| (*fit, *index));
+        let of = |vendor| ranked.iter().filter(move |(_, _, v)| *v == vendor);
+        let (_, _, vendor) = ranked.iter().find(|(_, _, v)| of(*v).count() >= count)?;
+        Some(
+            of(*vendor)
+                .take(count)
+                .map(|(_, index, _)| *index)
+                .collect(),
+        )
     }
 
     fn fit(&self, model: &ModelState, index: u32, claims: &Need) -> Fit {

@@ -15,7 +15,7 @@ use super::{
     Threshold, Ticket,
 };
 use crate::clock::Timestamp;
-use crate::model::{Bytes, Domain, ModelName, ModelSpec, WorkerId};
+use crate::model::{Bytes, Domain, GpuVendor, ModelName, ModelSpec, WorkerId};
 
 pub(crate) fn name(text: &str) -> ModelName {
     ModelName::new(text).expect("a good name")
@@ -270,6 +270,7 @@ impl World {
             let facts = GpuFacts {
                 uuid,
                 unified: false,
+                vendor: GpuVendor::Nvidia,
             };
             (index, facts)
         });

@@ -7,7 +7,7 @@ use super::super::event::{Event, GpuFacts};
 use super::super::testing::{World, gone, name, refused, spawned, spec};
 use super::super::words::Refusal;
 use super::super::{Effect, EvictReason, PressureLevel};
-use crate::model::{Bytes, DeviceRef, Domain, GpuRequest, ModelSpec};
+use crate::model::{Bytes, DeviceRef, Domain, GpuRequest, GpuVendor, ModelSpec};
 
 /// A model that declares this much VRAM on each of its GPUs, and little RAM.
 fn on(gpus: GpuRequest, model: &str, vram: Option<u64>) -> ModelSpec {
@@ -282,6 +282,7 @@ fn a_gpu_without_memory_of_its_own_takes_the_hosts_and_one_that_does_not_tell_bo
         let gpu = GpuFacts {
             uuid: "GPU-0".into(),
             unified,
+            vendor: GpuVendor::Nvidia,
         };
         measured.gpus.insert(0, gpu);
         world.step(Event::Measured(measured));
@@ -289,4 +290,30 @@ fn a_gpu_without_memory_of_its_own_takes_the_hosts_and_one_that_does_not_tell_bo
         assert_eq!(placed(&effects), Some(vec![0]));
         assert_eq!(world.policy.charged(Domain::Host), Bytes::mib(needed));
     }
+}
+
+#[test]
+fn a_worker_gets_gpus_of_one_vendor_and_no_integrated_one_beside_large_ones() {
+    let two = GpuRequest::Count(2);
+    let mut world = machine(
+        &[10_000, 4_000, 10_000],
+        &[("wide", two, 3_000), ("busy", ONE, 9_900)],
+    );
+    let mut measured = world.measured(Bytes::gib(15));
+    let mut facts = |index: u32, unified, vendor| {
+        let uuid = format!("GPU-{index}");
+        let gpu = GpuFacts {
+            uuid,
+            unified,
+            vendor,
+        };
+        measured.gpus.insert(index, gpu);
+    };
+    // The middle one would fit best, but is the only one of its kind.
+    facts(1, false, GpuVendor::Amd);
+    facts(3, true, GpuVendor::Intel);
+    world.step(Event::Measured(measured));
+    assert_eq!(placed(&world.acquire("wide").1), Some(vec![0, 2]));
+    // Every large GPU is loading: the integrated one is not a way out.
+    assert_eq!(placed(&world.acquire("busy").1), None);
 }

@@ -1,0 +1,302 @@
+//! GPUs of AMD and Intel, by what the kernel's own drivers tell: sysfs for the
+//! device, `fdinfo` and the compute driver's files for each process. No vendor's
+//! library is needed.
+//!
+//! | driver | size and use of the device | a process' memory |
+//! | --- | --- | --- |
+//! | `amdgpu` | `mem_info_vram_total`, `mem_info_vram_used` | region `vram`; `/sys/class/kfd/kfd/proc/<pid>/vram_<gpu>` |
+//! | `xe` | `tile*/physical_vram_size_bytes`; its use is not told | regions `vram0`, `vram1`, … |
+//! | `i915` | not told | regions `local0`, … |
+//!
+//! A GPU without memory of its own takes the host's. Such is an Intel GPU at
+//! 0000:00:02.0, where integrated ones are, and an AMD one with at most 2 GiB
+//! set aside and more than that to borrow (`mem_info_gtt_total`): what it
+//! borrows is then its figure. An AMD one with more set aside counts as a GPU of
+//! that size.
+
+mod fdinfo;
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use super::vram::Row;
+use super::{DeviceReading, VramSource};
+use crate::model::{Bytes, GpuVendor};
+
+/// At most this is set aside for a GPU that mostly uses the host's memory.
+const SET_ASIDE: Bytes = Bytes::gib(2);
+/// Where Intel's integrated GPUs are.
+const INTEL_INTEGRATED: &str = "0000:00:02.0";
+
+/// Finds and reads the devices, and whose memory is whose.
+#[derive(Debug)]
+pub(super) struct Drm {
+    root: PathBuf,
+    cards: Vec<Card>,
+}
+
+/// One GPU.
+#[derive(Debug)]
+struct Card {
+    /// Its folder in sysfs.
+    device: PathBuf,
+    /// Its address on its bus.
+    pdev: String,
+    driver: Driver,
+    uuid: String,
+    name: String,
+    unified: bool,
+    /// How the compute driver calls it.
+    kfd: Option<String>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Driver {
+    Amdgpu,
+    Xe,
+    I915,
+}
+
+impl Drm {
+    /// Looks for devices below `root`, which is `/` but for tests.
+    pub(super) fn new(root: PathBuf) -> Self {
+        let mut drm = Self {
+            root,
+            cards: Vec::new(),
+        };
+        drm.relocate();
+        drm
+    }
+
+    /// Looks again: devices may come and go.
+    pub(super) fn relocate(&mut self) {
+        let entries = fs::read_dir(self.root.join("sys/class/drm"));
+        let names = entries.into_iter().flatten().flatten();
+        let cards = names.filter_map(|entry| {
+            let name = entry.file_name().into_string().ok()?;
+            // Connectors are called card0-DP-1.
+            let number: u32 = name.strip_prefix("card")?.parse().ok()?;
+            Some((number, entry.path().join("device")))
+        });
+        let mut cards: Vec<_> = cards.collect();
+        cards.sort();
+        let cards = cards.into_iter();
+        self.cards = cards
+            .filter_map(|(_, device)| Card::open(&self.root, device))
+            .collect();
+    }
+
+    /// Returns whether there is any device.
+    pub(super) fn is_empty(&self) -> bool {
+        self.cards.is_empty()
+    }
+
+    /// Reads every device; the first gets the index `first`.
+    pub(super) fn devices(&self, first: u32) -> Vec<DeviceReading> {
+        (first..)
+            .zip(&self.cards)
+            .map(|(index, card)| card.read(index))
+            .collect()
+    }
+
+    /// Returns what these processes hold of each device. A client that several
+    /// of them have inherited counts for the first.
+    pub(super) fn rows(&self, first: u32, pids: &BTreeSet<i32>) -> Vec<Row> {
+        let proc = self.root.join("proc");
+        let mut seen = BTreeSet::new();
+        let mut rows = Vec::new();
+        for pid in pids {
+            for client in fdinfo::clients(&proc, *pid) {
+                let mut cards = (first..).zip(&self.cards);
+                let Some((device, card)) = cards.find(|(_, card)| card.pdev == client.pdev) else {
+                    continue;
+                };
+                if seen.insert((client.pdev.clone(), client.id)) {
+                    rows.push(Row {
+                        device,
+                        pid: *pid,
+                        bytes: client.held(|region| card.counts(region)),
+                        source: VramSource::DrmFdinfo,
+                    });
+                }
+            }
+            rows.extend((first..).zip(&self.cards).filter_map(|(device, card)| {
+                Some(Row {
+                    device,
+                    pid: *pid,
+                    bytes: Some(self.by_compute_driver(card, *pid)?),
+                    source: VramSource::Kfd,
+                })
+            }));
+        }
+        sum_clients(rows)
+    }
+
+    fn by_compute_driver(&self, card: &Card, pid: i32) -> Option<Bytes> {
+        let gpu = card.kfd.as_ref().filter(|_| !card.unified)?;
+        let file = format!("sys/class/kfd/kfd/proc/{pid}/vram_{gpu}");
+        read_number(&self.root.join(file)).map(Bytes)
+    }
+}
+
+/// Adds up the clients of one process on one device: each has its own memory.
+fn sum_clients(rows: Vec<Row>) -> Vec<Row> {
+    let mut summed: Vec<Row> = Vec::with_capacity(rows.len());
+    for row in rows {
+        let same = |other: &&mut Row| {
+            (other.device, other.pid, other.source) == (row.device, row.pid, row.source)
+        };
+        match summed.iter_mut().find(same) {
+            // One client that tells nothing makes the sum unknown.
+            Some(sum) => sum.bytes = sum.bytes.zip(row.bytes).map(|(a, b)| a + b),
+            None => summed.push(row),
+        }
+    }
+    summed
+}
+
+impl Card {
+    fn open(root: &Path, device: PathBuf) -> Option<Self> {
+        let driver = match link_name(&device.join("driver"))?.as_str() {
+            "amdgpu" => Driver::Amdgpu,
+            "xe" => Driver::Xe,
+            "i915" => Driver::I915,
+            // NVIDIA's has its own library; others have no memory to speak of.
+            _ => return None,
+        };
+        let facts = fs::read_to_string(device.join("uevent")).unwrap_or_default();
+        let fact = |key: &str| facts.lines().find_map(|line| line.strip_prefix(key));
+        let pdev = match fact("PCI_SLOT_NAME=") {
+            Some(pdev) => pdev.to_owned(),
+            None => link_name(&device)?,
+        };
+        let read = |file: &str| read_text(&device.join(file)).filter(|text| !text.is_empty());
+        let name = read("product_name").unwrap_or_else(|| {
+            let id = fact("PCI_ID=").unwrap_or("GPU");
+            format!("{} {id}", driver.as_str())
+        });
+        let uuid = match read("unique_id") {
+            Some(id) => format!("GPU-{}", id.trim_start_matches("0x")),
+            None => format!("pci-{pdev}"),
+        };
+        let unified = match driver {
+            Driver::Amdgpu => {
+                let own = read_number(&device.join("mem_info_vram_total")).map(Bytes);
+                let borrowed = read_number(&device.join("mem_info_gtt_total")).map(Bytes);
+                own.zip(borrowed)
+                    .is_some_and(|(own, borrowed)| own <= SET_ASIDE && borrowed > own)
+            }
+            Driver::Xe | Driver::I915 => pdev == INTEL_INTEGRATED,
+        };
+        Some(Self {
+            kfd: (driver == Driver::Amdgpu)
+                .then(|| kfd_name(root, &pdev))
+                .flatten(),
+            device,
+            pdev,
+            driver,
+            uuid,
+            name,
+            unified,
+        })
+    }
+
+    fn read(&self, index: u32) -> DeviceReading {
+        let bytes = |file: &str| read_number(&self.device.join(file)).map(Bytes);
+        let (total, used) = match self.driver {
+            _ if self.unified => (None, None),
+            Driver::Amdgpu => (bytes("mem_info_vram_total"), bytes("mem_info_vram_used")),
+            Driver::Xe => (self.tiles(), None),
+            Driver::I915 => (None, None),
+        };
+        DeviceReading {
+            index,
+            uuid: self.uuid.clone(),
+            name: self.name.clone(),
+            total,
+            used,
+            free: total.zip(used).map(|(total, used)| total - used),
+            vendor: match self.driver {
+                Driver::Amdgpu => GpuVendor::Amd,
+                Driver::Xe | Driver::I915 => GpuVendor::Intel,
+            },
+            unified: self.unified,
+            source: self.driver.as_str(),
+        }
+    }
+
+    /// Adds up the memory of all tiles.
+    fn tiles(&self) -> Option<Bytes> {
+        let tiles = (0..).map_while(|tile| {
+            let file = format!("tile{tile}/physical_vram_size_bytes");
+            read_number(&self.device.join(file)).map(Bytes)
+        });
+        let tiles: Vec<_> = tiles.collect();
+        (!tiles.is_empty()).then(|| tiles.into_iter().sum())
+    }
+
+    /// Returns whether a region of `fdinfo` is the memory of this device, or
+    /// host memory that it uses when it has none.
+    fn counts(&self, region: &str) -> bool {
+        match (self.driver, self.unified) {
+            (Driver::Amdgpu, false) => region == "vram",
+            (Driver::Amdgpu, true) => region == "gtt",
+            (Driver::Xe, false) => region.starts_with("vram"),
+            (Driver::Xe, true) => matches!(region, "gtt" | "system"),
+            (Driver::I915, false) => region.starts_with("local"),
+            (Driver::I915, true) => region.starts_with("system"),
+        }
+    }
+}
+
+impl Driver {
+    const fn as_str(self) -> &'static str {
+        match self {
+            Self::Amdgpu => "amdgpu",
+            Self::Xe => "xe",
+            Self::I915 => "i915",
+        }
+    }
+}
+
+/// Returns how AMD's compute driver calls the device at this address. A node of
+/// its topology names the address as `domain` and, in one number, bus, device
+/// and function.
+fn kfd_name(root: &Path, pdev: &str) -> Option<String> {
+    let nodes = fs::read_dir(root.join("sys/class/kfd/kfd/topology/nodes")).ok()?;
+    nodes.flatten().find_map(|node| {
+        let properties = fs::read_to_string(node.path().join("properties")).ok()?;
+        let property = |key: &str| -> Option<u64> {
+            let mut lines = properties.lines();
+            lines.find_map(|line| {
+                line.strip_prefix(key)?
+                    .strip_prefix(' ')?
+                    .trim()
+                    .parse()
+                    .ok()
+            })
+        };
+        let (domain, location) = (property("domain").unwrap_or(0), property("location_id")?);
+        let (bus, slot, function) = (location >> 8, (location >> 3) & 31, location & 7);
+        let address = format!("{domain:04x}:{bus:02x}:{slot:02x}.{function:x}");
+        let name = read_text(&node.path().join("gpu_id"))?;
+        (address == pdev && name != "0").then_some(name)
+    })
+}
+
+fn link_name(path: &Path) -> Option<String> {
+    let target = fs::read_link(path).ok()?;
+    Some(target.file_name()?.to_str()?.to_owned())
+}
+
+fn read_text(path: &Path) -> Option<String> {
+    Some(fs::read_to_string(path).ok()?.trim().to_owned())
+}
+
+fn read_number(path: &Path) -> Option<u64> {
+    read_text(path)?.parse().ok()
+}
+
+#[cfg(test)]
+mod tests;
