@@ -1,13 +1,23 @@
-//! A mark in the environment of every worker, so that a process can be told to
-//! be a worker's whoever its parent has become.
+//! A mark on every worker, so that a process can be told to be a worker's
+//! whoever its parent has become.
 //!
 //! A daemon that forks twice and leads a session of its own re-parents to us
-//! and has nothing in common with its worker but what it inherited. The
-//! environment is inherited; see `proc_pid_environ(5)`.
+//! and has nothing in common with its worker but what it inherited. Two things
+//! are inherited that nobody else needs:
+//!
+//! - a variable of the environment, `proc_pid_environ(5)`: says whose worker it
+//!   is, also to a later residentd. Whoever renames itself wipes it.
+//! - the limit on POSIX message queues, `RLIMIT_MSGQUEUE` in `getrlimit(2)`: a
+//!   few bytes lower for each worker, so that the number itself is the mark. It
+//!   stays, whatever a process does to its memory, files and session.
 
 use std::collections::BTreeMap;
-use std::fmt;
+use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::{fmt, io};
+
+use rustix::process::{Pid, Resource, Rlimit, getrlimit, prlimit};
 
 use super::{ProcessKey, ProcessStat, ProcessTable};
 use crate::model::WorkerId;
@@ -98,7 +108,15 @@ pub struct Marks {
     /// Orphans become children of this process.
     guardian: i32,
     seen: Mutex<BTreeMap<ProcessKey, Mark>>,
+    /// Whose limit is how high.
+    stamps: Mutex<BTreeMap<u64, Mark>>,
+    stamped: AtomicU64,
 }
+
+/// What a limit is lowered from where there is none: the kernel's default.
+const QUEUE_BYTES: u64 = 819_200;
+/// Stamps are told apart among so many workers.
+const STAMPS: u64 = 1 << 16;
 
 impl Marks {
     /// Returns marks of the orphans that come to this process.
@@ -107,7 +125,37 @@ impl Marks {
         Self {
             guardian,
             seen: Mutex::default(),
+            stamps: Mutex::default(),
+            stamped: AtomicU64::new(0),
         }
+    }
+
+    /// Stamps a process that was just spawned, and so all it will ever start.
+    ///
+    /// # Errors
+    /// When its limits cannot be changed, or leave no room for a stamp.
+    pub fn stamp(&self, pid: i32, mark: &Mark) -> io::Result<()> {
+        let pid = Pid::from_raw(pid).ok_or(io::ErrorKind::InvalidInput)?;
+        let own = getrlimit(Resource::Msgqueue).maximum.unwrap_or(QUEUE_BYTES);
+        let nth = self.stamped.fetch_add(1, Ordering::Relaxed) % STAMPS;
+        let height = own.checked_sub(nth + 1).ok_or(io::ErrorKind::Unsupported)?;
+        let limit = Rlimit {
+            current: Some(height),
+            maximum: Some(height),
+        };
+        prlimit(Some(pid), Resource::Msgqueue, limit)?;
+        let mut stamps = self.stamps.lock().unwrap_or_else(PoisonError::into_inner);
+        stamps.insert(height, mark.clone());
+        Ok(())
+    }
+
+    /// Returns whose the process is, by its environment or by its stamp.
+    fn find(&self, pid: i32) -> Option<Mark> {
+        Mark::read(pid).or_else(|| {
+            let height = queue_limit(Path::new(&format!("/proc/{pid}/limits")))?;
+            let stamps = self.stamps.lock().unwrap_or_else(PoisonError::into_inner);
+            stamps.get(&height).cloned()
+        })
     }
 
     /// Returns our children in `table` that carry this mark.
@@ -126,7 +174,7 @@ impl Marks {
             // One whose mark cannot be read, as in the middle of an exec, is
             // asked again at the next pass.
             let known = seen.get(&stat.key).cloned();
-            let Some(found) = known.or_else(|| Mark::read(stat.key.pid)) else {
+            let Some(found) = known.or_else(|| self.find(stat.key.pid)) else {
                 continue;
             };
             if found == *mark {
@@ -136,6 +184,15 @@ impl Marks {
         }
         carriers.into_iter()
     }
+}
+
+/// Reads the hard limit on message queues out of `/proc/<pid>/limits`.
+fn queue_limit(path: &Path) -> Option<u64> {
+    let text = std::fs::read_to_string(path).ok()?;
+    let line = text
+        .lines()
+        .find_map(|line| line.strip_prefix("Max msgqueue size"))?;
+    line.split_ascii_whitespace().nth(1)?.parse().ok()
 }
 
 /// Returns the processes that a residentd left behind which held the same
@@ -176,6 +233,48 @@ mod tests {
         );
         assert_eq!(Mark::find(b"RESIDENTD_WORKERS=x\0"), None);
         assert_eq!(Mark::find(b""), None);
+    }
+
+    #[test]
+    fn a_stamp_is_inherited_and_tells_workers_apart_without_any_environment() {
+        let me = Owner::this_process("a-state".into());
+        let marks = Marks::new(me.process.pid);
+        let worker = |generation| WorkerId {
+            model: crate::model::ModelName::new("m").expect("a good name"),
+            generation,
+        };
+        let mut children: Vec<_> = [1, 2]
+            .map(|generation| {
+                let child = std::process::Command::new("sh")
+                    .args(["-c", "read line; sleep 60 & wait"])
+                    .env_clear()
+                    .env("PATH", "/usr/bin:/bin")
+                    .stdin(std::process::Stdio::piped())
+                    .spawn()
+                    .expect("sh can be spawned");
+                let mark = me.mark(&worker(generation));
+                let pid = i32::try_from(child.id()).expect("a pid fits");
+                marks
+                    .stamp(pid, &mark)
+                    .expect("a lower limit needs no right");
+                (child, pid, mark)
+            })
+            .into();
+        for (child, pid, mark) in &mut children {
+            drop(child.stdin.take());
+            assert_eq!(marks.find(*pid).as_ref(), Some(&*mark));
+            let grandchild = loop {
+                let table = ProcessTable::scan().expect("/proc can be listed");
+                if let Some(found) = table.iter().find(|stat| stat.ppid == *pid) {
+                    break found.key.pid;
+                }
+            };
+            assert_eq!(marks.find(grandchild).as_ref(), Some(&*mark));
+            child.kill().expect("it runs");
+            child.wait().expect("it is our child");
+            let grandchild = nix::unistd::Pid::from_raw(grandchild);
+            nix::sys::signal::kill(grandchild, nix::sys::signal::SIGKILL).expect("it runs");
+        }
     }
 
     #[test]

@@ -348,6 +348,11 @@ impl Body {
         let child = command
             .spawn()
             .map_err(|error| format!("{}: {error}", launch.program()))?;
+        if let Ok(pid) = i32::try_from(child.id())
+            && let Err(error) = shared.marks.stamp(pid, &mark)
+        {
+            debug!(%worker, %error, "not stamped; a daemon that renames itself may be missed");
+        }
         let process = Process::adopt(child.id(), mark, Arc::clone(&shared.marks))
             .map_err(failed("take charge of it"))?;
         leaders.insert(process.pid(), Arc::clone(&process.tree));

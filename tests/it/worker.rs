@@ -45,6 +45,73 @@ fn a11_a_daemon_that_forked_twice_is_measured_and_ended_with_its_worker() {
     }
 }
 
+/// A server whose daemon forked twice into a session of its own, closed what it
+/// inherited, and wiped its arguments and environment, as `setproctitle` does.
+const RENAMED: &str = r#"
+import http.server, mmap, os, sys, time
+def daemon():
+    os.setsid()
+    if os.fork():
+        os._exit(0)
+    os.chdir('/')
+    null = os.open('/dev/null', os.O_RDWR)
+    for fd in (0, 1, 2):
+        os.dup2(null, fd)
+    with open('/proc/self/stat') as stat:
+        fields = stat.read().rsplit(')', 1)[1].split()
+    # arg_start to env_end: fields 48 to 51.
+    start, end = int(fields[45]), int(fields[48])
+    with open('/proc/self/mem', 'r+b', 0) as memory:
+        memory.seek(start)
+        memory.write(bytes(end - start))
+    with open('/proc/self/comm', 'w') as comm:
+        comm.write('renamed')
+    held = mmap.mmap(-1, 48 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    for i in range(0, len(held), 4096):
+        held[i] = 1
+    with open(sys.argv[2] + '.tmp', 'w') as file:
+        file.write(str(os.getpid()))
+    os.rename(sys.argv[2] + '.tmp', sys.argv[2])
+    time.sleep(600)
+if os.fork() == 0:
+    daemon()
+os.wait()
+class Answer(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.send_header('content-length', '0')
+        self.end_headers()
+http.server.HTTPServer(('127.0.0.1', int(sys.argv[1])), Answer).serve_forever()
+"#;
+
+#[test]
+fn a11_a_daemon_that_renamed_itself_and_kept_nothing_is_measured_and_ended_too() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let (script, told) = (folder.path().join("renamed.py"), folder.path().join("pid"));
+    std::fs::write(&script, RENAMED).expect("the script can be written");
+    let config = format!(
+        "{ROOM}[models.m]\ncommand = [\"python3\", {script:?}, \"${{PORT}}\", {told:?}]\n{}",
+        model("other", "", "")
+    );
+    let residentd = Residentd::start(&config);
+    // A second worker, so that an orphan could be either's.
+    residentd.complete("other");
+    let load = residentd.ask("POST", "/api/v1/models/m/load", None);
+    assert_eq!(load.status, 200, "{}", load.text());
+    let daemon = wait_until("the daemon to tell its pid", || {
+        std::fs::read_to_string(&told).ok()?.parse::<i64>().ok()
+    });
+    wait_until("the daemon to be measured", || {
+        let usage = residentd.model("m")["memory_usage"].as_u64()?;
+        (usage > 56 << 20).then_some(())
+    });
+    let other = residentd.model("other")["memory_usage"].as_u64();
+    assert!(other < Some(40 << 20), "{other:?}");
+    let answer = residentd.ask("POST", "/api/v1/models/m/unload", None);
+    assert_eq!(answer.status, 200, "{}", answer.text());
+    assert!(!runs(daemon), "it outlived its worker");
+}
+
 #[test]
 fn nothing_of_a_tree_outlives_residentd_after_sigterm() {
     let residentd = Residentd::start(&format!(
