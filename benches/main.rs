@@ -2,8 +2,10 @@
 //! `BENCH <name> ours=<n> base=<n> ratio=<n> unit=<u>`.
 //!
 //! Where there is something to compare with it is measured in the same run,
-//! in turns; where a goal is absolute, `base` is the goal. Medians.
+//! in turns; where a goal is absolute, `base` is the goal. Medians. Names as
+//! arguments (`S20 S13`) pick some.
 
+mod measuring;
 mod policy;
 mod serving;
 #[path = "../tests/it/support/mod.rs"]
@@ -17,10 +19,23 @@ fn main() {
     if std::env::args().any(|argument| argument == "--list") {
         return;
     }
-    policy::steps();
-    serving::proxied_request();
-    serving::swap();
-    serving::readiness();
+    let wanted: Vec<String> = std::env::args()
+        .skip(1)
+        .filter(|argument| !argument.starts_with('-'))
+        .collect();
+    let all: [(&str, fn()); 6] = [
+        ("S21", policy::steps),
+        ("S20", measuring::passes),
+        ("S13", measuring::next_start),
+        ("request", serving::proxied_request),
+        ("S10", serving::swap),
+        ("S11", serving::readiness),
+    ];
+    for (name, bench) in all {
+        if wanted.is_empty() || wanted.iter().any(|wanted| wanted == name) {
+            bench();
+        }
+    }
 }
 
 /// Prints one figure.

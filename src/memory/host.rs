@@ -18,6 +18,7 @@ pub(super) struct Host {
     /// The real host's totals; `None` when another root was given.
     system: Option<System>,
     cgroup: Option<Cgroup>,
+    oom: OomCounters,
 }
 
 /// `/proc/meminfo`, as far as it is needed.
@@ -40,6 +41,7 @@ impl Host {
             root,
             system,
             cgroup,
+            oom: OomCounters::default(),
         }
     }
 
@@ -48,8 +50,13 @@ impl Host {
         self.cgroup = Cgroup::locate(&self.root);
     }
 
-    /// Reads everything. What cannot be read is zero or absent.
-    pub(super) fn read(&mut self) -> HostReading {
+    /// Reads everything; the kernel's counts of its kills only when they are
+    /// wanted anew, since that file is long. What cannot be read is zero or
+    /// absent.
+    pub(super) fn read(&mut self, kills: bool) -> HostReading {
+        if kills {
+            self.oom = OomCounters::read(&self.root, self.cgroup.as_ref());
+        }
         let totals = self.totals();
         let cgroup = self.cgroup.as_ref().and_then(Cgroup::read);
         let headroom = cgroup.as_ref().map_or(totals.available, |(_, margin)| {
@@ -63,7 +70,7 @@ impl Host {
             headroom,
             cgroup: cgroup.map(|(reading, _)| reading),
             psi: psi::read(&self.root),
-            oom: OomCounters::read(&self.root, self.cgroup.as_ref()),
+            oom: self.oom,
         }
     }
 
@@ -120,7 +127,7 @@ mod tests {
     #[test]
     fn without_a_cgroup_headroom_is_what_the_host_has_available() {
         let (_root, mut host) = host_with(&[("proc/meminfo", MEMINFO)]);
-        let reading = host.read();
+        let reading = host.read(true);
         assert_eq!(reading.total, Bytes::kib(1000));
         assert_eq!(reading.headroom, Bytes::kib(800));
         assert_eq!(
@@ -143,14 +150,14 @@ mod tests {
             ("sys/fs/cgroup/memory.max", "512000\n"),
             ("sys/fs/cgroup/memory.current", "102400\n"),
         ]);
-        let reading = host.read();
+        let reading = host.read(true);
         assert_eq!(reading.headroom, Bytes::kib(400));
         assert_eq!(reading.domain_total(), Bytes::kib(500));
     }
 
     #[test]
     fn the_real_host_has_memory() {
-        let reading = Host::new(PathBuf::from("/")).read();
+        let reading = Host::new(PathBuf::from("/")).read(true);
         assert!(reading.total > Bytes::ZERO);
         assert!(reading.headroom > Bytes::ZERO && reading.headroom <= reading.available);
         let text = fs::read("/proc/meminfo").expect("meminfo");

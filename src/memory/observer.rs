@@ -1,7 +1,10 @@
 //! One pass over everything that is measured.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fs::File;
 use std::path::PathBuf;
+
+use rustix::process::{Resource, getrlimit};
 
 use super::attribution::{Attribution, Claim};
 use super::drm::Drm;
@@ -47,8 +50,23 @@ pub(super) struct Observer {
     attribution: Attribution,
     host_proc: Option<PathBuf>,
     trees: BTreeMap<WorkerId, Tree>,
+    /// Open files of sizes: reading one anew each time costs twice as much.
+    files: BTreeMap<ProcessKey, File>,
+    most_files: usize,
+    /// What was made of the processes at the last pass.
+    last: Summary,
     seq: u64,
     proc_failed: bool,
+}
+
+/// What the sizes of all processes come to. Making it looks at every mapping
+/// that is known, so it is kept while no size changes and nobody writes to pages
+/// that a fork shares.
+#[derive(Clone, Debug, Default)]
+struct Summary {
+    members: Vec<(ProcessKey, ProcessMemory, Option<u64>)>,
+    usages: BTreeMap<WorkerId, Usage>,
+    counted_twice: Bytes,
 }
 
 /// One worker's processes.
@@ -79,6 +97,9 @@ impl Observer {
             attribution: Attribution::default(),
             host_proc,
             trees: BTreeMap::new(),
+            files: BTreeMap::new(),
+            most_files: most_files(),
+            last: Summary::default(),
             seq: 0,
             proc_failed: false,
         }
@@ -91,7 +112,7 @@ impl Observer {
         if depth == Depth::Full {
             self.host.relocate();
         }
-        let host = self.host.read();
+        let host = self.host.read(depth >= Depth::Parts);
         self.trees.retain(|worker, _| followed.contains_key(worker));
         let unknown = followed.len() > self.trees.len();
         let grown = depth == Depth::Sizes && self.read_sizes();
@@ -105,8 +126,11 @@ impl Observer {
         }
         let members = self.members();
         if depth > Depth::Host {
-            self.look_for_sharing(at, &members, depth);
+            self.summarise(at, &members, depth);
             self.sweep_gpus(at, &members, depth);
+        } else {
+            let followed = |worker: &WorkerId, _: &mut Usage| self.trees.contains_key(worker);
+            self.last.usages.retain(followed);
         }
         let sweep = self.sweep.clone();
         let known: BTreeSet<i32> = members.iter().map(|m| m.process.pid).collect();
@@ -115,14 +139,19 @@ impl Observer {
             vram::identify(pid, &known, host_proc.as_deref())
         });
         self.seq += 1;
-        let mut workers = self.usages(&members, &vram);
+        let mut workers = self.last.usages.clone();
+        for tree in members.chunk_by(|a, b| a.worker == b.worker) {
+            if let Some(usage) = workers.get_mut(&tree[0].worker) {
+                usage.vram = vram.of_tree(tree.iter().map(|member| member.process.pid));
+            }
+        }
         self.attribute(at, &sweep.devices, followed, &mut workers);
         let reading = Reading {
             seq: self.seq,
             at,
             host,
             workers,
-            counted_twice: self.sharing.counted_twice(&members),
+            counted_twice: self.last.counted_twice,
             devices: sweep.devices,
             device_error: sweep.error,
         };
@@ -185,7 +214,17 @@ impl Observer {
     fn read_sizes(&mut self) -> bool {
         for tree in self.trees.values_mut() {
             for (process, memory) in &mut tree.members {
-                match Sizes::read(process.pid) {
+                let sizes = match self.files.get(process) {
+                    Some(file) => Sizes::read(file),
+                    None => Sizes::open(process.pid).and_then(|file| {
+                        let sizes = Sizes::read(&file);
+                        if self.files.len() < self.most_files {
+                            self.files.insert(*process, file);
+                        }
+                        sizes
+                    }),
+                };
+                match sizes {
                     Some(sizes) => *memory = memory.with_sizes(sizes),
                     None => return true,
                 }
@@ -227,6 +266,9 @@ impl Observer {
             tree.rss = tree.rss_now();
             self.trees.insert(worker.clone(), tree);
         }
+        let trees = self.trees.values();
+        let living: BTreeSet<_> = trees.flat_map(|tree| tree.members.keys()).collect();
+        self.files.retain(|process, _| living.contains(process));
     }
 
     /// Returns every process, the ones of a worker side by side.
@@ -247,16 +289,28 @@ impl Observer {
         members
     }
 
-    fn look_for_sharing(&mut self, at: Timestamp, members: &[Member], depth: Depth) {
+    /// Brings the summary up to date, and lets the walker look for what is
+    /// shared. Nothing of that can have changed while no size did.
+    fn summarise(&mut self, at: Timestamp, members: &[Member], depth: Depth) {
         let finds = self.walker.collect();
+        let sizes = || members.iter().map(|m| (m.process, m.memory, m.faults));
+        let unchanged = finds.is_empty() && self.last.members.iter().copied().eq(sizes());
+        if unchanged && depth == Depth::Sizes {
+            return;
+        }
         self.sharing.learn(at, members, finds);
         if self.walker.is_idle() {
             let list = self.sharing.plan(at, members, depth == Depth::Full);
             self.walker.look(list);
         }
+        self.last = Summary {
+            members: sizes().collect(),
+            usages: self.usages(members),
+            counted_twice: self.sharing.counted_twice(members),
+        };
     }
 
-    fn usages(&self, members: &[Member], vram: &Vram) -> BTreeMap<WorkerId, Usage> {
+    fn usages(&self, members: &[Member]) -> BTreeMap<WorkerId, Usage> {
         // A tree without any process left is still followed: it is empty.
         let mut usages: BTreeMap<_, _> = self
             .trees
@@ -266,11 +320,17 @@ impl Observer {
         for tree in members.chunk_by(|a, b| a.worker == b.worker) {
             let mut usage = usage::sum(tree.iter().map(|member| &member.memory));
             self.sharing.correct(&mut usage, tree);
-            usage.vram = vram.of_tree(tree.iter().map(|member| member.process.pid));
             usages.insert(tree[0].worker.clone(), usage);
         }
         usages
     }
+}
+
+/// Returns how many files may be kept open: a part of what this process may
+/// open at all.
+fn most_files() -> usize {
+    let limit = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
+    usize::try_from(limit / 4).unwrap_or(usize::MAX).min(4096)
 }
 
 impl Tree {

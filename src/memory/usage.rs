@@ -4,7 +4,8 @@
 //! walks page tables. `statm` tells anonymous from the rest, `status` tells
 //! all parts.
 
-use std::fs;
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
 
 use super::Usage;
 use crate::model::Bytes;
@@ -94,11 +95,22 @@ pub(super) struct Sizes {
     pub(super) shared: Bytes,
 }
 
+/// Seven numbers of at most 20 digits.
+const LONGEST_STATM: usize = 160;
+
 impl Sizes {
-    /// Reads `/proc/<pid>/statm`; `None` when the process is gone or a zombie.
-    pub(super) fn read(pid: i32) -> Option<Self> {
-        let text = fs::read_to_string(format!("/proc/{pid}/statm")).ok()?;
-        Self::parse(&text).filter(|sizes| sizes.resident > Bytes::ZERO)
+    /// Opens `/proc/<pid>/statm`; `None` when the process is gone. The file
+    /// stays that process' own, also when its pid is given away.
+    pub(super) fn open(pid: i32) -> Option<File> {
+        File::open(format!("/proc/{pid}/statm")).ok()
+    }
+
+    /// Reads it; `None` when the process is gone or a zombie.
+    pub(super) fn read(file: &File) -> Option<Self> {
+        let mut text = [0; LONGEST_STATM];
+        let length = file.read_at(&mut text, 0).ok()?;
+        let text = std::str::from_utf8(&text[..length]).ok()?;
+        Self::parse(text).filter(|sizes| sizes.resident > Bytes::ZERO)
     }
 
     fn parse(text: &str) -> Option<Self> {
@@ -217,7 +229,13 @@ mod tests {
     fn this_process_is_the_same_by_both_files() {
         let me = i32::try_from(std::process::id()).expect("a pid fits");
         let status = ProcessMemory::read(me).expect("this process runs");
-        let sizes = Sizes::read(me).expect("this process runs");
+        let file = Sizes::open(me).expect("this process runs");
+        let sizes = Sizes::read(&file).expect("this process runs");
+        assert_eq!(
+            Sizes::read(&file),
+            Sizes::read(&file),
+            "it can be read again"
+        );
         assert!(!moved_much(status.rss(), sizes.resident));
     }
 
