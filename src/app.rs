@@ -86,6 +86,7 @@ pub struct Options {
 #[derive(Debug)]
 pub struct App {
     controller: Controller,
+    store: Store,
     clock: Clock,
     options: Options,
     addresses: Vec<Listen>,
@@ -110,7 +111,7 @@ impl App {
         let owner = Owner::this_process(store.name().to_owned());
         // The state is held by us now: whoever held it before is no more.
         worker::end_left_behind(&owner, clock).await;
-        let controller = start_controller(&config, store, owner, clock, options);
+        let controller = start_controller(&config, store.clone(), owner, clock, options);
         let proxy = Proxy::new(
             controller.clone(),
             ProxySettings {
@@ -126,6 +127,7 @@ impl App {
         };
         let app = Self {
             controller,
+            store,
             clock,
             options,
             addresses,
@@ -159,6 +161,9 @@ impl App {
         if self.options.owns_process {
             worker::end_orphans(self.clock).await;
         }
+        let store = self.store.clone();
+        // Only a panic of it could fail, which has been told.
+        let _ = tokio::task::spawn_blocking(move || store.flush()).await;
         self.closing.cancel();
         self.connections.close();
         if tokio::time::timeout(CLOSE_TIMEOUT, self.connections.wait())

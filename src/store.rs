@@ -8,6 +8,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, mpsc as std_mpsc};
+use std::time::Duration;
 
 use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition};
 use tracing::warn;
@@ -88,7 +89,12 @@ enum Write {
         key: String,
         bytes: u64,
     },
+    /// Tells when all that was sent before is on the disk.
+    Flush(std_mpsc::Sender<()>),
 }
+
+/// How long an end waits for the disk.
+const FLUSH: Duration = Duration::from_secs(5);
 
 impl Store {
     /// Opens `folder/residentd.redb`, making both when absent.
@@ -216,6 +222,15 @@ impl Store {
         });
     }
 
+    /// Waits until everything is written, or some seconds have passed. Blocks.
+    pub fn flush(&self) {
+        let (written, wait) = std_mpsc::channel();
+        // A full queue is waited for: this is the end.
+        if self.writer.send(Write::Flush(written)).is_err() || wait.recv_timeout(FLUSH).is_err() {
+            warn!("the state database did not write everything in time");
+        }
+    }
+
     fn prefix(&self, model: &ModelName) -> Option<String> {
         let fingerprint = self.fingerprints.get(model)?;
         Some(format!("{model}{SEPARATOR}{fingerprint}{SEPARATOR}"))
@@ -307,6 +322,12 @@ fn write_all(database: &Database, writes: &std_mpsc::Receiver<Write>) {
         if let Err(error) = commit(database, &batch) {
             warn!(error = %telemetry::chain(&error), "writing the state database failed");
         }
+        for write in batch {
+            if let Write::Flush(written) = write {
+                // Whoever waited has waited long enough.
+                let _ = written.send(());
+            }
+        }
     }
 }
 
@@ -326,6 +347,7 @@ fn commit(database: &Database, batch: &[Write]) -> Result<(), redb::Error> {
                 Write::Limit { key, bytes } => {
                     limits.insert(key.as_str(), bytes)?;
                 }
+                Write::Flush(_) => {}
             }
         }
     }

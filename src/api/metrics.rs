@@ -155,7 +155,7 @@ const fn level_number(level: PressureLevel) -> u64 {
 }
 
 fn devices(out: Out<'_, '_>, snapshot: &Snapshot) -> fmt::Result {
-    let help = "Memory of each device by kind, used by anyone";
+    let help = "Memory of each device by kind, used by anyone; unattributed is no worker's";
     let mut family = gauge(out, "device_memory_bytes", help)?;
     for device in &snapshot.memory.reading.devices {
         let id = Domain::Gpu(device.index).to_string();
@@ -163,6 +163,7 @@ fn devices(out: Out<'_, '_>, snapshot: &Snapshot) -> fmt::Result {
             ("total", device.total),
             ("used", device.used),
             ("free", device.free),
+            ("unattributed", snapshot.memory.reading.unattributed(device)),
         ];
         for (kind, bytes) in kinds {
             if let Some(bytes) = bytes {

@@ -229,15 +229,6 @@ pub(crate) fn devices(snapshot: &Snapshot) -> Vec<DeviceEntry<'_>> {
 fn device_entry<'a>(snapshot: &'a Snapshot, device: &'a DeviceReading) -> DeviceEntry<'a> {
     let domain = Domain::Gpu(device.index);
     let view = snapshot.memory.domains.iter().find(|d| d.domain == domain);
-    let attributed: Bytes = snapshot
-        .memory
-        .reading
-        .workers
-        .values()
-        .flat_map(|usage| &usage.vram)
-        .filter(|vram| vram.device == device.index)
-        .filter_map(|vram| vram.bytes)
-        .sum();
     DeviceEntry {
         id: domain.to_string(),
         uuid: &device.uuid,
@@ -246,7 +237,7 @@ fn device_entry<'a>(snapshot: &'a Snapshot, device: &'a DeviceReading) -> Device
         used: device.used.map(Bytes::get),
         free: device.free.map(Bytes::get),
         charged: view.map(|view| view.charged.get()),
-        unattributed: device.used.map(|used| (used - attributed).get()),
+        unattributed: snapshot.memory.reading.unattributed(device).map(Bytes::get),
         source: device.source,
         vendor: device.vendor.as_str(),
         unified: device.unified,

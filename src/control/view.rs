@@ -7,7 +7,7 @@ use std::sync::Arc;
 use super::task::{Live, Task};
 use super::{Candidate, DomainView, LastEviction, MemoryView, ModelView, Snapshot};
 use crate::memory::Reading;
-use crate::model::{Bytes, Domain, WorkerId};
+use crate::model::{Domain, WorkerId};
 use crate::policy::{DomainMeasure, GpuFacts, Measure, Measured, ModelState, PressureLevel};
 
 impl Task {
@@ -32,11 +32,7 @@ fn measured(reading: &Reading, workers: &BTreeMap<WorkerId, Live>) -> Measured {
     for device in &reading.devices {
         // A device that does not tell its size bounds nothing; of one that does
         // not tell its use, what workers are known to hold is taken.
-        let known = || {
-            let vram = reading.workers.values().flat_map(|usage| &usage.vram);
-            let here = vram.filter(|vram| vram.device == device.index);
-            here.filter_map(|vram| vram.bytes).sum::<Bytes>()
-        };
+        let known = || reading.attributed(device.index);
         let free = device.free.or_else(|| Some(device.total? - known()));
         if let (Some(total), Some(free)) = (device.total, free) {
             domains.insert(

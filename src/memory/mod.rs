@@ -129,6 +129,20 @@ impl Reading {
     pub fn total_rss(&self) -> Bytes {
         self.workers.values().map(Usage::resident).sum::<Bytes>() - self.counted_twice
     }
+
+    /// Returns what workers are known to hold of a device.
+    #[must_use]
+    pub fn attributed(&self, device: u32) -> Bytes {
+        let vram = self.workers.values().flat_map(|usage| &usage.vram);
+        let here = vram.filter(|vram| vram.device == device);
+        here.filter_map(|vram| vram.bytes).sum()
+    }
+
+    /// Returns what is in use of a device and known to be no worker's.
+    #[must_use]
+    pub fn unattributed(&self, device: &DeviceReading) -> Option<Bytes> {
+        Some(device.used? - self.attributed(device.index))
+    }
 }
 
 /// What one worker's process tree holds.

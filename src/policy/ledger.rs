@@ -31,7 +31,7 @@ pub(super) type Need = BTreeMap<(Domain, Constraint), i128>;
 const BACK_PERCENT: u64 = 75;
 /// How long a device's headroom is watched for bytes of a reaped worker:
 /// drivers give VRAM back after the process is gone.
-const BACK_DEADLINE: Duration = Duration::from_secs(2);
+const BACK_DEADLINE: Duration = Duration::from_secs(5);
 /// The same for host RAM, which the kernel gives back before a process can be
 /// reaped: what is still missing was taken by a neighbour.
 const HOST_BACK_DEADLINE: Duration = Duration::from_millis(500);
@@ -269,6 +269,21 @@ impl Ledger {
         for domain in model.domains() {
             let before = self.stand(models, domain, &worker);
             self.baselines.insert((worker.clone(), domain), before);
+        }
+    }
+
+    /// Looks again at how things stand before workers that are told to go are
+    /// gone. What counts is the least there was: when one was told to go right
+    /// after its load, the measurement of that moment may be older than what it
+    /// took.
+    pub(super) fn follow_reclaims(&mut self, models: &BTreeMap<ModelName, ModelState>) {
+        let workers: Vec<_> = self.baselines.keys().cloned().collect();
+        for (worker, domain) in workers {
+            let now = self.stand(models, domain, &worker);
+            let before = self.baselines.entry((worker, domain)).or_insert(now);
+            if now.0 + now.1 < before.0 + before.1 {
+                *before = now;
+            }
         }
     }
 

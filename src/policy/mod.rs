@@ -314,6 +314,7 @@ impl Policy {
                 model.measure(usage);
             }
         }
+        self.ledger.follow_reclaims(&self.models);
         for domain in measured.domains.keys() {
             let (look, thresholds) = (self.look(*domain), self.thresholds(*domain));
             self.levels.update(*domain, look, thresholds);

@@ -186,6 +186,15 @@ impl World {
         self.step(Event::Tick)
     }
 
+    /// Whoever was granted at ready has left before anything was measured.
+    pub(crate) fn leave_at_once(&mut self, model: &str) {
+        let worker = self.worker(model);
+        if let Some(activity) = self.inside.get_mut(&worker) {
+            activity.inside = 0;
+        }
+        self.step(Event::Tick);
+    }
+
     /// The worker's tree is gone, and its bytes are measured back.
     pub(crate) fn exit(&mut self, model: &str) -> Vec<Effect> {
         let worker = self.worker(model);

@@ -191,8 +191,11 @@ fn a19_the_limit_follows_the_cgroup_down_within_two_ticks_and_up_again() {
         took.as_millis()
     );
     assert_eq!(residentd.memory("system")["total"], limit / 4096 * 4096);
-    let reason = residentd.model("a")["last_eviction"]["reason"].clone();
-    assert_eq!(reason, "pressure", "the least recently used one");
+    let reason = wait_until("the end of the least recently used one to be told", || {
+        let reason = residentd.model("a")["last_eviction"]["reason"].clone();
+        (!reason.is_null()).then_some(reason)
+    });
+    assert_eq!(reason, "pressure");
     let refused = residentd.complete("big");
     assert_eq!(refused.status, 503, "{}", refused.text());
 

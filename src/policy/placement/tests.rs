@@ -6,7 +6,7 @@ use std::time::Duration;
 use super::super::event::{Event, GpuFacts};
 use super::super::testing::{World, gone, name, refused, spawned, spec};
 use super::super::words::Refusal;
-use super::super::{Effect, EvictReason, PressureLevel};
+use super::super::{Activity, Effect, EvictReason, PressureLevel};
 use crate::model::{Bytes, DeviceRef, Domain, GpuRequest, GpuVendor, ModelSpec};
 
 /// A model that declares this much VRAM on each of its GPUs, and little RAM.
@@ -179,6 +179,28 @@ fn a16_vram_that_returns_late_delays_only_its_own_gpu() {
     assert_eq!(spawned(&world.measure()), Vec::<String>::new());
     world.late.clear();
     assert_eq!(spawned(&world.measure()), ["new"]);
+}
+
+#[test]
+fn a16_a_worker_told_to_go_right_after_its_load_gives_back_what_it_took_since() {
+    let mut world = machine(&[10_000], &[("old", ONE, 8_000), ("new", ONE, 8_000)]);
+    // Ready and idle before anything of it was measured.
+    world.acquire("old");
+    let worker = world.worker("old");
+    let idle = Activity {
+        inside: 0,
+        last_left: world.now,
+    };
+    world.inside.insert(worker.clone(), idle);
+    world.step(Event::Ready {
+        worker: worker.clone(),
+    });
+    world.leave_at_once("old");
+    assert_eq!(gone(&world.acquire("new").1), ["old"]);
+    // It is measured for the first time while it is dying.
+    world.holding.insert(worker);
+    world.measure();
+    assert_eq!(spawned(&world.exit("old")), ["new"]);
 }
 
 #[test]
