@@ -4,7 +4,6 @@
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::Arc;
 
-use nix::libc::SIGKILL;
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
@@ -16,13 +15,13 @@ use super::{
 };
 use crate::clock::{Clock, Timestamp};
 use crate::gate::Gate;
-use crate::memory::{Killer, MemorySource, OomWatch, Pace, Reading, Subject};
-use crate::model::{Domain, ModelName, Upstream, WorkerId};
+use crate::memory::{MemorySource, OomWatch, Pace, Reading, Subject};
+use crate::model::{ModelName, Upstream, WorkerId};
 use crate::policy::{Activity, Event, Phase, Policy, Ticket};
 use crate::procfs::ProcessTree;
 use crate::store::Store;
 use crate::telemetry;
-use crate::worker::{ExitStatus, Spawner, Stop, Tail, WorkerEvent, WorkerHandle};
+use crate::worker::{Spawner, Stop, Tail, WorkerEvent, WorkerHandle};
 
 /// Arrivals handled before the next snapshot is published, so that a burst
 /// costs one snapshot and a quiet moment shows each step.
@@ -230,7 +229,7 @@ pub(super) struct Task {
     pub(super) limit_source: LimitSource,
     pub(super) auto_cleanup: bool,
     pub(super) counters: Counters,
-    oom: OomWatch,
+    pub(super) oom: OomWatch,
     /// Requests that were granted after they had waited.
     pub(super) granted_late: u64,
     next_serial: u64,
@@ -309,49 +308,6 @@ impl Task {
                 self.memory.sample_now();
             }
         }
-    }
-
-    /// Finds out what ended a worker that was not told to go. Returns how it
-    /// ended, as text, and where it ran out of memory.
-    fn autopsy(
-        &mut self,
-        worker: &WorkerId,
-        status: &ExitStatus,
-        last_lines: &[String],
-    ) -> (String, Vec<Domain>) {
-        let model = &self.policy.models()[&worker.model];
-        let unexpected = model.generation == worker.generation
-            && matches!(model.phase, Phase::Starting | Phase::Ready);
-        if !unexpected {
-            return (status.to_string(), Vec::new());
-        }
-        let gpus: Vec<_> = model
-            .domains()
-            .into_iter()
-            .filter(|d| *d != Domain::Host)
-            .collect();
-        let now = self.clock.now();
-        self.oom.notice(now, self.memory.oom_counters());
-        let killed = *status == ExitStatus::Signal(SIGKILL);
-        let Some(killer) = self.oom.killer(now, killed) else {
-            let lacked_vram = last_lines.iter().any(|line| tells_of_full_gpu(line));
-            let domains = if lacked_vram { gpus } else { Vec::new() };
-            return (status.to_string(), domains);
-        };
-        *self.counters.kills.entry(killer.as_str()).or_default() += 1;
-        let (by, domains) = match killer {
-            Killer::OomInCgroup => (
-                ", most likely because its cgroup ran out of memory",
-                vec![Domain::Host],
-            ),
-            Killer::OomInSystem => (
-                ", most likely because the machine ran out of memory",
-                vec![Domain::Host],
-            ),
-            Killer::Stranger => (", sent by another program", Vec::new()),
-        };
-        warn!(%worker, %status, verdict = killer.as_str(), "worker was killed");
-        (format!("{status}{by}"), domains)
     }
 
     fn worker_ready(&mut self, worker: &WorkerId, upstream: Upstream) {
@@ -469,21 +425,6 @@ impl Task {
             self.reject(ticket, Refusal::ShuttingDown);
         }
     }
-}
-
-/// Returns whether a line is what engines print when a GPU has no room left:
-/// PyTorch, llama.cpp, and the drivers of NVIDIA and AMD.
-fn tells_of_full_gpu(line: &str) -> bool {
-    let signs = [
-        "CUDA out of memory",
-        "HIP out of memory",
-        "cudaMalloc failed: out of memory",
-        "CUDA error: out of memory",
-        "CUDA_ERROR_OUT_OF_MEMORY",
-        "hipErrorOutOfMemory",
-        "NV_ERR_NO_MEMORY",
-    ];
-    signs.iter().any(|sign| line.contains(sign))
 }
 
 /// Lines of a worker's output that go into an error.

@@ -9,7 +9,7 @@
 use std::path::{Component, Path, PathBuf};
 use std::{fs, iter};
 
-use super::{CgroupReading, oom};
+use super::CgroupReading;
 use crate::model::Bytes;
 
 /// Version 1 writes "no limit" as the largest multiple of a page below 2^63.
@@ -74,7 +74,7 @@ impl Cgroup {
             Version::Two => "memory.events",
         };
         let text = fs::read_to_string(self.own().join(file)).ok()?;
-        oom::count(&text, "oom_kill")
+        number(&text, "oom_kill")
     }
 
     /// Returns the folder of our own cgroup.
@@ -109,11 +109,7 @@ impl Version {
     /// pages that need no writing first, and reclaimable slab. Locked pages
     /// are on neither of these lists.
     fn droppable(self, stat: &str) -> Bytes {
-        let of = |key: &str| {
-            stat.lines()
-                .find_map(|line| line.strip_prefix(key)?.strip_prefix(' ')?.parse().ok())
-                .map_or(Bytes::ZERO, Bytes)
-        };
+        let of = |key: &str| number(stat, key).map_or(Bytes::ZERO, Bytes);
         let (files, unwritten, slab) = match self {
             Self::One => (
                 of("total_active_file") + of("total_inactive_file"),
@@ -156,6 +152,19 @@ fn path_below(shown: &Path, own: &Path) -> PathBuf {
         Ok(rest) if rest.components().all(|c| matches!(c, Component::Normal(_))) => rest.into(),
         Ok(_) | Err(_) => PathBuf::new(),
     }
+}
+
+/// Returns the number behind a key of lines `key number`, as the files of
+/// cgroups and `/proc/vmstat` have them.
+pub(super) fn number(text: &str, key: &str) -> Option<u64> {
+    let of_key = |line: &str| {
+        line.strip_prefix(key)?
+            .strip_prefix(' ')?
+            .trim()
+            .parse()
+            .ok()
+    };
+    text.lines().find_map(of_key)
 }
 
 fn read_number(path: &Path) -> Option<u64> {
@@ -319,6 +328,15 @@ mod tests {
         assert_eq!((reading.version, reading.path.as_str()), (1, "/inner"));
         assert_eq!(reading.working_set, Bytes(3_600));
         assert_eq!(margin, Bytes(2_400));
+    }
+
+    #[test]
+    fn a_number_is_found_by_its_whole_key() {
+        let events = "low 0\nmax 18\noom 1\noom_kill 2\noom_group_kill 1\n";
+        assert_eq!(number(events, "oom_kill"), Some(2));
+        let control = "oom_kill_disable 0\nunder_oom 0\noom_kill 5\n";
+        assert_eq!(number(control, "oom_kill"), Some(5));
+        assert_eq!(number("", "oom_kill"), None);
     }
 
     #[test]

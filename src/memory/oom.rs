@@ -10,7 +10,7 @@ use std::fs;
 use std::path::Path;
 use std::time::Duration;
 
-use super::cgroup::Cgroup;
+use super::cgroup::{self, Cgroup};
 use crate::clock::Timestamp;
 
 /// A kill and the exit it caused are noticed within this time of each other.
@@ -31,21 +31,9 @@ impl OomCounters {
         let vmstat = fs::read_to_string(root.join("proc/vmstat")).unwrap_or_default();
         Self {
             cgroup: cgroup.and_then(Cgroup::oom_kills),
-            system: count(&vmstat, "oom_kill"),
+            system: cgroup::number(&vmstat, "oom_kill"),
         }
     }
-}
-
-/// Returns the number behind a key of `key number` lines.
-pub(super) fn count(text: &str, key: &str) -> Option<u64> {
-    let of_key = |line: &str| {
-        line.strip_prefix(key)?
-            .strip_prefix(' ')?
-            .trim()
-            .parse()
-            .ok()
-    };
-    text.lines().find_map(of_key)
 }
 
 /// Who ended a worker that nobody here had told to go.
@@ -143,16 +131,5 @@ mod tests {
         watch.notice(at(2), counters(None, Some(9)));
         watch.notice(at(3), counters(Some(9), Some(9)));
         assert_eq!(watch.killer(at(3), false), None);
-    }
-
-    #[test]
-    fn the_count_is_found_among_other_lines() {
-        let events = "low 0\nhigh 0\nmax 18\noom 1\noom_kill 2\noom_group_kill 1\n";
-        assert_eq!(count(events, "oom_kill"), Some(2));
-        assert_eq!(
-            count("oom_kill_disable 0\nunder_oom 0\noom_kill 5\n", "oom_kill"),
-            Some(5)
-        );
-        assert_eq!(count("", "oom_kill"), None);
     }
 }
