@@ -53,6 +53,18 @@ impl Bench {
         worker
     }
 
+    /// Starts a worker that takes this much of the first GPU once it is
+    /// followed.
+    fn load(&self, bytes: u64) -> (WorkerId, Holder) {
+        let holder = self.driver.holder("none", 0);
+        let worker = self.follow("a", &holder, &[0]);
+        self.reading("the load has begun", |r| r.workers.contains_key(&worker));
+        let processes = self.driver.folder().join("processes");
+        let file = processes.join(holder.pid().to_string());
+        std::fs::write(file, format!("{} {bytes}\n", uuid(0))).expect("written");
+        (worker, holder)
+    }
+
     /// Waits for a reading that is good, taken from now on.
     fn reading(&self, what: &str, good: impl Fn(&Reading) -> bool) -> Arc<Reading> {
         let before = self.sampler.readings().borrow().seq;
@@ -124,15 +136,7 @@ fn weighed(rows: &str) -> Vec<VramUsage> {
     bench.reading("the device before the load", |r| {
         r.devices[0].used == Some(Bytes(GIB / 2))
     });
-    let idle = bench.driver.holder("none", 0);
-    let a = bench.follow("a", &idle, &[0]);
-    bench.reading("the load has begun", |r| r.workers.contains_key(&a));
-    let file = bench
-        .driver
-        .folder()
-        .join("processes")
-        .join(idle.pid().to_string());
-    std::fs::write(file, format!("{} {GIB}\n", uuid(0))).expect("written");
+    let (a, _holder) = bench.load(GIB);
     bench.reading("the load shows", |r| {
         r.devices[0].used == Some(Bytes(GIB + GIB / 2))
     });
@@ -155,15 +159,7 @@ fn a18_a_driver_without_functions_for_processes_still_tells_totals() {
     let before = bench.reading("totals", |r| r.devices.len() == 1);
     assert_eq!(before.devices[0].free, Some(Bytes(16 * GIB)));
     assert_eq!(before.device_error, None);
-    let idle = bench.driver.holder("none", 0);
-    let a = bench.follow("a", &idle, &[0]);
-    bench.reading("the load has begun", |r| r.workers.contains_key(&a));
-    let file = bench
-        .driver
-        .folder()
-        .join("processes")
-        .join(idle.pid().to_string());
-    std::fs::write(file, format!("{} {GIB}\n", uuid(0))).expect("written");
+    let (a, _holder) = bench.load(GIB);
     bench.reading("the load shows", |r| r.devices[0].used == Some(Bytes(GIB)));
     assert_eq!(bench.vram(&a), [told(0, GIB, BY_DELTA)]);
 }
