@@ -1,5 +1,5 @@
 # What each target does is in README.md. None needs anything but a Rust toolchain and Python 3.
-.PHONY: run test real demo bench accept
+.PHONY: run test real demo bench accept gpu
 
 RESIDENTD := target/release/residentd
 
@@ -22,6 +22,10 @@ demo:
 # What it costs, a line for each figure.
 bench:
 	@scripts/bench
+
+# What only a real NVIDIA GPU can show.
+gpu:
+	@scripts/gpu
 
 # A line for each acceptance claim that can be judged here; IDS="A10 A14" picks.
 accept:
