@@ -32,13 +32,27 @@ enum Fit {
 
 impl Policy {
     /// Returns what the worker of a model has been promised, or what a load of
-    /// it now is expected to need.
+    /// it is expected to need. A model that may choose its GPUs is shown with
+    /// the emptiest ones: where it really goes is planned when it is loaded.
     #[must_use]
     pub fn expected(&self, model: &ModelState) -> Expected {
         if model.is_live() {
             return model.reservation.clone();
         }
-        let gpus = self.place(model, &Need::new()).unwrap_or_default();
+        let gpus = match &model.spec.gpus {
+            GpuRequest::None => Vec::new(),
+            GpuRequest::These(_) => self.place(model, &Need::new()).unwrap_or_default(),
+            GpuRequest::Count(_) => {
+                let mut emptiest: Vec<u32> = self.ledger.gpus.keys().copied().collect();
+                let headroom = |index: &u32| {
+                    let books = self.ledger.domains.get(&Domain::Gpu(*index));
+                    books.map(|books| books.measured.headroom)
+                };
+                emptiest.sort_by_key(|index| std::cmp::Reverse(headroom(index)));
+                emptiest.truncate(model.spec.gpus.count());
+                emptiest
+            }
+        };
         self.expected_on(model, &gpus)
     }
 
