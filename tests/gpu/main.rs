@@ -101,7 +101,7 @@ fn the_next_worker_starts_when_the_memory_of_the_last_one_is_back() {
     assert_eq!(answer.status, 200, "{}", answer.text());
     println!("FIGURE swap ms={}", asked.elapsed().as_millis());
     assert!(!runs(a));
-    assert_eq!(residentd.model("a")["last_eviction"]["reason"], "make_room");
+    assert_eq!(residentd.eviction("a"), "make_room");
     let uuid = device(&residentd)["uuid"].clone();
     assert_eq!(answer.json()["devices"], uuid);
     assert!(measured(&residentd, "b") < 6 * GIB + CONTEXT);

@@ -73,8 +73,7 @@ fn a_model_goes_to_the_gpu_that_fits_and_the_least_recently_used_makes_room() {
     assert!(!runs(green), "green was the least recently used");
     assert!(runs(red));
     assert_eq!(shown(&residentd, "blue"), uuid(1));
-    let last = residentd.model("green")["last_eviction"].clone();
-    assert_eq!(last["reason"], "make_room");
+    assert_eq!(residentd.eviction("green"), "make_room");
 
     // Both at once for the model that needs both.
     assert_eq!(residentd.complete("wide").status, 200);
@@ -227,8 +226,7 @@ fn a_limit_on_a_gpu_evicts_there_and_holds() {
     let answer = residentd.ask("POST", path, None);
     assert_eq!(answer.status, 200, "{}", answer.text());
     wait_until("the worker to go", || (!runs(worker)).then_some(()));
-    let last = residentd.model("a")["last_eviction"].clone();
-    assert_eq!(last["reason"], "pressure");
+    assert_eq!(residentd.eviction("a"), "pressure");
     let answer = residentd.complete("a");
     assert_eq!(answer.json()["error"]["code"], "model_too_large");
 }

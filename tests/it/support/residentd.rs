@@ -127,6 +127,15 @@ impl Residentd {
         self.model(name)["pid"].as_i64()
     }
 
+    /// Waits until an eviction of the model is told and returns why it was: its
+    /// process is gone a moment earlier.
+    pub(crate) fn eviction(&self, name: &str) -> Value {
+        wait_until(&format!("an eviction of {name} to be told"), || {
+            let reason = self.model(name)["last_eviction"]["reason"].clone();
+            (!reason.is_null()).then_some(reason)
+        })
+    }
+
     /// Waits until the model is in this phase.
     pub(crate) fn wait_for_phase(&self, name: &str, phase: &str) -> Value {
         wait_until(&format!("{name} to be {phase}"), || {
