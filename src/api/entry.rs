@@ -58,7 +58,10 @@ impl<'a> ModelEntry<'a> {
             pinned: view.pinned,
             in_flight: view.in_flight(),
             queued: view.queued,
-            memory: view.usage.as_ref().map(MemoryEntry::of),
+            memory: view
+                .usage
+                .as_ref()
+                .map(|usage| MemoryEntry::of(usage, clock)),
             vram: vram(view),
             expected: ExpectedEntry::of(&view.expected),
             peak: view.peak.get(&Domain::Host).map_or(0, |peak| peak.get()),
@@ -106,12 +109,13 @@ struct MemoryEntry {
     hugetlb: u64,
     locked: u64,
     pss: Option<u64>,
+    pss_at: f64,
     unreclaimable: u64,
     processes: u32,
 }
 
 impl MemoryEntry {
-    fn of(usage: &Usage) -> Self {
+    fn of(usage: &Usage, clock: Clock) -> Self {
         Self {
             rss: usage.rss.get(),
             anon: usage.anon.get(),
@@ -121,6 +125,7 @@ impl MemoryEntry {
             hugetlb: usage.hugetlb.get(),
             locked: usage.locked.get(),
             pss: usage.pss.map(Bytes::get),
+            pss_at: unix_or_zero(clock, usage.pss_at),
             unreclaimable: usage.unreclaimable().get(),
             processes: usage.processes,
         }

@@ -29,6 +29,9 @@ pub(crate) const PREFIX: &str = "/api/v1/models/";
 /// once: an unknown or too large model is told, not promised.
 const QUICK_ANSWER: Duration = Duration::from_millis(50);
 
+/// The longest that reading a proportional share is waited for.
+const LONGEST_SHARE: Duration = Duration::from_secs(10);
+
 /// Answers `GET /api/v1/models/{model}` and `…/logs`.
 pub(crate) async fn read(
     State(state): State<ApiState>,
@@ -48,10 +51,32 @@ pub(crate) async fn read(
         }
     }
     let route = find(routes, &whole).ok_or_else(|| unknown(&whole))?;
+    let mut params = Params::of(&uri)?;
+    let weigh = params.flag("pss", false)?;
+    params.finish()?;
+    if weigh {
+        await_share(&state.controller, route).await?;
+    }
     let snapshot = state.controller.snapshot();
     let view = snapshot.models.get(route.name());
     let view = view.ok_or_else(|| unknown(&whole))?;
     Ok(success(&ModelEntry::of(view, state.controller.clock())))
+}
+
+/// Has the proportional share of the model's worker read, and waits until it
+/// was, the worker is gone, or it took too long.
+async fn await_share(controller: &Controller, route: &ModelRoute) -> Result<(), ApiError> {
+    let asked = controller.clock().now();
+    let mut views = controller.watch();
+    controller.weigh(route.name()).await?;
+    let has_it = views.wait_for(|snapshot| {
+        let view = snapshot.models.get(route.name());
+        let usage = view.and_then(|view| view.usage.as_ref());
+        usage.is_none_or(|usage| usage.pss_at > Some(asked))
+    });
+    // Late, the answer has the last one, and `pss_at` says how old it is.
+    let _ = tokio::time::timeout(LONGEST_SHARE, has_it).await;
+    Ok(())
 }
 
 /// Answers `POST /api/v1/models/{model}/{action}`.

@@ -72,6 +72,7 @@ struct SystemData<'a> {
     host: HostEntry,
     cgroup: Option<CgroupEntry<'a>>,
     psi: Option<PsiEntry>,
+    oom_kills: KillsEntry,
     devices: Vec<DeviceEntry<'a>>,
     device_error: Option<&'a str>,
 }
@@ -99,10 +100,22 @@ impl<'a> SystemData<'a> {
             host: HostEntry::of(host),
             cgroup: host.cgroup.as_ref().map(CgroupEntry::of),
             psi: host.psi.map(PsiEntry::of),
+            oom_kills: KillsEntry {
+                cgroup: host.oom.cgroup,
+                system: host.oom.system,
+            },
             devices: devices(snapshot),
             device_error: reading.device_error.as_deref(),
         }
     }
+}
+
+/// Processes that the kernel ended for want of memory, since the cgroup was made
+/// and since the machine came up; `null` where it does not tell.
+#[derive(Clone, Copy, Debug, Serialize)]
+struct KillsEntry {
+    cgroup: Option<u64>,
+    system: Option<u64>,
 }
 
 /// Swap is the host's: the kernel does not say what of it a container may use.

@@ -55,6 +55,8 @@ pub enum Command {
         request: CleanupRequest,
         reply: Reply<CleanupReport>,
     },
+    /// See [`super::Controller::weigh`].
+    Weigh { model: ModelName, reply: Reply<()> },
     /// See [`super::Controller::tail`].
     Tail {
         model: ModelName,

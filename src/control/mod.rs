@@ -166,6 +166,16 @@ impl Controller {
         .await
     }
 
+    /// Asks for the proportional share of the model's worker; the next views
+    /// have it once it was read.
+    ///
+    /// # Errors
+    /// [`Refusal::UnknownModel`], or that the controller is gone.
+    pub async fn weigh(&self, model: &ModelName) -> Result<(), Refusal> {
+        let model = model.clone();
+        self.ask(|_, reply| Command::Weigh { model, reply }).await
+    }
+
     /// Returns the last lines of the model's current or last worker.
     ///
     /// # Errors

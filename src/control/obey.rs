@@ -6,7 +6,7 @@ use tracing::info;
 
 use super::command::{LimitReport, LimitRequest, Reply};
 use super::task::{Pending, Task};
-use super::{CleanupReport, CleanupRequest, Command, LimitSource, Refusal};
+use super::{CleanupReport, CleanupRequest, Command, LimitSource, LogTail, Refusal};
 use crate::model::{Domain, ModelName};
 use crate::policy::{CleanupOrder, Event, Ticket};
 
@@ -71,18 +71,15 @@ impl Task {
             Command::Limit { request, reply } => {
                 let _ = reply.send(self.set_limit(request));
             }
+            Command::Weigh { model, reply } => {
+                let _ = reply.send(self.weigh(model));
+            }
             Command::Tail {
                 model,
                 lines,
                 reply,
             } => {
-                let known = self.policy.models().contains_key(&model);
-                let answer = if known {
-                    Ok(self.tail_of(&model, lines))
-                } else {
-                    Err(Refusal::UnknownModel(model))
-                };
-                let _ = reply.send(answer);
+                let _ = reply.send(self.known_tail(model, lines));
             }
             Command::Shutdown { grace, reply } => {
                 info!(grace_s = grace.as_secs_f64(), "shutting down");
@@ -93,6 +90,20 @@ impl Task {
                 self.feed(Event::Shutdown { until: now + grace });
             }
         }
+    }
+
+    fn known_tail(&self, model: ModelName, lines: usize) -> Result<LogTail, Refusal> {
+        if !self.policy.models().contains_key(&model) {
+            return Err(Refusal::UnknownModel(model));
+        }
+        Ok(self.tail_of(&model, lines))
+    }
+
+    fn weigh(&self, model: ModelName) -> Result<(), Refusal> {
+        let state = self.policy.models().get(&model);
+        let state = state.ok_or(Refusal::UnknownModel(model.clone()))?;
+        self.memory.weigh(&state.worker());
+        Ok(())
     }
 
     fn pin(&mut self, model: ModelName, pinned: bool) -> Result<(), Refusal> {

@@ -52,6 +52,9 @@ pub trait MemorySource: fmt::Debug + Send + Sync + 'static {
     fn loaded(&self, worker: &WorkerId);
     /// Stops measuring it.
     fn forget(&self, worker: &WorkerId);
+    /// Asks for the proportional share of a worker, which is not read by itself
+    /// once it is known: reading it stalls the worker.
+    fn weigh(&self, worker: &WorkerId);
     /// Asks for a reading at once; it is taken after this call.
     fn sample_now(&self);
     /// Sets how often readings are taken.

@@ -55,6 +55,8 @@ pub(super) struct Observer {
     most_files: usize,
     /// What was made of the processes at the last pass.
     last: Summary,
+    /// Workers whose proportional share somebody waits for.
+    wanted: BTreeSet<WorkerId>,
     seq: u64,
     proc_failed: bool,
 }
@@ -100,9 +102,15 @@ impl Observer {
             files: BTreeMap::new(),
             most_files: most_files(),
             last: Summary::default(),
+            wanted: BTreeSet::new(),
             seq: 0,
             proc_failed: false,
         }
+    }
+
+    /// Looks at the proportional shares of these workers as soon as may be.
+    pub(super) fn weigh(&mut self, workers: BTreeSet<WorkerId>) {
+        self.wanted.extend(workers);
     }
 
     /// Takes one reading. Everything in it is newer than the call. Returns it
@@ -295,13 +303,15 @@ impl Observer {
         let finds = self.walker.collect();
         let sizes = || members.iter().map(|m| (m.process, m.memory, m.faults));
         let unchanged = finds.is_empty() && self.last.members.iter().copied().eq(sizes());
-        if unchanged && depth == Depth::Sizes {
+        if unchanged && depth == Depth::Sizes && self.wanted.is_empty() {
             return;
         }
         self.sharing.learn(at, members, finds);
         if self.walker.is_idle() {
-            let list = self.sharing.plan(at, members, depth == Depth::Full);
+            let recheck = depth == Depth::Full;
+            let list = self.sharing.plan(at, members, recheck, &self.wanted);
             self.walker.look(list);
+            self.wanted.clear();
         }
         self.last = Summary {
             members: sizes().collect(),

@@ -11,6 +11,8 @@
 //! second the first. A pass that takes long is followed by a rest of four times
 //! as long, so measuring never takes more than a fifth of one core.
 
+use std::collections::BTreeSet;
+use std::mem;
 use std::path::PathBuf;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
@@ -73,6 +75,9 @@ pub struct Sampler {
     _wake: Wake,
 }
 
+/// Workers whose proportional share is wanted.
+type Weigh = BTreeSet<WorkerId>;
+
 /// Where orders for the thread lie.
 #[derive(Debug, Default)]
 struct Desk {
@@ -90,6 +95,8 @@ struct Orders {
     found: bool,
     /// The kernel says that memory is tight: the host is wanted at once.
     pressed: bool,
+    /// Workers whose proportional share is wanted.
+    weigh: Weigh,
     stop: bool,
 }
 
@@ -158,6 +165,13 @@ impl MemorySource for Sampler {
         });
     }
 
+    fn weigh(&self, worker: &WorkerId) {
+        self.desk.order(|orders| {
+            orders.weigh.insert(worker.clone());
+            orders.now = true;
+        });
+    }
+
     fn sample_now(&self) {
         self.desk.order(|orders| orders.now = true);
     }
@@ -202,7 +216,7 @@ impl Desk {
 
     /// Waits for the next pass. Returns how deep it is to be and over what, or
     /// `None` at the end.
-    fn next_pass(&self, clock: Clock, rounds: &Rounds) -> Option<(Depth, Followed)> {
+    fn next_pass(&self, clock: Clock, rounds: &Rounds) -> Option<(Depth, Followed, Weigh)> {
         let mut orders = self.lock();
         loop {
             if orders.stop {
@@ -213,7 +227,8 @@ impl Desk {
                 orders.now = false;
                 orders.found = false;
                 orders.pressed = false;
-                return Some((depth, orders.followed.clone()));
+                let weigh = mem::take(&mut orders.weigh);
+                return Some((depth, orders.followed.clone(), weigh));
             }
             let next = if orders.found {
                 rounds.rested
@@ -236,7 +251,8 @@ fn run(
     mut rounds: Rounds,
     readings: &watch::Sender<Arc<Reading>>,
 ) {
-    while let Some((depth, followed)) = desk.next_pass(clock, &rounds) {
+    while let Some((depth, followed, weigh)) = desk.next_pass(clock, &rounds) {
+        observer.weigh(weigh);
         let (reading, depth) = observer.observe(depth, &followed);
         rounds.passed(&reading, depth, clock.now());
         readings.send_replace(Arc::new(reading));

@@ -17,7 +17,7 @@
 //! off its figures; later growth counts in full and shrinking scales what was
 //! seen.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::time::Duration;
 
@@ -150,12 +150,13 @@ impl Sharing {
     }
 
     /// Returns what the walker should look at next. With `recheck`, also at
-    /// mappings that seem not to have changed.
+    /// mappings that seem not to have changed; `wanted` workers in any case.
     pub(super) fn plan(
         &mut self,
         now: Timestamp,
         members: &[Member],
         recheck: bool,
+        wanted: &BTreeSet<WorkerId>,
     ) -> Vec<(ProcessKey, Look)> {
         let stakes = self.stakes(members);
         let mappers = members
@@ -168,9 +169,10 @@ impl Sharing {
                 continue;
             };
             known.company = stake.company;
-            if mappers > 1 && known.maps_are_due(now, &member.memory, recheck) {
+            let is_wanted = wanted.contains(&member.worker);
+            if !is_wanted && mappers > 1 && known.maps_are_due(now, &member.memory, recheck) {
                 list.push((member.process, Look::Maps));
-            } else if known.walk_is_due(now, &member.memory, &stake) {
+            } else if is_wanted || known.walk_is_due(now, &member.memory, &stake) {
                 let look = if stake.mapped >= SMALLEST {
                     Look::Smaps
                 } else {

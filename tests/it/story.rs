@@ -306,3 +306,20 @@ fn without_auto_cleanup_pressure_is_only_told() {
     assert_eq!(residentd.model("old")["phase"], "ready");
     assert_eq!(residentd.memory("stats")["evictions_total"], 0);
 }
+
+#[test]
+fn the_proportional_share_of_a_worker_is_read_when_it_is_asked_for() {
+    let residentd = Residentd::start(&model("a", 64, ""));
+    residentd.complete("a");
+    let ask = || {
+        let answer = residentd.ask("GET", "/api/v1/models/a?pss=true", None);
+        assert_eq!(answer.status, 200, "{}", answer.text());
+        let memory = answer.json()["data"]["memory"].clone();
+        let bytes = memory["pss"].as_u64().expect("it was read");
+        (bytes, memory["pss_at"].as_f64().expect("a time"))
+    };
+    let (bytes, first) = ask();
+    assert!((64 << 20..80 << 20).contains(&bytes), "{bytes}");
+    let (_, second) = ask();
+    assert!(second > first, "it is read anew each time");
+}

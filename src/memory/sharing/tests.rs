@@ -1,3 +1,5 @@
+use std::collections::BTreeSet;
+
 use super::*;
 use crate::model::ModelName;
 
@@ -90,7 +92,7 @@ fn corrected(sharing: &Sharing, tree: &[Member]) -> Usage {
 fn plan(sharing: &mut Sharing, millis: u64, members: &[Member]) -> Vec<(i32, Look)> {
     let now = Timestamp::from_millis(millis);
     sharing.learn(now, members, Vec::new());
-    let list = sharing.plan(now, members, false);
+    let list = sharing.plan(now, members, false, &BTreeSet::new());
     list.into_iter()
         .map(|(key, look)| (key.pid, look))
         .collect()
