@@ -77,8 +77,10 @@ pub(crate) struct Device {
     pub(crate) baseline: u64,
     /// What the call for its memory returns.
     pub(crate) memory: i32,
-    /// What every call for it returns.
+    /// What every call for it returns, the one for its handle among them.
     pub(crate) error: i32,
+    /// What the call for its MIG mode returns.
+    pub(crate) mig_mode: i32,
     /// Instances it is divided into.
     pub(crate) mig: Vec<Device>,
 }
@@ -107,13 +109,21 @@ impl Driver {
         thread::sleep(Duration::from_millis(self.hang_ms));
     }
 
-    /// Returns the device or instance behind a handle; see [`handle`].
-    pub(crate) fn device(&self, handle: usize) -> Option<&Device> {
+    /// Returns the device or instance behind a handle, see [`handle`], or the
+    /// code that every call for it returns.
+    pub(crate) fn device(&self, handle: usize) -> Result<&Device, i32> {
         let (gpu, instance) = (handle / 1000, handle % 1000);
-        let device = self.devices.get(gpu.checked_sub(1)?)?;
-        match instance.checked_sub(1) {
-            Some(instance) => device.mig.get(instance),
-            None => Some(device),
+        let gpu = gpu.checked_sub(1).and_then(|gpu| self.devices.get(gpu));
+        let gpu = gpu.ok_or(code::INVALID_ARGUMENT)?;
+        // An instance is lost with its GPU.
+        let device = match instance.checked_sub(1) {
+            _ if gpu.error != code::OK => gpu,
+            Some(instance) => gpu.mig.get(instance).ok_or(code::NOT_FOUND)?,
+            None => gpu,
+        };
+        match device.error {
+            code::OK => Ok(device),
+            error => Err(error),
         }
     }
 
@@ -143,9 +153,15 @@ impl Driver {
     }
 }
 
-/// Returns the handle of a GPU, or of one of its instances.
-pub(crate) fn handle(gpu: usize, instance: Option<usize>) -> usize {
-    (gpu + 1) * 1000 + instance.map_or(0, |instance| instance + 1)
+/// Returns the handle of a GPU. That of its n-th MIG instance, from 0, is
+/// larger by n and one.
+pub(crate) fn handle(gpu: u32) -> usize {
+    (place(gpu) + 1) * 1000
+}
+
+/// Returns an index as C counts it in the size of ours.
+pub(crate) fn place(index: u32) -> usize {
+    usize::try_from(index).expect("a 64-bit machine")
 }
 
 fn is_alive(pid: i32) -> bool {

@@ -9,7 +9,7 @@
 
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use crate::driver::{Driver, Holding, Rows, code, handle};
+use crate::driver::{Driver, Holding, Rows, code, place};
 
 /// `nvmlProcessInfo_t`.
 #[repr(C)]
@@ -72,9 +72,13 @@ pub unsafe extern "C" fn nvmlDeviceGetMigMode(
     pending: *mut u32,
 ) -> i32 {
     let driver = Driver::read();
-    let Some(found) = driver.device(device) else {
-        return code::NOT_FOUND;
+    let found = match driver.device(device) {
+        Ok(found) => found,
+        Err(error) => return error,
     };
+    if found.mig_mode != code::OK {
+        return found.mig_mode;
+    }
     let mode = u32::from(!found.mig.is_empty());
     // SAFETY: as promised by the caller.
     unsafe {
@@ -103,23 +107,17 @@ pub unsafe extern "C" fn nvmlDeviceGetMigDeviceHandleByIndex(
     instance: *mut usize,
 ) -> i32 {
     let driver = Driver::read();
-    let index = usize::try_from(index).unwrap_or(usize::MAX);
-    let Some(found) = driver.device(device).filter(|d| index < d.mig.len()) else {
-        return code::NOT_FOUND;
-    };
-    if found.error != code::OK {
-        return found.error;
+    let found = device + 1 + place(index);
+    if let Err(error) = driver.device(found) {
+        return error;
     }
     // SAFETY: as promised by the caller.
-    unsafe { instance.write(handle(device / 1000 - 1, Some(index))) };
+    unsafe { instance.write(found) };
     code::OK
 }
 
 fn rows(driver: &Driver, device: usize) -> Result<Vec<Process>, i32> {
-    let found = driver.device(device).ok_or(code::NOT_FOUND)?;
-    if found.error != code::OK {
-        return Err(found.error);
-    }
+    let found = driver.device(device)?;
     if driver.rows == Rows::NotSupported {
         return Err(NOT_SUPPORTED);
     }

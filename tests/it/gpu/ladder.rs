@@ -16,14 +16,14 @@ use crate::support::gpu::{FakeDriver, GIB, Holder, uuid};
 use crate::support::{now, wait_until};
 
 /// A sampler over a driver, and the workers it follows.
-struct Bench {
-    driver: FakeDriver,
-    sampler: Arc<Sampler>,
+pub(super) struct Bench {
+    pub(super) driver: FakeDriver,
+    pub(super) sampler: Arc<Sampler>,
     settings: SamplerSettings,
 }
 
 impl Bench {
-    fn new(driver: FakeDriver) -> Self {
+    pub(super) fn new(driver: FakeDriver) -> Self {
         let settings = SamplerSettings {
             nvml_library: Some(driver.library()),
             ..SamplerSettings::default()
@@ -38,7 +38,7 @@ impl Bench {
     }
 
     /// Follows a process as a worker that is placed on these GPUs and loads.
-    fn follow(&self, name: &str, holder: &Holder, gpus: &[u32]) -> WorkerId {
+    pub(super) fn follow(&self, name: &str, holder: &Holder, gpus: &[u32]) -> WorkerId {
         let worker = WorkerId {
             model: ModelName::new(name).expect("a good name"),
             generation: 1,
@@ -66,7 +66,7 @@ impl Bench {
     }
 
     /// Waits for a reading that is good, taken from now on.
-    fn reading(&self, what: &str, good: impl Fn(&Reading) -> bool) -> Arc<Reading> {
+    pub(super) fn reading(&self, what: &str, good: impl Fn(&Reading) -> bool) -> Arc<Reading> {
         let before = self.sampler.readings().borrow().seq;
         wait_until(what, || {
             let reading = self.sampler.readings().borrow().clone();
@@ -75,13 +75,13 @@ impl Bench {
     }
 
     /// Returns what the worker is said to hold in a reading taken from now on.
-    fn vram(&self, worker: &WorkerId) -> Vec<VramUsage> {
+    pub(super) fn vram(&self, worker: &WorkerId) -> Vec<VramUsage> {
         let reading = self.reading("a reading", |r| r.workers.contains_key(worker));
         reading.workers[worker].vram.clone()
     }
 }
 
-fn told(device: u32, bytes: u64, source: VramSource) -> VramUsage {
+pub(super) fn told(device: u32, bytes: u64, source: VramSource) -> VramUsage {
     VramUsage {
         device,
         bytes: Some(Bytes(bytes)),
@@ -90,8 +90,8 @@ fn told(device: u32, bytes: u64, source: VramSource) -> VramUsage {
     }
 }
 
-const BY_PID: VramSource = VramSource::NvmlProcess;
-const BY_DELTA: VramSource = VramSource::DeviceDelta;
+pub(super) const BY_PID: VramSource = VramSource::NvmlProcess;
+pub(super) const BY_DELTA: VramSource = VramSource::DeviceDelta;
 
 #[test]
 fn a18_each_workers_memory_is_told_by_pid_on_every_gpu() {
@@ -275,6 +275,7 @@ fn a18_a_lost_gpu_is_told_and_the_others_are_still_right() {
     let error = reading.device_error.clone().expect("just seen");
     assert!(error.contains("gpu:0"), "{error}");
     assert_eq!(reading.devices[0].used, None);
+    assert_eq!(reading.devices[0].uuid, uuid(0), "it is still known");
     assert_eq!(reading.devices[1].used, Some(Bytes(GIB)));
     assert_eq!(reading.workers[&a].vram, [told(1, GIB, BY_PID)]);
     bench
