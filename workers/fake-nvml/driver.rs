@@ -32,14 +32,18 @@ pub(crate) mod code {
 pub(crate) struct Driver {
     /// What `nvmlInit` returns.
     pub(crate) init: i32,
+    /// `nvmlInit` takes this long.
+    pub(crate) init_hang_ms: u64,
     /// Every call for memory takes this long.
     pub(crate) hang_ms: u64,
     /// Memory of a process that is gone comes back after this long.
     pub(crate) late_free_ms: u64,
     /// How processes are listed.
     pub(crate) rows: Rows,
-    /// The list of processes grows by one between its count and itself, this
-    /// many times in the life of the library.
+    /// Every process draws as well, and is listed for that a second time.
+    pub(crate) graphics: bool,
+    /// The list of processes grows between its count and itself, this many
+    /// times in the life of the library.
     pub(crate) grow: u32,
     pub(crate) devices: Vec<Device>,
 }
@@ -100,15 +104,6 @@ impl Driver {
         serde_json::from_slice(&text).unwrap_or_default()
     }
 
-    /// Hangs as long as it is told to.
-    pub(crate) fn take_time(&self) {
-        #[expect(
-            clippy::disallowed_methods,
-            reason = "a driver that hangs blocks its caller's thread"
-        )]
-        thread::sleep(Duration::from_millis(self.hang_ms));
-    }
-
     /// Returns the device or instance behind a handle, see [`handle`], or the
     /// code that every call for it returns.
     pub(crate) fn device(&self, handle: usize) -> Result<&Device, i32> {
@@ -162,6 +157,19 @@ pub(crate) fn handle(gpu: u32) -> usize {
 /// Returns an index as C counts it in the size of ours.
 pub(crate) fn place(index: u32) -> usize {
     usize::try_from(index).expect("a 64-bit machine")
+}
+
+/// Hangs for as long as the driver is told to; it may be told otherwise
+/// meanwhile.
+pub(crate) fn hang(how_long: impl Fn(&Driver) -> u64) {
+    let since = now_ms();
+    while now_ms() - since < how_long(&Driver::read()) {
+        #[expect(
+            clippy::disallowed_methods,
+            reason = "a driver that hangs blocks its caller's thread"
+        )]
+        thread::sleep(Duration::from_millis(5));
+    }
 }
 
 fn is_alive(pid: i32) -> bool {

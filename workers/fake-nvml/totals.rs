@@ -9,7 +9,7 @@
 
 use std::ffi::c_char;
 
-use crate::driver::{Driver, code, handle};
+use crate::driver::{Driver, code, handle, hang};
 
 /// `nvmlMemory_v2_t`.
 #[repr(C)]
@@ -24,6 +24,7 @@ pub struct Memory {
 
 #[unsafe(no_mangle)]
 pub extern "C" fn nvmlInit_v2() -> i32 {
+    hang(|driver| driver.init_hang_ms);
     Driver::read().init
 }
 
@@ -89,8 +90,8 @@ pub unsafe extern "C" fn nvmlDeviceGetName(device: usize, text: *mut c_char, len
 /// `memory` can be written to.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nvmlDeviceGetMemoryInfo_v2(device: usize, memory: *mut Memory) -> i32 {
+    hang(|driver| driver.hang_ms);
     let driver = Driver::read();
-    driver.take_time();
     let found = match driver.device(device) {
         Ok(found) => found,
         Err(error) => return error,

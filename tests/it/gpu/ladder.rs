@@ -10,7 +10,7 @@ use residentd::memory::{
 };
 use residentd::model::{Bytes, ModelName, WorkerId};
 use residentd::procfs::{ProcessStat, ProcessTree};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::support::gpu::{FakeDriver, GIB, Holder, uuid};
 use crate::support::{now, wait_until};
@@ -115,6 +115,32 @@ fn a18_each_workers_memory_is_told_by_pid_on_every_gpu() {
 }
 
 #[test]
+fn a18_a_tree_is_added_up_and_a_stranger_is_nobodys() {
+    let driver = FakeDriver::new(1);
+    let flags = ["--child", "--child-vram", "2GiB"];
+    let holder = driver.holder_with(&uuid(0), GIB, &flags);
+    let _stranger = driver.holder(&uuid(0), 4 * GIB);
+    let bench = Bench::new(driver);
+    let a = bench.follow("a", &holder, &[0]);
+    // The child may be listed a moment later.
+    let reading = bench.reading("all processes", |r| {
+        r.devices[0].used == Some(Bytes(7 * GIB))
+            && r.workers.get(&a).is_some_and(|usage| usage.processes == 2)
+    });
+    assert_eq!(reading.workers[&a].vram, [told(0, 3 * GIB, BY_PID)]);
+}
+
+#[test]
+fn a18_a_process_that_computes_and_draws_counts_once() {
+    let mut driver = FakeDriver::new(1);
+    driver.set(|state| state["graphics"] = json!(true));
+    let holder = driver.holder(&uuid(0), GIB);
+    let bench = Bench::new(driver);
+    let a = bench.follow("a", &holder, &[0]);
+    assert_eq!(bench.vram(&a), [told(0, GIB, BY_PID)]);
+}
+
+#[test]
 fn a18_a_thread_that_is_listed_counts_for_its_process() {
     let mut driver = FakeDriver::new(1);
     driver.set(|state| state["rows"] = json!("threads"));
@@ -215,16 +241,29 @@ fn a18_a_gpu_that_tells_no_memory_is_unknown_and_a_worker_there_never_zero() {
 
 #[test]
 fn a18_a_gpu_without_memory_of_its_own_counts_against_the_host() {
+    // Some say that they cannot tell, others that they have none.
+    let says: [fn(&mut Value); 2] = [
+        |state| {
+            state["devices"][0]["memory"] = json!(3);
+            state["devices"][0]["name"] = json!("NVIDIA GB10");
+        },
+        |state| state["devices"][0]["total"] = json!(0),
+    ];
+    for say in says {
+        counts_against_the_host(say);
+    }
+}
+
+fn counts_against_the_host(say: fn(&mut Value)) {
     let mut driver = FakeDriver::new(1);
-    driver.set(|state| {
-        state["devices"][0]["memory"] = json!(3);
-        state["devices"][0]["name"] = json!("NVIDIA GB10");
-    });
+    driver.set(say);
     let holder = driver.holder(&uuid(0), GIB);
     let bench = Bench::new(driver);
     let a = bench.follow("a", &holder, &[0]);
     let reading = bench.reading("the worker", |r| r.workers.contains_key(&a));
-    assert!(reading.devices[0].unified);
+    let device = &reading.devices[0];
+    assert!(device.unified);
+    assert_eq!((device.total, device.used), (None, None));
     let usage = &reading.workers[&a];
     assert_eq!(usage.vram, [told(0, GIB, BY_PID)]);
     assert_eq!(usage.unified, Bytes(GIB));

@@ -1,10 +1,15 @@
-//! A18: a driver that has lost a GPU, hangs, or is not there.
+//! A18: a driver that has lost a GPU, hangs, may not tell, or is not there.
 
+use std::time::Duration;
+
+use residentd::clock::Clock;
+use residentd::memory::{MemorySource, Sampler, SamplerSettings};
 use residentd::model::Bytes;
 use serde_json::json;
 
 use super::ladder::{BY_PID, Bench, told};
 use crate::support::gpu::{FakeDriver, GIB, uuid};
+use crate::support::now;
 
 /// The driver's code for a GPU that fell off the bus.
 const LOST: i32 = 15;
@@ -64,4 +69,41 @@ fn a18_instances_of_a_lost_gpu_keep_their_numbers() {
         ]
     );
     assert_eq!(reading.workers[&a].vram, [told(2, GIB, BY_PID)]);
+}
+
+#[test]
+fn a18_a_driver_that_hangs_while_it_opens_is_found_when_it_has() {
+    let mut driver = FakeDriver::new(1);
+    driver.set(|state| state["init_hang_ms"] = json!(60_000));
+    let mut bench = Bench::new(driver);
+    let reading = bench.reading("a reading without a driver", |_| true);
+    assert!(reading.devices.is_empty() && reading.host.total > Bytes::ZERO);
+    let error = reading.device_error.clone().expect("it is told");
+    assert!(error.contains("has not answered for"), "{error}");
+    bench.driver.set(|state| state["init_hang_ms"] = json!(0));
+    bench.reading("the driver", |r| {
+        r.device_error.is_none() && r.devices.len() == 1
+    });
+}
+
+#[test]
+fn a18_a_driver_that_hangs_does_not_keep_the_sampler() {
+    let mut bench = Bench::new(FakeDriver::new(1));
+    bench.driver.set(|state| state["hang_ms"] = json!(60_000));
+    bench.reading("the hang", |r| r.device_error.is_some());
+    let since = now();
+    drop(bench);
+    assert!(since.elapsed() < Duration::from_secs(5), "it waited");
+}
+
+#[test]
+fn a18_without_a_driver_there_are_no_gpus_and_nothing_is_wrong() {
+    let settings = SamplerSettings {
+        nvml_library: Some("/nonexistent/libnvidia-ml.so.1".into()),
+        ..SamplerSettings::default()
+    };
+    let sampler = Sampler::start(Clock::start(), settings);
+    let reading = sampler.readings().borrow().clone();
+    assert!(reading.devices.is_empty());
+    assert_eq!(reading.device_error, None);
 }
