@@ -59,8 +59,12 @@ fn pools_of<'nvml>(nvml: &'nvml Nvml, gpu: u32) -> Result<Vec<Pool<'nvml>>, Nvml
 }
 
 fn list_instances<'nvml>(device: &Device<'nvml>) -> Result<Vec<Device<'nvml>>, NvmlError> {
-    let mode = device.mig_mode().map(|mode| mode.current);
-    if unless_lost(mode)? == 0 {
+    let mode = match device.mig_mode() {
+        // Who is given instances only may not ask their GPU whether it has any.
+        Err(NvmlError::NoPermission) => 1,
+        mode => unless_lost(mode.map(|mode| mode.current))?,
+    };
+    if mode == 0 {
         return Ok(Vec::new());
     }
     let mut instances = Vec::new();

@@ -72,6 +72,28 @@ fn a18_instances_of_a_lost_gpu_keep_their_numbers() {
 }
 
 #[test]
+fn a18_instances_are_found_although_their_gpu_tells_us_nothing_at_all() {
+    let mut driver = FakeDriver::new(1);
+    driver.set(|state| {
+        let gpu = &mut state["devices"][0];
+        (gpu["memory"], gpu["mig_mode"]) = (json!(4), json!(4));
+        gpu["mig"] = json!([{"uuid": "MIG-fake-a", "name": "", "total": 5 * GIB}]);
+    });
+    let holder = driver.holder("MIG-fake-a", GIB);
+    let bench = Bench::new(driver);
+    let a = bench.follow("a", &holder, &[0]);
+    assert_eq!(bench.vram(&a), [told(0, GIB, BY_PID)]);
+    let reading = bench.reading("the instance", |_| true);
+    let places: Vec<_> = reading
+        .devices
+        .iter()
+        .map(|d| (d.uuid.as_str(), d.free))
+        .collect();
+    assert_eq!(places, [("MIG-fake-a", Some(Bytes(4 * GIB)))]);
+    assert_eq!(reading.device_error, None);
+}
+
+#[test]
 fn a18_a_driver_that_hangs_while_it_opens_is_found_when_it_has() {
     let mut driver = FakeDriver::new(1);
     driver.set(|state| state["init_hang_ms"] = json!(60_000));
