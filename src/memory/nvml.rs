@@ -7,6 +7,7 @@
 
 mod pools;
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -221,7 +222,8 @@ fn answer_with(nvml: &Nvml, link: &Link) -> bool {
                 }
             }
         }
-        let sweep = sweep_pools(&pools);
+        let last = link.lock().last.rows.clone();
+        let sweep = sweep_pools(&pools, &last);
         // Handles may be out of date: a MIG instance is gone, a GPU lost.
         outdated = sweep.error.is_some();
         link.answer(sweep);
@@ -241,7 +243,8 @@ fn close(nvml: Nvml) {
     }
 }
 
-fn sweep_pools(pools: &[Pool<'_>]) -> Sweep {
+/// Reads all pools; `last` are the rows of the sweep before.
+fn sweep_pools(pools: &[Pool<'_>], last: &[Row]) -> Sweep {
     let mut sweep = Sweep::default();
     for (pool, index) in pools.iter().zip(0..) {
         let mut reading = DeviceReading {
@@ -256,7 +259,7 @@ fn sweep_pools(pools: &[Pool<'_>]) -> Sweep {
             source: "nvml",
         };
         match &pool.device {
-            Ok(device) => sweep.read(device, &mut reading),
+            Ok(device) => sweep.read(device, &mut reading, last),
             Err(error) => sweep.note(index, error),
         }
         sweep.devices.push(reading);
@@ -273,7 +276,7 @@ fn is_integrated(name: &str) -> bool {
 
 impl Sweep {
     /// Reads the memory of a device and its processes.
-    fn read(&mut self, device: &Device<'_>, reading: &mut DeviceReading) {
+    fn read(&mut self, device: &Device<'_>, reading: &mut DeviceReading, last: &[Row]) {
         match device.memory_info() {
             // A GPU without memory of its own uses the host's.
             Ok(info) if info.total == 0 => reading.unified = true,
@@ -298,25 +301,44 @@ impl Sweep {
                     let rows = processes.iter().map(|p| row(reading.index, p));
                     self.rows.extend(rows);
                 }
-                Err(error) => self.note(reading.index, &error),
+                Err(error) => {
+                    self.note(reading.index, &error);
+                    if !cannot_tell(&error) {
+                        self.keep_processes(reading.index, last);
+                    }
+                }
             }
         }
     }
 
-    /// Keeps an error that needs a person. What a device or a driver cannot
-    /// tell at all is unknown, not wrong.
+    /// Keeps the processes that were last on a device whose list failed. What
+    /// they hold is unknown now; unlisted they would seem to hold nothing.
+    fn keep_processes(&mut self, device: u32, last: &[Row]) {
+        let here = last.iter().filter(|row| row.device == device);
+        let kept: BTreeMap<i32, Row> = here.map(|row| (row.pid, *row)).collect();
+        let rows = kept.into_values().map(|row| Row { bytes: None, ..row });
+        self.rows.extend(rows);
+    }
+
+    /// Keeps an error that needs a person.
     fn note(&mut self, device: u32, error: &NvmlError) {
-        match error {
-            NvmlError::NotSupported
-            | NvmlError::NoPermission
-            | NvmlError::NotFound
-            | NvmlError::FailedToLoadSymbol(_) => {}
-            error => {
-                self.error
-                    .get_or_insert_with(|| format!("read gpu:{device}: {error}"));
-            }
+        if !cannot_tell(error) {
+            self.error
+                .get_or_insert_with(|| format!("read gpu:{device}: {error}"));
         }
     }
+}
+
+/// Returns whether a device or a driver cannot tell this at all: it is unknown,
+/// not wrong.
+fn cannot_tell(error: &NvmlError) -> bool {
+    matches!(
+        error,
+        NvmlError::NotSupported
+            | NvmlError::NoPermission
+            | NvmlError::NotFound
+            | NvmlError::FailedToLoadSymbol(_)
+    )
 }
 
 /// Asks a second time when the list grew between asking for its length and for

@@ -3,11 +3,11 @@
 use std::time::Duration;
 
 use residentd::clock::Clock;
-use residentd::memory::{MemorySource, Sampler, SamplerSettings};
+use residentd::memory::{MemorySource, Sampler, SamplerSettings, VramSource};
 use residentd::model::Bytes;
 use serde_json::json;
 
-use super::ladder::{BY_PID, Bench, told};
+use super::ladder::{BY_DELTA, BY_PID, Bench, told};
 use crate::support::gpu::{FakeDriver, GIB, uuid};
 use crate::support::now;
 
@@ -69,6 +69,53 @@ fn a18_instances_of_a_lost_gpu_keep_their_numbers() {
         ]
     );
     assert_eq!(reading.workers[&a].vram, [told(2, GIB, BY_PID)]);
+}
+
+#[test]
+fn a18_what_a_worker_holds_of_a_lost_gpu_is_unknown_and_not_nothing() {
+    let driver = FakeDriver::new(1);
+    let holder = driver.holder(&uuid(0), GIB);
+    let mut bench = Bench::new(driver);
+    let a = bench.follow("a", &holder, &[0]);
+    assert_eq!(bench.vram(&a), [told(0, GIB, BY_PID)]);
+    bench.sampler.loaded(&a);
+    bench
+        .driver
+        .set(|state| state["devices"][0]["error"] = json!(LOST));
+    bench.reading("the loss", |r| r.device_error.is_some());
+    // It is no less unknown after many errors.
+    for _ in 0..5 {
+        let vram = bench.vram(&a);
+        assert_eq!(vram.len(), 1, "{vram:?}");
+        assert_eq!((vram[0].bytes, vram[0].source), (None, VramSource::Unknown));
+    }
+    bench
+        .driver
+        .set(|state| state["devices"][0]["error"] = json!(0));
+    bench.reading("the return", |r| {
+        r.workers[&a].vram == [told(0, GIB, BY_PID)]
+    });
+}
+
+#[test]
+fn a18_a_list_that_never_stops_growing_is_told_and_nobody_on_it_holds_nothing() {
+    let driver = FakeDriver::new(1);
+    let holder = driver.holder(&uuid(0), GIB);
+    let mut bench = Bench::new(driver);
+    let a = bench.follow("a", &holder, &[0]);
+    assert_eq!(bench.vram(&a), [told(0, GIB, BY_PID)]);
+    bench.sampler.loaded(&a);
+    bench.driver.set(|state| state["grow"] = json!(u32::MAX));
+    let reading = bench.reading("the list that fails", |r| r.device_error.is_some());
+    let error = reading.device_error.clone().expect("just seen");
+    assert!(error.contains("gpu:0"), "{error}");
+    assert_eq!(reading.devices[0].used, Some(Bytes(GIB)));
+    // The next rung: what the device uses more than before.
+    assert_eq!(bench.vram(&a), [told(0, GIB, BY_DELTA)]);
+    bench.driver.set(|state| state["grow"] = json!(0));
+    bench.reading("the return", |r| {
+        r.device_error.is_none() && r.workers[&a].vram == [told(0, GIB, BY_PID)]
+    });
 }
 
 #[test]
