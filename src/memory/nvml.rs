@@ -5,16 +5,20 @@
 //! GPU hangs, so it lives on a thread of its own: a sweep that does not come
 //! back by a deadline leaves the last figures in place, marked as stale.
 
+mod pools;
+
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::thread;
 use std::time::Duration;
+use std::{mem, thread};
 
 use nvml_wrapper::enums::device::UsedGpuMemory;
 use nvml_wrapper::error::NvmlError;
 use nvml_wrapper::struct_wrappers::device::ProcessInfo;
 use nvml_wrapper::{Device, Nvml};
 
+use self::pools::{Pool, list_pools};
 use super::vram::Row;
 use super::{DeviceReading, VramSource};
 use crate::clock::{Clock, Timestamp};
@@ -202,26 +206,26 @@ fn run(clock: Clock, library: Option<&std::ffi::OsStr>, link: &Link) {
 /// Answers questions with an open library. Returns whether it was told to
 /// stop; otherwise the library must be opened anew.
 fn answer_with(nvml: &Nvml, link: &Link) -> bool {
-    let mut pools = Err(NvmlError::Uninitialized);
+    let mut pools = Vec::new();
+    let mut outdated = true;
     loop {
-        if pools.is_err() {
-            pools = list_pools(nvml);
-        }
-        let sweep = match &pools {
-            Ok(pools) => sweep_pools(pools),
-            Err(error) => {
-                let last = link.lock().last.clone();
-                link.answer(Sweep {
-                    error: Some(format!("list the devices: {error}")),
-                    ..last
-                });
-                return false;
+        if outdated {
+            match list_pools(nvml, mem::take(&mut pools)) {
+                Ok(listed) => pools = listed,
+                Err(error) => {
+                    let last = link.lock().last.clone();
+                    link.answer(Sweep {
+                        error: Some(format!("list the devices: {error}")),
+                        ..last
+                    });
+                    return false;
+                }
             }
-        };
-        if sweep.error.is_some() {
-            // Handles may be out of date: a MIG instance is gone, a GPU lost.
-            pools = Err(NvmlError::Uninitialized);
         }
+        let last = link.lock().last.rows.clone();
+        let sweep = sweep_pools(&pools, &last);
+        // Handles may be out of date: a MIG instance is gone, a GPU lost.
+        outdated = sweep.error.is_some();
         link.answer(sweep);
         if !link.next_question() {
             return true;
@@ -233,92 +237,32 @@ fn answer_with(nvml: &Nvml, link: &Link) -> bool {
 /// is missing; such a library is left open.
 fn close(nvml: Nvml) {
     if nvml.lib().nvmlShutdown.is_err() {
-        std::mem::forget(nvml);
+        mem::forget(nvml);
     } else if let Err(error) = nvml.shutdown() {
         tracing::debug!(%error, "gpu driver did not shut down");
     }
 }
 
-/// A GPU, or one MIG instance of it: a place with its own memory.
-struct Pool<'nvml> {
-    device: Device<'nvml>,
-    uuid: String,
-    name: String,
-}
-
-fn list_pools(nvml: &Nvml) -> Result<Vec<Pool<'_>>, NvmlError> {
-    let mut pools = Vec::new();
-    for index in 0..nvml.device_count()? {
-        let device = match nvml.device_by_index(index) {
-            Ok(device) => device,
-            // A GPU that this container was not given.
-            Err(NvmlError::NoPermission | NvmlError::NotFound) => continue,
-            Err(error) => return Err(error),
-        };
-        let name = device.name().unwrap_or_default();
-        let instances = list_instances(&device);
-        let parts = if instances.is_empty() {
-            vec![device]
-        } else {
-            instances
-        };
-        pools.extend(parts.into_iter().map(|device| Pool {
-            uuid: device.uuid().unwrap_or_default(),
-            name: name.clone(),
-            device,
-        }));
-    }
-    Ok(pools)
-}
-
-/// Returns the MIG instances of a device that is divided into some.
-fn list_instances<'nvml>(device: &Device<'nvml>) -> Vec<Device<'nvml>> {
-    if device.mig_mode().map_or(0, |mode| mode.current) == 0 {
-        return Vec::new();
-    }
-    // The count is of places, not of instances; empty places answer an error.
-    (0..device.mig_device_count().unwrap_or(0))
-        .filter_map(|index| device.mig_device_by_index(index).ok())
-        .collect()
-}
-
-fn sweep_pools(pools: &[Pool<'_>]) -> Sweep {
+/// Reads all pools; `last` are the rows of the sweep before.
+fn sweep_pools(pools: &[Pool<'_>], last: &[Row]) -> Sweep {
     let mut sweep = Sweep::default();
     for (pool, index) in pools.iter().zip(0..) {
-        let unified;
-        let memory = match pool.device.memory_info() {
-            // A GPU without memory of its own uses the host's.
-            Ok(info) => {
-                unified = info.total == 0;
-                Some(info).filter(|info| info.total > 0)
-            }
-            Err(error) => {
-                unified = matches!(&error, NvmlError::NotSupported) && is_integrated(&pool.name);
-                sweep.note(index, error);
-                None
-            }
-        };
-        sweep.devices.push(DeviceReading {
+        let mut reading = DeviceReading {
             index,
             uuid: pool.uuid.clone(),
             name: pool.name.clone(),
             vendor: GpuVendor::Nvidia,
-            unified,
-            total: memory.as_ref().map(|info| Bytes(info.total)),
-            used: memory.as_ref().map(|info| Bytes(info.used)),
-            free: memory.as_ref().map(|info| Bytes(info.free)),
+            unified: false,
+            total: None,
+            used: None,
+            free: None,
             source: "nvml",
-        });
-        let lists = [
-            retried(|| pool.device.running_compute_processes()),
-            retried(|| pool.device.running_graphics_processes()),
-        ];
-        for list in lists {
-            match list {
-                Ok(processes) => sweep.rows.extend(processes.iter().map(|p| row(index, p))),
-                Err(error) => sweep.note(index, error),
-            }
+        };
+        match &pool.device {
+            Ok(device) => sweep.read(device, &mut reading, last),
+            Err(error) => sweep.note(index, error),
         }
+        sweep.devices.push(reading);
     }
     sweep
 }
@@ -331,20 +275,70 @@ fn is_integrated(name: &str) -> bool {
 }
 
 impl Sweep {
-    /// Keeps an error that needs a person. What a device or a driver cannot
-    /// tell at all is unknown, not wrong.
-    fn note(&mut self, device: u32, error: NvmlError) {
-        match error {
-            NvmlError::NotSupported
-            | NvmlError::NoPermission
-            | NvmlError::NotFound
-            | NvmlError::FailedToLoadSymbol(_) => {}
-            error => {
-                self.error
-                    .get_or_insert_with(|| format!("read gpu:{device}: {error}"));
+    /// Reads the memory of a device and its processes.
+    fn read(&mut self, device: &Device<'_>, reading: &mut DeviceReading, last: &[Row]) {
+        match device.memory_info() {
+            // A GPU without memory of its own uses the host's.
+            Ok(info) if info.total == 0 => reading.unified = true,
+            Ok(info) => {
+                reading.total = Some(Bytes(info.total));
+                reading.used = Some(Bytes(info.used));
+                reading.free = Some(Bytes(info.free));
+            }
+            Err(error) => {
+                reading.unified =
+                    matches!(error, NvmlError::NotSupported) && is_integrated(&reading.name);
+                self.note(reading.index, &error);
+            }
+        }
+        let lists = [
+            retried(|| device.running_compute_processes()),
+            retried(|| device.running_graphics_processes()),
+        ];
+        for list in lists {
+            match list {
+                Ok(processes) => {
+                    let rows = processes.iter().map(|p| row(reading.index, p));
+                    self.rows.extend(rows);
+                }
+                Err(error) => {
+                    self.note(reading.index, &error);
+                    if !cannot_tell(&error) {
+                        self.keep_processes(reading.index, last);
+                    }
+                }
             }
         }
     }
+
+    /// Keeps the processes that were last on a device whose list failed. What
+    /// they hold is unknown now; unlisted they would seem to hold nothing.
+    fn keep_processes(&mut self, device: u32, last: &[Row]) {
+        let here = last.iter().filter(|row| row.device == device);
+        let kept: BTreeMap<i32, Row> = here.map(|row| (row.pid, *row)).collect();
+        let rows = kept.into_values().map(|row| Row { bytes: None, ..row });
+        self.rows.extend(rows);
+    }
+
+    /// Keeps an error that needs a person.
+    fn note(&mut self, device: u32, error: &NvmlError) {
+        if !cannot_tell(error) {
+            self.error
+                .get_or_insert_with(|| format!("read gpu:{device}: {error}"));
+        }
+    }
+}
+
+/// Returns whether a device or a driver cannot tell this at all: it is unknown,
+/// not wrong.
+fn cannot_tell(error: &NvmlError) -> bool {
+    matches!(
+        error,
+        NvmlError::NotSupported
+            | NvmlError::NoPermission
+            | NvmlError::NotFound
+            | NvmlError::FailedToLoadSymbol(_)
+    )
 }
 
 /// Asks a second time when the list grew between asking for its length and for
@@ -428,10 +422,10 @@ mod tests {
     #[test]
     fn what_a_device_cannot_tell_is_not_an_error() {
         let mut sweep = Sweep::default();
-        sweep.note(0, NvmlError::NotSupported);
-        sweep.note(0, NvmlError::NoPermission);
+        sweep.note(0, &NvmlError::NotSupported);
+        sweep.note(0, &NvmlError::NoPermission);
         assert_eq!(sweep.error, None);
-        sweep.note(1, NvmlError::GpuLost);
+        sweep.note(1, &NvmlError::GpuLost);
         assert!(sweep.error.is_some_and(|e| e.starts_with("read gpu:1: ")));
     }
 

@@ -32,14 +32,18 @@ pub(crate) mod code {
 pub(crate) struct Driver {
     /// What `nvmlInit` returns.
     pub(crate) init: i32,
+    /// `nvmlInit` takes this long.
+    pub(crate) init_hang_ms: u64,
     /// Every call for memory takes this long.
     pub(crate) hang_ms: u64,
     /// Memory of a process that is gone comes back after this long.
     pub(crate) late_free_ms: u64,
     /// How processes are listed.
     pub(crate) rows: Rows,
-    /// The list of processes grows by one between its count and itself, this
-    /// many times in the life of the library.
+    /// Every process draws as well, and is listed for that a second time.
+    pub(crate) graphics: bool,
+    /// The list of processes grows between its count and itself, this many
+    /// times in the life of the library.
     pub(crate) grow: u32,
     pub(crate) devices: Vec<Device>,
 }
@@ -77,8 +81,10 @@ pub(crate) struct Device {
     pub(crate) baseline: u64,
     /// What the call for its memory returns.
     pub(crate) memory: i32,
-    /// What every call for it returns.
+    /// What every call for it returns, the one for its handle among them.
     pub(crate) error: i32,
+    /// What the call for its MIG mode returns.
+    pub(crate) mig_mode: i32,
     /// Instances it is divided into.
     pub(crate) mig: Vec<Device>,
 }
@@ -98,22 +104,21 @@ impl Driver {
         serde_json::from_slice(&text).unwrap_or_default()
     }
 
-    /// Hangs as long as it is told to.
-    pub(crate) fn take_time(&self) {
-        #[expect(
-            clippy::disallowed_methods,
-            reason = "a driver that hangs blocks its caller's thread"
-        )]
-        thread::sleep(Duration::from_millis(self.hang_ms));
-    }
-
-    /// Returns the device or instance behind a handle; see [`handle`].
-    pub(crate) fn device(&self, handle: usize) -> Option<&Device> {
+    /// Returns the device or instance behind a handle, see [`handle`], or the
+    /// code that every call for it returns.
+    pub(crate) fn device(&self, handle: usize) -> Result<&Device, i32> {
         let (gpu, instance) = (handle / 1000, handle % 1000);
-        let device = self.devices.get(gpu.checked_sub(1)?)?;
-        match instance.checked_sub(1) {
-            Some(instance) => device.mig.get(instance),
-            None => Some(device),
+        let gpu = gpu.checked_sub(1).and_then(|gpu| self.devices.get(gpu));
+        let gpu = gpu.ok_or(code::INVALID_ARGUMENT)?;
+        // An instance is lost with its GPU.
+        let device = match instance.checked_sub(1) {
+            _ if gpu.error != code::OK => gpu,
+            Some(instance) => gpu.mig.get(instance).ok_or(code::NOT_FOUND)?,
+            None => gpu,
+        };
+        match device.error {
+            code::OK => Ok(device),
+            error => Err(error),
         }
     }
 
@@ -143,9 +148,28 @@ impl Driver {
     }
 }
 
-/// Returns the handle of a GPU, or of one of its instances.
-pub(crate) fn handle(gpu: usize, instance: Option<usize>) -> usize {
-    (gpu + 1) * 1000 + instance.map_or(0, |instance| instance + 1)
+/// Returns the handle of a GPU. That of its n-th MIG instance, from 0, is
+/// larger by n and one.
+pub(crate) fn handle(gpu: u32) -> usize {
+    (place(gpu) + 1) * 1000
+}
+
+/// Returns an index as C counts it in the size of ours.
+pub(crate) fn place(index: u32) -> usize {
+    usize::try_from(index).expect("a 64-bit machine")
+}
+
+/// Hangs for as long as the driver is told to; it may be told otherwise
+/// meanwhile.
+pub(crate) fn hang(how_long: impl Fn(&Driver) -> u64) {
+    let since = now_ms();
+    while now_ms() - since < how_long(&Driver::read()) {
+        #[expect(
+            clippy::disallowed_methods,
+            reason = "a driver that hangs blocks its caller's thread"
+        )]
+        thread::sleep(Duration::from_millis(5));
+    }
 }
 
 fn is_alive(pid: i32) -> bool {

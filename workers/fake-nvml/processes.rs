@@ -9,7 +9,7 @@
 
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use crate::driver::{Driver, Holding, Rows, code, handle};
+use crate::driver::{Driver, Holding, Rows, code, hang, place};
 
 /// `nvmlProcessInfo_t`.
 #[repr(C)]
@@ -27,6 +27,9 @@ const UNAVAILABLE: u64 = u64::MAX;
 /// Added to pids that are to mean nothing here: over the kernel's largest.
 const FOREIGN: u32 = 5_000_000;
 
+/// How often the list has grown.
+static GROWN: AtomicU32 = AtomicU32::new(0);
+
 /// # Safety
 /// `count` can be read and written, and `list` has room for that many.
 #[unsafe(no_mangle)]
@@ -35,32 +38,35 @@ pub unsafe extern "C" fn nvmlDeviceGetComputeRunningProcesses_v3(
     count: *mut u32,
     list: *mut Process,
 ) -> i32 {
+    hang(|driver| driver.hang_ms);
     let driver = Driver::read();
-    driver.take_time();
     let rows = match rows(&driver, device) {
         Ok(rows) => rows,
         Err(error) => return error,
     };
     // SAFETY: as promised by the caller.
-    unsafe { give(&driver, &rows, count, list) }
+    let asks_for_rows = unsafe { count.read() } > 0;
+    let grows = asks_for_rows && GROWN.fetch_add(1, Ordering::Relaxed) < driver.grow;
+    // SAFETY: as promised by the caller.
+    unsafe { give(&rows, grows, count, list) }
 }
 
 /// # Safety
-/// `count` can be written to.
+/// `count` can be read and written, and `list` has room for that many.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nvmlDeviceGetGraphicsRunningProcesses_v3(
     device: usize,
     count: *mut u32,
-    _list: *mut Process,
+    list: *mut Process,
 ) -> i32 {
-    match rows(&Driver::read(), device) {
-        Ok(_) => {
-            // SAFETY: as promised by the caller.
-            unsafe { count.write(0) };
-            code::OK
-        }
-        Err(error) => error,
-    }
+    let driver = Driver::read();
+    let mut rows = match rows(&driver, device) {
+        Ok(rows) => rows,
+        Err(error) => return error,
+    };
+    rows.retain(|_| driver.graphics);
+    // SAFETY: as promised by the caller.
+    unsafe { give(&rows, false, count, list) }
 }
 
 /// # Safety
@@ -72,9 +78,13 @@ pub unsafe extern "C" fn nvmlDeviceGetMigMode(
     pending: *mut u32,
 ) -> i32 {
     let driver = Driver::read();
-    let Some(found) = driver.device(device) else {
-        return code::NOT_FOUND;
+    let found = match driver.device(device) {
+        Ok(found) => found,
+        Err(error) => return error,
     };
+    if found.mig_mode != code::OK {
+        return found.mig_mode;
+    }
     let mode = u32::from(!found.mig.is_empty());
     // SAFETY: as promised by the caller.
     unsafe {
@@ -103,23 +113,17 @@ pub unsafe extern "C" fn nvmlDeviceGetMigDeviceHandleByIndex(
     instance: *mut usize,
 ) -> i32 {
     let driver = Driver::read();
-    let index = usize::try_from(index).unwrap_or(usize::MAX);
-    let Some(found) = driver.device(device).filter(|d| index < d.mig.len()) else {
-        return code::NOT_FOUND;
-    };
-    if found.error != code::OK {
-        return found.error;
+    let found = device + 1 + place(index);
+    if let Err(error) = driver.device(found) {
+        return error;
     }
     // SAFETY: as promised by the caller.
-    unsafe { instance.write(handle(device / 1000 - 1, Some(index))) };
+    unsafe { instance.write(found) };
     code::OK
 }
 
 fn rows(driver: &Driver, device: usize) -> Result<Vec<Process>, i32> {
-    let found = driver.device(device).ok_or(code::NOT_FOUND)?;
-    if found.error != code::OK {
-        return Err(found.error);
-    }
+    let found = driver.device(device)?;
     if driver.rows == Rows::NotSupported {
         return Err(NOT_SUPPORTED);
     }
@@ -165,15 +169,10 @@ fn last_thread(pid: i32) -> Option<i32> {
 ///
 /// # Safety
 /// `count` can be read and written, and `list` has room for that many.
-unsafe fn give(driver: &Driver, rows: &[Process], count: *mut u32, list: *mut Process) -> i32 {
-    static GROWN: AtomicU32 = AtomicU32::new(0);
-    // SAFETY: as promised by the caller.
-    let room = unsafe { count.read() };
+unsafe fn give(rows: &[Process], grows: bool, count: *mut u32, list: *mut Process) -> i32 {
     let length = u32::try_from(rows.len()).unwrap_or(u32::MAX);
-    let asks_for_length = room == 0 && length > 0;
-    let grows = !asks_for_length && GROWN.fetch_add(1, Ordering::Relaxed) < driver.grow;
     // SAFETY: as promised by the caller.
-    unsafe { count.write(length + u32::from(grows) * 10) };
+    let room = unsafe { count.replace(length + u32::from(grows) * 10) };
     if room < length || grows {
         return code::INSUFFICIENT_SIZE;
     }

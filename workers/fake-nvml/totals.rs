@@ -9,7 +9,7 @@
 
 use std::ffi::c_char;
 
-use crate::driver::{Driver, code, handle};
+use crate::driver::{Driver, code, handle, hang};
 
 /// `nvmlMemory_v2_t`.
 #[repr(C)]
@@ -24,6 +24,7 @@ pub struct Memory {
 
 #[unsafe(no_mangle)]
 pub extern "C" fn nvmlInit_v2() -> i32 {
+    hang(|driver| driver.init_hang_ms);
     Driver::read().init
 }
 
@@ -54,12 +55,12 @@ pub unsafe extern "C" fn nvmlDeviceGetCount_v2(count: *mut u32) -> i32 {
 /// `device` can be written to.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nvmlDeviceGetHandleByIndex_v2(index: u32, device: *mut usize) -> i32 {
-    let gpu = usize::try_from(index).unwrap_or(usize::MAX);
-    if gpu >= Driver::read().devices.len() {
-        return code::INVALID_ARGUMENT;
+    let found = handle(index);
+    if let Err(error) = Driver::read().device(found) {
+        return error;
     }
     // SAFETY: as promised by the caller.
-    unsafe { device.write(handle(gpu, None)) };
+    unsafe { device.write(found) };
     code::OK
 }
 
@@ -69,8 +70,8 @@ pub unsafe extern "C" fn nvmlDeviceGetHandleByIndex_v2(index: u32, device: *mut 
 pub unsafe extern "C" fn nvmlDeviceGetUUID(device: usize, text: *mut c_char, length: u32) -> i32 {
     match Driver::read().device(device) {
         // SAFETY: as promised by the caller.
-        Some(found) => unsafe { write_text(&found.uuid, text, length) },
-        None => code::NOT_FOUND,
+        Ok(found) => unsafe { write_text(&found.uuid, text, length) },
+        Err(error) => error,
     }
 }
 
@@ -80,8 +81,8 @@ pub unsafe extern "C" fn nvmlDeviceGetUUID(device: usize, text: *mut c_char, len
 pub unsafe extern "C" fn nvmlDeviceGetName(device: usize, text: *mut c_char, length: u32) -> i32 {
     match Driver::read().device(device) {
         // SAFETY: as promised by the caller.
-        Some(found) => unsafe { write_text(&found.name, text, length) },
-        None => code::NOT_FOUND,
+        Ok(found) => unsafe { write_text(&found.name, text, length) },
+        Err(error) => error,
     }
 }
 
@@ -89,13 +90,14 @@ pub unsafe extern "C" fn nvmlDeviceGetName(device: usize, text: *mut c_char, len
 /// `memory` can be written to.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nvmlDeviceGetMemoryInfo_v2(device: usize, memory: *mut Memory) -> i32 {
+    hang(|driver| driver.hang_ms);
     let driver = Driver::read();
-    driver.take_time();
-    let Some(found) = driver.device(device) else {
-        return code::NOT_FOUND;
+    let found = match driver.device(device) {
+        Ok(found) => found,
+        Err(error) => return error,
     };
-    if found.error != code::OK || found.memory != code::OK {
-        return found.error.max(found.memory);
+    if found.memory != code::OK {
+        return found.memory;
     }
     let held: u64 = driver.holdings(&found.uuid).iter().map(|h| h.bytes).sum();
     let used = found.baseline + held;

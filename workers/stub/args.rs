@@ -67,6 +67,9 @@ pub(crate) struct Args {
     /// Memory to claim on each visible GPU of the fake driver in `--vram-dir`.
     #[arg(long, default_value = "0", value_parser = size::parse)]
     pub(crate) vram: u64,
+    /// The same for each child.
+    #[arg(long, default_value = "0", value_parser = size::parse)]
+    pub(crate) child_vram: u64,
     /// Folder of the fake driver; nothing is claimed without it.
     #[arg(long)]
     pub(crate) vram_dir: Option<PathBuf>,

@@ -47,17 +47,23 @@ pub(crate) fn daemonize(args: &Args) -> io::Result<()> {
     writeln!(io::stdout(), "{}", daemon.id())
 }
 
-/// Returns the command of a process that only holds `--child-anon`.
+/// Returns the command of a process that only holds `--child-anon` and
+/// `--child-vram`.
 fn idle(args: &Args) -> io::Result<Command> {
     let mut command = Command::new(std::env::current_exe()?);
     // The process between passes on what it was given.
-    let (name, held) = if args.daemonize {
-        (args.name.clone(), args.anon)
+    let (name, held, vram) = if args.daemonize {
+        (args.name.clone(), args.anon, args.vram)
     } else {
-        (format!("{}-child", args.name), args.child_anon)
+        let name = format!("{}-child", args.name);
+        (name, args.child_anon, args.child_vram)
     };
     command.args(["--idle", "--silent", "--name", &name]);
     command.args(["--anon", &held.to_string()]);
+    if let Some(folder) = args.vram_dir.as_ref().filter(|_| vram > 0) {
+        command.args(["--vram", &vram.to_string(), "--vram-dir"]);
+        command.arg(folder).args(["--gpus", &args.gpus.join(",")]);
+    }
     if args.child_ignore_term || (args.daemonize && args.ignore_term) {
         command.arg("--ignore-term");
     }

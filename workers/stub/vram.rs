@@ -2,7 +2,7 @@
 //! tests, and to residentd in the way any worker may.
 
 use std::path::Path;
-use std::{fs, io};
+use std::{fs, io, thread};
 
 use crate::args::Args;
 
@@ -14,6 +14,13 @@ pub(crate) fn take(args: &Args) -> io::Result<()> {
     if let Some(folder) = &args.vram_dir {
         let line = |gpu: &String| format!("{gpu} {}\n", args.vram);
         let lines: String = args.gpus.iter().map(line).collect();
+        // So does a real driver's library; some drivers list such a thread.
+        let idle = || {
+            loop {
+                thread::park();
+            }
+        };
+        thread::Builder::new().name("driver".into()).spawn(idle)?;
         let processes = folder.join("processes");
         fs::create_dir_all(&processes)?;
         write_whole(&processes.join(std::process::id().to_string()), &lines)?;

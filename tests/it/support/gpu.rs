@@ -1,8 +1,11 @@
 //! A fake driver library of one test's own, and processes that hold its memory.
 
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
+use nix::sys::signal::{Signal, killpg};
+use nix::unistd::Pid;
 use serde_json::{Value, json};
 
 use super::residentd::STUB;
@@ -70,17 +73,28 @@ impl FakeDriver {
         self.folder.path()
     }
 
-    /// Starts a process that holds this much of a GPU.
+    /// Starts a process that holds this much of a GPU, or of several, and
+    /// waits until it does.
     pub(crate) fn holder(&self, gpu: &str, bytes: u64) -> Holder {
+        self.holder_with(gpu, bytes, &[])
+    }
+
+    /// The same with more flags for the stub worker.
+    pub(crate) fn holder_with(&self, gpu: &str, bytes: u64, flags: &[&str]) -> Holder {
         let child = Command::new(STUB)
             .args(["--idle", "--silent", "--gpus", gpu, "--vram"])
             .arg(bytes.to_string())
             .arg("--vram-dir")
             .arg(self.folder())
+            .args(flags)
+            .process_group(0)
             .stdin(Stdio::null())
             .spawn()
             .expect("the stub worker runs");
-        let holder = Holder { child };
+        let holder = Holder {
+            child,
+            ended: false,
+        };
         let file = self
             .folder()
             .join("processes")
@@ -107,10 +121,11 @@ fn built() -> PathBuf {
     profile.join("examples")
 }
 
-/// A process that is gone when this is dropped.
+/// A process that is gone with its children when this is dropped.
 #[derive(Debug)]
 pub(crate) struct Holder {
     child: Child,
+    ended: bool,
 }
 
 impl Holder {
@@ -119,10 +134,13 @@ impl Holder {
         i32::try_from(self.child.id()).expect("a pid fits")
     }
 
-    /// Ends it and reaps it.
+    /// Ends it with its children and reaps it.
     pub(crate) fn end(&mut self) {
-        // It may be gone already.
-        let _ = self.child.kill();
+        // Once it is reaped the number may be somebody else's.
+        if std::mem::replace(&mut self.ended, true) {
+            return;
+        }
+        let _ = killpg(Pid::from_raw(self.pid()), Signal::SIGKILL);
         let _ = self.child.wait();
     }
 }
