@@ -15,6 +15,7 @@
 use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::thread;
 
@@ -74,8 +75,24 @@ impl Drop for Wake {
     }
 }
 
+/// A file that becomes urgent when memory gets tight.
+#[derive(Debug)]
+struct Source {
+    file: File,
+    /// It stays urgent until it is read, and is so before the first read.
+    read_to_rearm: bool,
+}
+
+impl Source {
+    /// Makes the file wait for the next event. Returns whether it still can.
+    fn rearm(&self) -> bool {
+        // One read is enough: it makes the kernel show the whole file.
+        !self.read_to_rearm || self.file.read_at(&mut [0; 64], 0).is_ok()
+    }
+}
+
 /// Opens every source that is there.
-fn sources(root: &Path, cgroup: Option<&Cgroup>) -> Vec<File> {
+fn sources(root: &Path, cgroup: Option<&Cgroup>) -> Vec<Source> {
     let own = cgroup.map(Cgroup::own);
     let pressure = [Some(root.join("proc")), own.clone()];
     let names = ["pressure/memory", "memory.pressure"];
@@ -87,8 +104,17 @@ fn sources(root: &Path, cgroup: Option<&Cgroup>) -> Vec<File> {
             trigger(&path)
                 .inspect_err(|error| tracing::debug!(path = %path.display(), %error, "no trigger"))
                 .ok()
+        })
+        .map(|file| Source {
+            file,
+            read_to_rearm: false,
         });
-    let events = own.and_then(|own| File::open(own.join("memory.events")).ok());
+    let events = own
+        .and_then(|own| File::open(own.join("memory.events")).ok())
+        .map(|file| Source {
+            file,
+            read_to_rearm: true,
+        });
     triggers.chain(events).collect()
 }
 
@@ -98,13 +124,17 @@ fn trigger(path: &Path) -> io::Result<File> {
     Ok(file)
 }
 
-fn wait(stop: &OwnedFd, sources: &[File], wake: impl Fn()) {
+fn wait(stop: &OwnedFd, sources: &[Source], wake: impl Fn()) {
     // A source that fails is waited for no more.
-    let mut working: Vec<&File> = sources.iter().collect();
+    let mut working: Vec<&Source> = sources.iter().filter(|source| source.rearm()).collect();
     while !working.is_empty() {
         let mut fds = vec![PollFd::new(stop, PollFlags::IN)];
         let priority = PollFlags::PRI;
-        fds.extend(working.iter().map(|file| PollFd::new(*file, priority)));
+        fds.extend(
+            working
+                .iter()
+                .map(|source| PollFd::new(&source.file, priority)),
+        );
         match poll(&mut fds, None) {
             Ok(_) => {}
             Err(rustix::io::Errno::INTR) => continue,
@@ -116,11 +146,15 @@ fn wait(stop: &OwnedFd, sources: &[File], wake: impl Fn()) {
         }
         let mut happened = happened[1..].iter();
         let mut events = 0;
-        working.retain(|_| {
+        working.retain(|source| {
             let flags = happened.next().copied().unwrap_or(PollFlags::empty());
-            events += usize::from(flags.contains(PollFlags::PRI));
+            if flags.contains(PollFlags::PRI) {
+                events += 1;
+                // Before the reading, so that none that follows is missed.
+                return source.rearm();
+            }
             // `memory.events` raises both at each event; alone, it is gone.
-            !flags.contains(PollFlags::ERR) || flags.contains(PollFlags::PRI)
+            !flags.contains(PollFlags::ERR)
         });
         if events > 0 {
             wake();
@@ -134,6 +168,8 @@ fn wait(stop: &OwnedFd, sources: &[File], wake: impl Fn()) {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+    use std::path::PathBuf;
     use std::sync::mpsc;
     use std::time::Duration;
 
@@ -153,7 +189,10 @@ mod tests {
         let address = listener.local_addr().expect("an address");
         let sender = std::net::TcpStream::connect(address).expect("a connection");
         let (receiver, _) = listener.accept().expect("a connection");
-        let source = File::from(OwnedFd::from(receiver));
+        let source = Source {
+            file: File::from(OwnedFd::from(receiver)),
+            read_to_rearm: false,
+        };
         let stop = eventfd(0, EventfdFlags::CLOEXEC).expect("an eventfd");
         let (woken, wakes) = mpsc::channel();
         let thread = thread::spawn({
@@ -169,6 +208,66 @@ mod tests {
         wakes
             .recv_timeout(Duration::from_secs(10))
             .expect("it wakes");
+        drop(Wake { stop: Some(stop) });
+        thread.join().expect("it ends");
+    }
+
+    /// A cgroup of version 2 without processes; taken away at the end.
+    struct EmptyCgroup(PathBuf);
+
+    impl EmptyCgroup {
+        fn make() -> io::Result<Self> {
+            let mounts = fs::read_to_string("/proc/self/mountinfo")?;
+            let mount = mounts.lines().find(|line| line.contains(" - cgroup2 "));
+            let point = mount.and_then(|line| line.split(' ').nth(4));
+            let point = Path::new(point.ok_or(io::ErrorKind::NotFound)?);
+            let folder = point.join(format!("residentd-test-wake-{}", std::process::id()));
+            fs::create_dir(&folder)?;
+            Ok(Self(folder))
+        }
+    }
+
+    impl Drop for EmptyCgroup {
+        fn drop(&mut self) {
+            let _ = fs::remove_dir(&self.0);
+        }
+    }
+
+    #[test]
+    fn an_event_of_a_cgroup_wakes_once_and_none_without_one() {
+        // `memory.events` was urgent from the start and for ever, because
+        // nobody read it. `cgroup.events` is told of in the same way and
+        // needs no controller.
+        let cgroup = match EmptyCgroup::make() {
+            Ok(cgroup) => cgroup,
+            Err(error) => {
+                println!("SKIPPED: no cgroup of version 2 can be made: {error}");
+                return;
+            }
+        };
+        let source = Source {
+            file: File::open(cgroup.0.join("cgroup.events")).expect("it is there"),
+            read_to_rearm: true,
+        };
+        let stop = eventfd(0, EventfdFlags::CLOEXEC).expect("an eventfd");
+        let (woken, wakes) = mpsc::channel();
+        let thread = thread::spawn({
+            let stop = stop.try_clone().expect("a copy");
+            move || {
+                wait(&stop, &[source], move || {
+                    let _ = woken.send(());
+                });
+            }
+        });
+        let quiet = Duration::from_millis(300);
+        assert!(wakes.recv_timeout(quiet).is_err(), "nothing happened yet");
+        for frozen in ["1", "0"] {
+            fs::write(cgroup.0.join("cgroup.freeze"), frozen).expect("it can be frozen");
+            wakes
+                .recv_timeout(Duration::from_secs(10))
+                .expect("it wakes");
+            assert!(wakes.recv_timeout(quiet).is_err(), "one event, one wake");
+        }
         drop(Wake { stop: Some(stop) });
         thread.join().expect("it ends");
     }
