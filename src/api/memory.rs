@@ -229,6 +229,7 @@ impl DomainEntry {
 struct CandidateEntry<'a> {
     name: &'a str,
     would_free: u64,
+    would_free_vram: u64,
     idle_seconds: f64,
     reason: String,
 }
@@ -239,6 +240,7 @@ impl<'a> CandidateEntry<'a> {
         Self {
             name: candidate.model.as_str(),
             would_free: candidate.would_free.get(),
+            would_free_vram: candidate.would_free_vram.get(),
             idle_seconds: idle,
             reason: format!("idle for {idle:.0} s"),
         }

@@ -227,7 +227,7 @@ pub(crate) struct DeviceEntry<'a> {
     vendor: &'static str,
     /// It has no memory of its own: what it uses is the host's.
     unified: bool,
-    /// What a user allows workers; `null` without such a limit.
+    /// What workers may have of it; `null` when it does not tell its size.
     limit: Option<u64>,
 }
 
@@ -254,10 +254,7 @@ fn device_entry<'a>(snapshot: &'a Snapshot, device: &'a DeviceReading) -> Device
         source: device.source,
         vendor: device.vendor.as_str(),
         unified: device.unified,
-        limit: view
-            .map(|view| view.limit)
-            .filter(|limit| *limit < Bytes::MAX)
-            .map(Bytes::get),
+        limit: view.map(|view| view.limit.get()),
     }
 }
 

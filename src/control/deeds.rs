@@ -9,7 +9,7 @@ use tracing::{error, info, warn};
 use super::task::{Live, Pending, Task};
 use super::{Lease, Refusal};
 use crate::memory::DeviceReading;
-use crate::model::{Bytes, Domain, PlacedGpu, WorkerId};
+use crate::model::{PlacedGpu, WorkerId};
 use crate::policy::{self, Effect, Event, Ticket};
 use crate::worker::{SpawnOrder, Stop};
 
@@ -189,8 +189,12 @@ impl Task {
         }
     }
 
-    fn charge(&self, worker: &WorkerId) -> Bytes {
-        self.policy.models()[&worker.model].charge(Domain::Host)
+    /// What the worker is charged with, by domain, for the log.
+    fn charge(&self, worker: &WorkerId) -> String {
+        let model = &self.policy.models()[&worker.model];
+        let charge = |domain| format!("{domain} {}", model.charge(domain));
+        let all: Vec<_> = model.domains().into_iter().map(charge).collect();
+        all.join(", ")
     }
 }
 

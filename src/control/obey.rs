@@ -172,7 +172,7 @@ impl Task {
             .copied()
             .unwrap_or_default();
         Ok(LimitReport {
-            limit: books.limit,
+            limit: books.shown_limit(domain),
             effective: books.budget(),
             usage: self.policy.usage(domain),
         })

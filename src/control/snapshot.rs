@@ -168,6 +168,8 @@ pub struct Candidate {
     pub model: ModelName,
     /// Resident bytes that its end gives back.
     pub would_free: Bytes,
+    /// The same of all GPUs together.
+    pub would_free_vram: Bytes,
     /// When it was last used, or became ready.
     pub idle_since: Timestamp,
 }

@@ -169,7 +169,7 @@ fn memory(task: &Task) -> MemoryView {
         .map(|(domain, books)| DomainView {
             domain: *domain,
             usage: policy.usage(*domain),
-            limit: books.limit,
+            limit: books.shown_limit(*domain),
             headroom: books.measured.headroom,
             charged: policy.charged(*domain),
             level: policy.level(*domain),
@@ -178,6 +178,7 @@ fn memory(task: &Task) -> MemoryView {
     let candidates = policy.candidates_in_order().into_iter().map(|m| Candidate {
         model: m.name().clone(),
         would_free: m.used(Domain::Host),
+        would_free_vram: m.vram(),
         idle_since: m.idle_since(),
     });
     let protected = policy.models().values().filter(|m| m.is_live());

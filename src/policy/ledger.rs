@@ -50,6 +50,16 @@ pub struct DomainBooks {
 }
 
 impl DomainBooks {
+    /// Returns the limit that counts: what a user allows, and no more than there
+    /// is of a GPU on which nobody set any.
+    #[must_use]
+    pub fn shown_limit(&self, domain: Domain) -> Bytes {
+        match domain {
+            Domain::Host => self.limit,
+            Domain::Gpu(_) => self.limit.min(self.measured.total),
+        }
+    }
+
     /// Returns the most that workers can have here at all.
     #[must_use]
     pub fn budget(&self) -> Bytes {

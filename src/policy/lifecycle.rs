@@ -282,6 +282,16 @@ impl ModelState {
         (self.phase == Phase::Ready && usage > ceiling).then_some((usage, ceiling))
     }
 
+    /// Returns the bytes measured on all GPUs together.
+    #[must_use]
+    pub fn vram(&self) -> Bytes {
+        let gpus = self
+            .usage
+            .iter()
+            .filter(|(domain, _)| **domain != Domain::Host);
+        gpus.map(|(_, measure)| measure.usage).sum()
+    }
+
     /// Returns the bytes that only come back when it ends.
     #[must_use]
     pub fn unreclaimable(&self, domain: Domain) -> Bytes {

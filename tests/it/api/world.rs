@@ -356,6 +356,7 @@ fn memory(models: &BTreeMap<ModelName, ModelView>) -> MemoryView {
         candidates: vec![Candidate {
             model: name("org/nano:e5"),
             would_free: Bytes::mib(512),
+            would_free_vram: Bytes::ZERO,
             idle_since: at(0),
         }],
         recommended: vec![name("org/nano:e5")],
