@@ -4,8 +4,9 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
 
-use super::wait_until;
+use super::{pause, wait_until};
 
 /// A memory cgroup; taken away when it is dropped and nothing runs in it.
 #[derive(Debug)]
@@ -98,8 +99,13 @@ impl MemoryCgroup {
 impl Drop for MemoryCgroup {
     fn drop(&mut self) {
         if std::thread::panicking() {
-            // Best effort: processes of a failed test may still be ending.
-            let _ = fs::remove_dir(&self.folder);
+            // Processes of a failed test may still be ending.
+            for _ in 0..100 {
+                if fs::remove_dir(&self.folder).is_ok() {
+                    break;
+                }
+                pause(Duration::from_millis(20));
+            }
             return;
         }
         wait_until("the cgroup to be empty", || {
