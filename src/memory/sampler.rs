@@ -87,7 +87,7 @@ struct Desk {
 
 #[derive(Debug, Default)]
 struct Orders {
-    followed: Followed,
+    followed: Arc<Followed>,
     pace: Pace,
     /// A pass over all parts is wanted at once.
     now: bool,
@@ -145,14 +145,14 @@ impl Sampler {
 impl MemorySource for Sampler {
     fn follow(&self, worker: WorkerId, subject: Subject) {
         self.desk.order(|orders| {
-            orders.followed.insert(worker, subject);
+            Arc::make_mut(&mut orders.followed).insert(worker, subject);
             orders.now = true;
         });
     }
 
     fn loaded(&self, worker: &WorkerId) {
         self.desk.order(|orders| {
-            if let Some(subject) = orders.followed.get_mut(worker) {
+            if let Some(subject) = Arc::make_mut(&mut orders.followed).get_mut(worker) {
                 subject.loading = false;
                 orders.now = true;
             }
@@ -161,7 +161,7 @@ impl MemorySource for Sampler {
 
     fn forget(&self, worker: &WorkerId) {
         self.desk.order(|orders| {
-            orders.followed.remove(worker);
+            Arc::make_mut(&mut orders.followed).remove(worker);
         });
     }
 
@@ -216,7 +216,7 @@ impl Desk {
 
     /// Waits for the next pass. Returns how deep it is to be and over what, or
     /// `None` at the end.
-    fn next_pass(&self, clock: Clock, rounds: &Rounds) -> Option<(Depth, Followed, Weigh)> {
+    fn next_pass(&self, clock: Clock, rounds: &Rounds) -> Option<(Depth, Arc<Followed>, Weigh)> {
         let mut orders = self.lock();
         loop {
             if orders.stop {
@@ -228,7 +228,7 @@ impl Desk {
                 orders.found = false;
                 orders.pressed = false;
                 let weigh = mem::take(&mut orders.weigh);
-                return Some((depth, orders.followed.clone(), weigh));
+                return Some((depth, Arc::clone(&orders.followed), weigh));
             }
             let next = if orders.found {
                 rounds.rested

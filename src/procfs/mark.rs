@@ -11,7 +11,7 @@
 //!   few bytes lower for each worker, so that the number itself is the mark. It
 //!   stays, whatever a process does to its memory, files and session.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -73,7 +73,7 @@ impl fmt::Display for Owner {
 }
 
 /// The value of [`VARIABLE`]: the same for all processes of one worker.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Mark(Arc<str>);
 
 impl Mark {
@@ -107,10 +107,18 @@ impl Mark {
 pub struct Marks {
     /// Orphans become children of this process.
     guardian: i32,
-    seen: Mutex<BTreeMap<ProcessKey, Mark>>,
+    seen: Mutex<Seen>,
     /// Whose limit is how high.
     stamps: Mutex<BTreeMap<u64, Mark>>,
     stamped: AtomicU64,
+}
+
+/// Marks of our children, as of one table.
+#[derive(Debug, Default)]
+struct Seen {
+    order: u64,
+    marks: BTreeMap<ProcessKey, Mark>,
+    carriers: HashMap<Mark, Vec<i32>>,
 }
 
 /// What a limit is lowered from where there is none: the kernel's default.
@@ -159,30 +167,36 @@ impl Marks {
     }
 
     /// Returns our children in `table` that carry this mark.
-    pub(super) fn carriers<'t>(
-        &self,
-        mark: &Mark,
-        table: &'t ProcessTable,
-    ) -> impl Iterator<Item = &'t ProcessStat> {
+    pub(super) fn carriers(&self, mark: &Mark, table: &ProcessTable) -> Vec<i32> {
         let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
-        seen.retain(|key, _| table.get(key.pid).is_some_and(|stat| stat.key == *key));
-        let orphans = table
-            .iter()
-            .filter(|stat| stat.ppid == self.guardian && !stat.is_zombie());
-        let mut carriers = Vec::new();
-        for stat in orphans {
+        if seen.order != table.order {
+            self.look(&mut seen, table);
+        }
+        seen.carriers.get(mark).cloned().unwrap_or_default()
+    }
+
+    /// Reads the marks of our children that are new in a table: once for all
+    /// trees that ask about it.
+    fn look(&self, seen: &mut Seen, table: &ProcessTable) {
+        seen.order = table.order;
+        seen.marks
+            .retain(|key, _| table.get(key.pid).is_some_and(|stat| stat.key == *key));
+        let children = table.children(self.guardian);
+        for stat in children.filter_map(|pid| table.get(pid)) {
+            if stat.is_zombie() || seen.marks.contains_key(&stat.key) {
+                continue;
+            }
             // One whose mark cannot be read, as in the middle of an exec, is
             // asked again at the next pass.
-            let known = seen.get(&stat.key).cloned();
-            let Some(found) = known.or_else(|| self.find(stat.key.pid)) else {
-                continue;
-            };
-            if found == *mark {
-                carriers.push(stat);
+            if let Some(found) = self.find(stat.key.pid) {
+                seen.marks.insert(stat.key, found);
             }
-            seen.insert(stat.key, found);
         }
-        carriers.into_iter()
+        seen.carriers.clear();
+        for (process, mark) in &seen.marks {
+            let carriers = seen.carriers.entry(mark.clone()).or_default();
+            carriers.push(process.pid);
+        }
     }
 }
 

@@ -101,6 +101,11 @@ impl ProcessStat {
 #[derive(Clone, Debug, Default)]
 pub struct ProcessTable {
     processes: BTreeMap<i32, ProcessStat>,
+    /// Who is next to whom: pids by parent, by group and by session, so that a
+    /// tree is found without a look at every process.
+    by_parent: BTreeMap<i32, Vec<i32>>,
+    by_group: BTreeMap<i32, Vec<i32>>,
+    by_session: BTreeMap<i32, Vec<i32>>,
     /// Grows from scan to scan, so that a tree that two tasks refresh can tell
     /// an older table from a newer one.
     order: u64,
@@ -115,8 +120,9 @@ impl ProcessTable {
     /// # Errors
     /// When `/proc` itself cannot be listed.
     pub fn scan() -> io::Result<Self> {
+        // Taken first: what another scan saw earlier is older.
         let order = SCANS.fetch_add(1, Ordering::Relaxed);
-        let mut table = BTreeMap::new();
+        let mut stats = Vec::new();
         for entry in fs::read_dir(Path::new("/proc"))? {
             let Some(pid) = entry?
                 .file_name()
@@ -125,14 +131,39 @@ impl ProcessTable {
             else {
                 continue;
             };
-            if let Some(stat) = ProcessStat::read(pid) {
-                table.insert(pid, stat);
-            }
+            stats.extend(ProcessStat::read(pid));
         }
-        Ok(Self {
-            processes: table,
+        Ok(Self::with(stats, order))
+    }
+
+    fn with(stats: impl IntoIterator<Item = ProcessStat>, order: u64) -> Self {
+        let mut table = Self {
             order,
-        })
+            ..Self::default()
+        };
+        for stat in stats {
+            let pid = stat.key.pid;
+            table.by_parent.entry(stat.ppid).or_default().push(pid);
+            table.by_group.entry(stat.pgrp).or_default().push(pid);
+            table.by_session.entry(stat.session).or_default().push(pid);
+            table.processes.insert(pid, stat);
+        }
+        table
+    }
+
+    /// Returns the children of a process.
+    pub(super) fn children(&self, pid: i32) -> impl Iterator<Item = i32> {
+        self.by_parent.get(&pid).into_iter().flatten().copied()
+    }
+
+    /// Returns the members of a process group.
+    pub(super) fn group(&self, pgrp: i32) -> impl Iterator<Item = i32> {
+        self.by_group.get(&pgrp).into_iter().flatten().copied()
+    }
+
+    /// Returns the members of the session that a process leads.
+    pub(super) fn session(&self, session: i32) -> impl Iterator<Item = i32> {
+        self.by_session.get(&session).into_iter().flatten().copied()
     }
 
     /// Returns the processes by pid.
@@ -148,10 +179,7 @@ impl ProcessTable {
 
     #[cfg(test)]
     pub(crate) fn of(stats: impl IntoIterator<Item = ProcessStat>) -> Self {
-        Self {
-            processes: stats.into_iter().map(|s| (s.key.pid, s)).collect(),
-            order: SCANS.fetch_add(1, Ordering::Relaxed),
-        }
+        Self::with(stats, SCANS.fetch_add(1, Ordering::Relaxed))
     }
 }
 

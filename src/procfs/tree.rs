@@ -83,26 +83,24 @@ impl ProcessTree {
             .map(|key| key.pid)
             .collect();
         if let Some((mark, marks)) = &self.mark {
-            pids.extend(marks.carriers(mark, table).map(|stat| stat.key.pid));
+            pids.extend(marks.carriers(mark, table));
         }
         // The group outlives its leader; its number cannot be given away while
         // the group has a member, and a group without one matches nobody.
         let leader_reused = table
             .get(self.leader.pid)
             .is_some_and(|stat| stat.key != self.leader);
-        loop {
-            let before = pids.len();
-            for stat in table.iter() {
-                let by_parent = pids.contains(&stat.ppid);
-                let by_group =
-                    pids.contains(&stat.pgrp) || (stat.pgrp == self.leader.pid && !leader_reused);
-                let by_session = pids.contains(&stat.session);
-                if by_parent || by_group || by_session {
-                    pids.insert(stat.key.pid);
+        let mut look_at: Vec<i32> = pids.iter().copied().collect();
+        if !leader_reused {
+            look_at.extend(table.group(self.leader.pid));
+            pids.extend(table.group(self.leader.pid));
+        }
+        while let Some(pid) = look_at.pop() {
+            let next_to_it = table.children(pid).chain(table.group(pid));
+            for found in next_to_it.chain(table.session(pid)) {
+                if pids.insert(found) {
+                    look_at.push(found);
                 }
-            }
-            if pids.len() == before {
-                break;
             }
         }
         let live: Vec<ProcessKey> = pids
