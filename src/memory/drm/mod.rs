@@ -15,6 +15,7 @@
 //! that size.
 
 mod fdinfo;
+mod kfd;
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -47,8 +48,8 @@ struct Card {
     uuid: String,
     name: String,
     unified: bool,
-    /// How the compute driver calls it.
-    kfd: Option<String>,
+    /// How the compute driver calls it, or each part of it when it is split.
+    kfd: Vec<String>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -82,9 +83,24 @@ impl Drm {
         let mut cards: Vec<_> = cards.collect();
         cards.sort();
         let cards = cards.into_iter();
-        self.cards = cards
-            .filter_map(|(_, device)| Card::open(&self.root, device))
-            .collect();
+        self.cards = cards.filter_map(|(_, device)| Card::open(device)).collect();
+        self.name_for_compute();
+    }
+
+    /// Finds out how the compute driver calls the cards.
+    fn name_for_compute(&mut self) {
+        if !self.cards.iter().any(Card::asks_compute) {
+            return;
+        }
+        let nodes = kfd::nodes(&self.root);
+        let addresses: Vec<_> = self.cards.iter().map(|card| card.pdev.clone()).collect();
+        let addresses: Vec<_> = addresses.iter().map(String::as_str).collect();
+        for card in self.cards.iter_mut().filter(|card| card.asks_compute()) {
+            let parts = nodes
+                .iter()
+                .filter(|node| node.device_address(&addresses) == Some(&card.pdev));
+            card.kfd = parts.map(|node| node.name.clone()).collect();
+        }
     }
 
     /// Returns whether there is any device.
@@ -125,18 +141,12 @@ impl Drm {
                 Some(Row {
                     device,
                     pid: *pid,
-                    bytes: Some(self.by_compute_driver(card, *pid)?),
+                    bytes: Some(kfd::held(&self.root, &card.kfd, *pid)?),
                     source: VramSource::Kfd,
                 })
             }));
         }
         sum_clients(rows)
-    }
-
-    fn by_compute_driver(&self, card: &Card, pid: i32) -> Option<Bytes> {
-        let gpu = card.kfd.as_ref().filter(|_| !card.unified)?;
-        let file = format!("sys/class/kfd/kfd/proc/{pid}/vram_{gpu}");
-        read_number(&self.root.join(file)).map(Bytes)
     }
 }
 
@@ -157,7 +167,7 @@ fn sum_clients(rows: Vec<Row>) -> Vec<Row> {
 }
 
 impl Card {
-    fn open(root: &Path, device: PathBuf) -> Option<Self> {
+    fn open(device: PathBuf) -> Option<Self> {
         let driver = match link_name(&device.join("driver"))?.as_str() {
             "amdgpu" => Driver::Amdgpu,
             "xe" => Driver::Xe,
@@ -190,9 +200,7 @@ impl Card {
             Driver::Xe | Driver::I915 => pdev == INTEL_INTEGRATED,
         };
         Some(Self {
-            kfd: (driver == Driver::Amdgpu)
-                .then(|| kfd_name(root, &pdev))
-                .flatten(),
+            kfd: Vec::new(),
             device,
             pdev,
             driver,
@@ -200,6 +208,12 @@ impl Card {
             name,
             unified,
         })
+    }
+
+    /// Returns whether the compute driver's figures are used. Those for a GPU
+    /// that takes the host's memory count that and its own alike.
+    fn asks_compute(&self) -> bool {
+        self.driver == Driver::Amdgpu && !self.unified
     }
 
     fn read(&self, index: u32) -> DeviceReading {
@@ -258,31 +272,6 @@ impl Driver {
             Self::I915 => "i915",
         }
     }
-}
-
-/// Returns how AMD's compute driver calls the device at this address. A node of
-/// its topology names the address as `domain` and, in one number, bus, device
-/// and function.
-fn kfd_name(root: &Path, pdev: &str) -> Option<String> {
-    let nodes = fs::read_dir(root.join("sys/class/kfd/kfd/topology/nodes")).ok()?;
-    nodes.flatten().find_map(|node| {
-        let properties = fs::read_to_string(node.path().join("properties")).ok()?;
-        let property = |key: &str| -> Option<u64> {
-            let mut lines = properties.lines();
-            lines.find_map(|line| {
-                line.strip_prefix(key)?
-                    .strip_prefix(' ')?
-                    .trim()
-                    .parse()
-                    .ok()
-            })
-        };
-        let (domain, location) = (property("domain").unwrap_or(0), property("location_id")?);
-        let (bus, slot, function) = (location >> 8, (location >> 3) & 31, location & 7);
-        let address = format!("{domain:04x}:{bus:02x}:{slot:02x}.{function:x}");
-        let name = read_text(&node.path().join("gpu_id"))?;
-        (address == pdev && name != "0").then_some(name)
-    })
 }
 
 fn link_name(path: &Path) -> Option<String> {

@@ -47,6 +47,18 @@ impl Machine {
         self.file(&format!("sys/class/drm/card{number}/device/{file}"), text)
     }
 
+    /// What the compute driver says of its devices: name and location.
+    fn compute(&self, nodes: &[(u32, u64)]) -> &Self {
+        self.link("proc/self/ns/pid", "pid:[4026531836]");
+        for (number, (name, location)) in (0..).zip(nodes) {
+            let node = format!("sys/class/kfd/kfd/topology/nodes/{number}");
+            let properties = format!("simd_count 192\nlocation_id {location}\ndomain 0\n");
+            self.file(&format!("{node}/gpu_id"), &format!("{name}\n"))
+                .file(&format!("{node}/properties"), &properties);
+        }
+        self
+    }
+
     /// An open device file of a process.
     fn open(&self, pid: i32, fd: u32, fdinfo: &str) -> &Self {
         self.link(&format!("proc/{pid}/fd/{fd}"), "/dev/dri/renderD128");
@@ -132,17 +144,8 @@ fn compute_memory_is_what_the_compute_driver_says() {
     machine
         .card(0, "amdgpu", CARD)
         .of_card(0, "mem_info_vram_total", "25753026560\n")
-        .file("sys/class/kfd/kfd/topology/nodes/0/gpu_id", "0\n")
-        .file(
-            "sys/class/kfd/kfd/topology/nodes/0/properties",
-            "cpu_cores_count 16\n",
-        )
-        .file("sys/class/kfd/kfd/topology/nodes/1/gpu_id", "51234\n")
-        // Bus 3, device 0, function 0.
-        .file(
-            "sys/class/kfd/kfd/topology/nodes/1/properties",
-            "simd_count 192\nlocation_id 768\ndomain 0\n",
-        )
+        // A processor, and bus 3, device 0, function 0.
+        .compute(&[(0, 0), (51234, 0x300)])
         .file("sys/class/kfd/kfd/proc/10/vram_51234", "2147483648\n")
         .open(10, 5, &client(CARD, 1, "drm-resident-vram:\t12 MiB"));
     let found = rows(&machine.drm(), &[10]);
@@ -159,6 +162,39 @@ fn compute_memory_is_what_the_compute_driver_says() {
     let usage = joined.of_tree([10]);
     assert_eq!(usage[0].bytes, Some(Bytes::gib(2)));
     assert_eq!(usage[0].source, VramSource::Kfd);
+}
+
+#[test]
+fn the_parts_of_a_split_device_add_up_wherever_the_kernel_puts_their_numbers() {
+    for parts in [
+        [0x300, 0x300 | (1 << 28), 0x300 | (7 << 28)],
+        [0x300, 0x301, 0x307],
+    ] {
+        let machine = Machine::new();
+        machine
+            .card(0, "amdgpu", CARD)
+            .of_card(0, "mem_info_vram_total", "206158430208\n")
+            .compute(&[(1, parts[0]), (2, parts[1]), (3, parts[2])])
+            .file("sys/class/kfd/kfd/proc/10/vram_1", "1048576\n")
+            .file("sys/class/kfd/kfd/proc/10/vram_2", "2097152\n")
+            .file("sys/class/kfd/kfd/proc/10/vram_3", "4194304\n");
+        let found = rows(&machine.drm(), &[10]);
+        assert_eq!(found, [(0, 10, Some(7), VramSource::Kfd)], "{parts:x?}");
+    }
+}
+
+#[test]
+fn in_a_pid_namespace_the_compute_drivers_numbers_are_strangers() {
+    let machine = Machine::new();
+    machine
+        .card(0, "amdgpu", CARD)
+        .of_card(0, "mem_info_vram_total", "25753026560\n")
+        .compute(&[(51234, 0x300)])
+        .file("sys/class/kfd/kfd/proc/10/vram_51234", "2147483648\n");
+    let link = machine.0.path().join("proc/self/ns/pid");
+    fs::remove_file(link).expect("a link");
+    machine.link("proc/self/ns/pid", "pid:[4026532001]");
+    assert_eq!(rows(&machine.drm(), &[10]), []);
 }
 
 #[test]
