@@ -8,11 +8,20 @@
 //! | `xe` | `tile*/physical_vram_size_bytes`; its use is not told | regions `vram0`, `vram1`, … |
 //! | `i915` | not told | regions `local0`, … |
 //!
-//! A GPU without memory of its own takes the host's. Such is an Intel GPU at
-//! 0000:00:02.0, where integrated ones are, and an AMD one with at most 2 GiB
-//! set aside and more than that to borrow (`mem_info_gtt_total`): what it
-//! borrows is then its figure. An AMD one with more set aside counts as a GPU of
-//! that size.
+//! What the device uses stays unknown where the table says so; nothing is made
+//! up. The size that `xe` tells is the physical one, a little of which the driver
+//! keeps.
+//!
+//! A GPU without memory of its own takes the host's:
+//!
+//! - An Intel GPU at 0000:00:02, where integrated ones and their virtual
+//!   functions are, unless the driver shows what only GPUs with memory have
+//!   (`hwmon`, `tile0/physical_vram_size_bytes`): a guest may see one there.
+//! - An AMD GPU that may borrow more (`mem_info_gtt_total`) than is set aside for
+//!   it (`mem_info_vram_total`), which is when `amdgpu` itself puts compute memory
+//!   of an integrated one into the host's. More than 2 GiB set aside must also
+//!   be known to be an integrated GPU's. What it borrows is then its figure;
+//!   what is set aside is no part of the host's memory.
 
 mod fdinfo;
 mod kfd;
@@ -25,10 +34,11 @@ use super::vram::Row;
 use super::{DeviceReading, VramSource};
 use crate::model::{Bytes, GpuVendor};
 
-/// At most this is set aside for a GPU that mostly uses the host's memory.
+/// No more than this is taken for memory set aside, not for a GPU's own,
+/// without further proof.
 const SET_ASIDE: Bytes = Bytes::gib(2);
-/// Where Intel's integrated GPUs are.
-const INTEL_INTEGRATED: &str = "0000:00:02.0";
+/// Where Intel's integrated GPUs are, up to the function.
+const INTEL_INTEGRATED: &str = "0000:00:02.";
 
 /// Finds and reads the devices, and whose memory is whose.
 #[derive(Debug)]
@@ -191,13 +201,10 @@ impl Card {
             None => format!("pci-{pdev}"),
         };
         let unified = match driver {
-            Driver::Amdgpu => {
-                let own = read_number(&device.join("mem_info_vram_total")).map(Bytes);
-                let borrowed = read_number(&device.join("mem_info_gtt_total")).map(Bytes);
-                own.zip(borrowed)
-                    .is_some_and(|(own, borrowed)| own <= SET_ASIDE && borrowed > own)
+            Driver::Amdgpu => borrows(&device),
+            Driver::Xe | Driver::I915 => {
+                pdev.starts_with(INTEL_INTEGRATED) && !has_intel_memory(&device)
             }
-            Driver::Xe | Driver::I915 => pdev == INTEL_INTEGRATED,
         };
         Some(Self {
             kfd: Vec::new(),
@@ -272,6 +279,32 @@ impl Driver {
             Self::I915 => "i915",
         }
     }
+}
+
+/// Returns whether an AMD GPU takes the host's memory.
+fn borrows(device: &Path) -> bool {
+    let bytes = |file: &str| read_number(&device.join(file)).map(Bytes);
+    let (Some(own), Some(borrowed)) = (bytes("mem_info_vram_total"), bytes("mem_info_gtt_total"))
+    else {
+        return false;
+    };
+    // The driver has this file for GPUs with memory of their own only. It goes
+    // first because reading the metrics can wake a GPU, and looking does not.
+    let discrete = device.join("mem_busy_percent").exists();
+    borrowed > own && !discrete && (own <= SET_ASIDE || has_apu_metrics(device))
+}
+
+/// Returns whether the driver tells the metrics of an integrated AMD GPU: after
+/// two bytes of size comes the format, which is 2 or 3 for those and 1 for others.
+fn has_apu_metrics(device: &Path) -> bool {
+    let metrics = fs::read(device.join("gpu_metrics"));
+    metrics.is_ok_and(|bytes| matches!(bytes.get(2), Some(2 | 3)))
+}
+
+/// Returns whether an Intel driver shows what it has for GPUs with memory only.
+fn has_intel_memory(device: &Path) -> bool {
+    let shown = ["hwmon", "tile0/physical_vram_size_bytes"];
+    shown.iter().any(|file| device.join(file).exists())
 }
 
 fn link_name(path: &Path) -> Option<String> {

@@ -88,6 +88,7 @@ fn rows(drm: &Drm, pids: &[i32]) -> Vec<(u32, i32, Option<u64>, VramSource)> {
 
 const FDINFO: VramSource = VramSource::DrmFdinfo;
 const CARD: &str = "0000:03:00.0";
+const INTEGRATED: &str = "0000:00:02.0";
 
 #[test]
 fn a_radeon_tells_its_memory_and_its_processes() {
@@ -225,14 +226,69 @@ fn an_apu_borrows_the_hosts_memory_and_a_large_carve_out_is_a_gpu_of_its_own() {
 }
 
 #[test]
+fn an_apu_with_more_set_aside_than_usual_is_known_by_its_metrics() {
+    const GIB: u64 = 1 << 30;
+    // Set aside, to borrow, another file and its text, and what that makes.
+    let cases = [
+        (8, 28, ("gpu_metrics", "\u{78}\0\u{2}\u{4}"), true),
+        (8, 28, ("gpu_metrics", "\u{8}\u{1}\u{3}\0"), true),
+        // A virtual function of a large GPU, in a guest with more memory yet.
+        (64, 512, ("gpu_metrics", "\u{78}\0\u{1}\u{4}"), false),
+        (8, 28, ("gpu_metrics", ""), false),
+        (64, 28, ("gpu_metrics", "\u{78}\0\u{2}\u{4}"), false),
+        // A small GPU of its own.
+        (2, 16, ("mem_busy_percent", "0\n"), false),
+        (2, 16, ("other", ""), true),
+    ];
+    for (own, borrowed, (file, text), unified) in cases {
+        let machine = Machine::new();
+        machine
+            .card(0, "amdgpu", CARD)
+            .of_card(0, "mem_info_vram_total", &format!("{}\n", own * GIB))
+            .of_card(0, "mem_info_gtt_total", &format!("{}\n", borrowed * GIB))
+            .of_card(0, file, text);
+        let device = &machine.drm().devices(0)[0];
+        assert_eq!(
+            device.unified, unified,
+            "{own} of {borrowed}, {file} {text:?}"
+        );
+    }
+}
+
+#[test]
+fn an_intel_gpu_where_integrated_ones_are_can_have_memory() {
+    let cases = [
+        ("i915", INTEGRATED, None, true),
+        ("i915", INTEGRATED, Some("hwmon/hwmon3/name"), false),
+        (
+            "xe",
+            INTEGRATED,
+            Some("tile0/physical_vram_size_bytes"),
+            false,
+        ),
+        ("xe", "0000:00:02.3", None, true),
+        ("xe", "0000:00:03.0", None, false),
+    ];
+    for (driver, pdev, file, unified) in cases {
+        let machine = Machine::new();
+        machine.card(0, driver, pdev);
+        if let Some(file) = file {
+            machine.of_card(0, file, "17179869184\n");
+        }
+        let device = &machine.drm().devices(0)[0];
+        assert_eq!(device.unified, unified, "{driver} {pdev} {file:?}");
+    }
+}
+
+#[test]
 fn an_arc_tells_its_size_and_an_integrated_one_shares_the_hosts_memory() {
     let machine = Machine::new();
     machine
-        .card(0, "i915", INTEL_INTEGRATED)
+        .card(0, "i915", INTEGRATED)
         .card(1, "xe", CARD)
         .of_card(1, "tile0/physical_vram_size_bytes", "17179869184\n")
         .of_card(1, "tile1/physical_vram_size_bytes", "17179869184\n")
-        .open(10, 5, &client(INTEL_INTEGRATED, 1, "drm-resident-system0:\t20 MiB"))
+        .open(10, 5, &client(INTEGRATED, 1, "drm-resident-system0:\t20 MiB"))
         .open(
             10,
             6,
