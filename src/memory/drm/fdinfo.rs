@@ -18,8 +18,8 @@ pub(super) struct Client {
     /// Told apart from the device's other clients.
     pub(super) id: u64,
     /// Bytes resident, by region of memory; empty when the driver does not
-    /// tell.
-    pub(super) regions: Vec<(String, Bytes)>,
+    /// tell, and unknown where it tells what we cannot read.
+    pub(super) regions: Vec<(String, Option<Bytes>)>,
 }
 
 impl Client {
@@ -39,10 +39,10 @@ impl Client {
             } else if key == "drm-client-id" {
                 id = value.parse().ok();
             } else if let Some(region) = key.strip_prefix("drm-resident-") {
-                resident.extend(size(value).map(|bytes| (region.to_owned(), bytes)));
+                resident.push((region.to_owned(), size(value)));
             } else if let Some(region) = key.strip_prefix("drm-memory-") {
                 // What resident was called before it had a standard name.
-                legacy.extend(size(value).map(|bytes| (region.to_owned(), bytes)));
+                legacy.push((region.to_owned(), size(value)));
             }
         }
         Some(Self {
@@ -56,15 +56,12 @@ impl Client {
         })
     }
 
-    /// Adds up the regions that `counts`; `None` when none of them is told.
+    /// Adds up the regions that `counts`; `None` when none of them is told, or
+    /// one of them is unknown.
     pub(super) fn held(&self, counts: impl Fn(&str) -> bool) -> Option<Bytes> {
-        let mut counted = self
-            .regions
-            .iter()
-            .filter(|(region, _)| counts(region))
-            .peekable();
-        counted.peek()?;
-        Some(counted.map(|(_, bytes)| *bytes).sum())
+        let counted = self.regions.iter().filter(|(region, _)| counts(region));
+        let sizes = counted.map(|(_, bytes)| *bytes);
+        sizes.reduce(|a, b| a.zip(b).map(|(a, b)| a + b)).flatten()
     }
 }
 
@@ -132,6 +129,15 @@ mod tests {
         let client = Client::parse(text).expect("a client");
         assert_eq!(client.held(|_| true), Some(Bytes::kib(7)));
         assert_eq!(Client::parse("pos: 0\nflags: 02\n"), None);
+    }
+
+    #[test]
+    fn a_region_that_cannot_be_read_makes_the_sum_unknown() {
+        let text = "drm-pdev: 0000:03:00.0\ndrm-client-id: 1\n\
+            drm-resident-vram0: 1 GiB\ndrm-resident-vram1: 5 MiB\n";
+        let client = Client::parse(text).expect("a client");
+        assert_eq!(client.held(|_| true), None);
+        assert_eq!(client.held(|region| region == "vram1"), Some(Bytes::mib(5)));
     }
 
     proptest! {

@@ -322,6 +322,24 @@ fn a_client_without_numbers_is_unknown_and_one_of_another_card_is_nobodys() {
 }
 
 #[test]
+fn a_process_that_does_not_let_us_look_has_no_row() {
+    let machine = Machine::new();
+    machine
+        .card(0, "amdgpu", CARD)
+        .of_card(0, "mem_info_vram_total", "25753026560\n")
+        // A folder that cannot be listed, and a file that cannot be read.
+        .file("proc/10/fd", "")
+        .link("proc/11/fd/5", "/dev/dri/renderD128")
+        // Another kind of file with the same keys.
+        .link("proc/12/fd/5", "/dev/drifting")
+        .file(
+            "proc/12/fdinfo/5",
+            &client(CARD, 1, "drm-resident-vram:\t5 MiB"),
+        );
+    assert_eq!(rows(&machine.drm(), &[10, 11, 12]), []);
+}
+
+#[test]
 fn nvidias_cards_and_machines_without_any_are_left_to_others() {
     let machine = Machine::new();
     machine.card(0, "nvidia", CARD);
