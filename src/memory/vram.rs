@@ -31,11 +31,18 @@ impl Vram {
     pub(super) fn new(rows: &[Row], identify: impl Fn(i32) -> Option<i32>) -> Self {
         let mut merged = BTreeMap::new();
         for row in rows {
-            let Some(pid) = identify(row.pid) else {
+            // `fdinfo` was read of our own processes: the pid is one of them.
+            let own = row.source == VramSource::DrmFdinfo;
+            let Some(pid) = (if own {
+                Some(row.pid)
+            } else {
+                identify(row.pid)
+            }) else {
                 continue;
             };
-            // Drivers that compare the wrong namespace's pid say 0.
-            let bytes = row.bytes.filter(|bytes| *bytes > Bytes::ZERO);
+            // NVIDIA's driver says 0 when it compares the wrong namespace's pid.
+            let doubtful = row.source == VramSource::NvmlProcess;
+            let bytes = row.bytes.filter(|bytes| !doubtful || *bytes > Bytes::ZERO);
             // A process that computes and draws is listed twice, each time
             // with all it holds. Unknown is less than any number.
             let entry = merged
@@ -195,6 +202,16 @@ mod tests {
                 }]
             );
         }
+    }
+
+    #[test]
+    fn the_kernels_own_zero_is_a_zero_and_its_pids_are_ours() {
+        let none = Row {
+            source: VramSource::DrmFdinfo,
+            ..row(0, 30, Some(0))
+        };
+        // 30 is nobody that `identify` knows.
+        assert_eq!(vram(&[none]).of_tree([30])[0].bytes, Some(Bytes::ZERO));
     }
 
     #[test]
