@@ -64,6 +64,21 @@ fn cpu(names: &[&str]) -> f64 {
     threads.flatten().filter_map(|t| run(&t.path())).sum()
 }
 
+/// Waits until everything that is new has been looked at: the thread that looks
+/// into single processes has had nothing to do for a while.
+fn settle() {
+    let still = Duration::from_secs(6);
+    let mut before = f64::NAN;
+    for _ in 0..10 {
+        pause(still);
+        let now = cpu(&THREADS[1..]);
+        if now - before < 1.0 {
+            return;
+        }
+        before = now;
+    }
+}
+
 /// S20: a pass over the sizes of so many workers, and a core's share at one
 /// pass a second with all that belongs to it; the goals as base.
 pub(crate) fn passes() {
@@ -78,8 +93,7 @@ pub(crate) fn passes() {
             let tree = Arc::new(ProcessTree::new(sleeper.key()));
             sampler.follow(worker, Subject::of(tree));
         }
-        // Everything has been looked at once.
-        pause(Duration::from_secs(6));
+        settle();
         let began = cpu(&THREADS);
         let mut costs = BTreeMap::new();
         let mut last = (sampler.readings().borrow().seq, cpu(&THREADS[..1]));
