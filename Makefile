@@ -1,5 +1,5 @@
 # What each target does is in README.md. None needs anything but a Rust toolchain and Python 3.
-.PHONY: run test real demo bench accept gpu
+.PHONY: run test real demo bench laws accept gpu
 
 RESIDENTD := target/release/residentd
 
@@ -22,6 +22,10 @@ demo:
 # What it costs, a line for each figure.
 bench:
 	@scripts/bench
+
+# A long search for events that break a law of the policy; CASES=1000000 searches longer.
+laws:
+	@scripts/laws
 
 # What only a real NVIDIA GPU can show.
 gpu:

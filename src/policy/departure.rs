@@ -46,6 +46,33 @@ impl Policy {
         });
     }
 
+    /// Takes the grace from a worker that is on its way out. One that was told
+    /// to go in this very step may still be refused by its gate, and then stays.
+    pub(super) fn hasten(
+        &mut self,
+        now: Timestamp,
+        worker: &WorkerId,
+        reason: &EvictReason,
+        out: &mut Vec<Effect>,
+    ) {
+        let unanswered = out.iter_mut().find_map(|effect| {
+            let Effect::Evict {
+                worker: of, kill, ..
+            } = effect
+            else {
+                return None;
+            };
+            (of == worker).then_some(kill)
+        });
+        match unanswered {
+            Some(kill) => {
+                *kill = true;
+                self.leave(now, worker, (Phase::Stopping, true), reason);
+            }
+            None => self.terminate(now, worker, reason.clone(), true, out),
+        }
+    }
+
     /// Lets those inside finish and nobody new in.
     pub(super) fn drain(
         &mut self,
@@ -86,10 +113,10 @@ impl Policy {
         let Some(model) = self.current(worker).filter(|m| m.phase == Phase::Stopping) else {
             return;
         };
-        // The worker never left: it keeps the time it became ready, so that
-        // its place in the order stays.
+        // The worker never left, and is in use at this moment.
         model.phase = Phase::Ready;
         model.leaving = None;
+        model.killed = false;
         model.activity.inside = inside;
         self.ledger.cancel_reclaim(worker);
         self.refused_in_cleanups(worker);

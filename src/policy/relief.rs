@@ -115,7 +115,7 @@ impl Policy {
             let in_grace = self.leaving(domain).filter(|m| !m.killed);
             let in_grace: Vec<_> = in_grace.map(ModelState::worker).collect();
             for worker in in_grace {
-                self.terminate(now, &worker, reason.clone(), true, out);
+                self.hasten(now, &worker, &reason, out);
             }
             return;
         }

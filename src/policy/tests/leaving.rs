@@ -186,6 +186,36 @@ fn hard_pressure_ends_the_least_valuable_at_once_and_a_pinned_one_last() {
 }
 
 #[test]
+fn under_hard_pressure_a_gate_still_has_the_last_word_on_an_eviction() {
+    let mut world = World::new(1000, &[("a", 400), ("b", 400)]);
+    world.use_once("a");
+    world.use_once("b");
+    assert_eq!(gone(&world.measure_headroom(Bytes::mib(100))), ["a"]);
+    let order = CleanupOrder {
+        all: true,
+        ..CleanupOrder::default()
+    };
+    let (ticket, deadline) = (world.ticket(), world.now + Duration::from_secs(30));
+    let effects = world.step(Event::Cleanup {
+        ticket,
+        order,
+        deadline,
+    });
+    // One order without grace, and not a second that asks no gate.
+    assert!(
+        matches!(&effects[..], [Effect::Evict { worker, kill: true, .. }] if worker.model == name("b")),
+        "{effects:?}"
+    );
+    let effects = world.step(Event::EvictRefused {
+        worker: world.worker("b"),
+        inside: 1,
+    });
+    assert_eq!(gone(&effects), [] as [&str; 0]);
+    let b = &world.policy.models()["b"];
+    assert_eq!((b.phase, b.killed), (Phase::Ready, false));
+}
+
+#[test]
 fn a_limit_set_below_usage_evicts_at_once() {
     let mut world = World::new(1000, &[("a", 400), ("b", 400)]);
     world.use_once("a");

@@ -88,7 +88,8 @@ fn a_model_goes_to_the_gpu_that_fits_and_the_least_recently_used_makes_room() {
 #[test]
 fn a16_vram_that_comes_back_late_holds_up_its_own_gpu_and_nothing_else() {
     let mut driver = FakeDriver::new(2);
-    driver.set(|state| state["late_free_ms"] = json!(1200));
+    // Long beside all that a busy machine may take for the others.
+    driver.set(|state| state["late_free_ms"] = json!(3000));
     let models = [
         model(&driver, "old", 12, "[0]", &declared(12)),
         model(&driver, "new", 12, "[0]", &declared(12)),
@@ -107,15 +108,11 @@ fn a16_vram_that_comes_back_late_holds_up_its_own_gpu_and_nothing_else() {
         for model in ["other", "host"] {
             assert_eq!(residentd.complete(model).status, 200);
         }
-        let elsewhere = gone.elapsed();
+        assert!(!new.is_finished(), "its GPU was given back too early");
         let (answer, answered) = new.join().expect("the request ends");
         assert_eq!(answer.status, 200);
         let waited = answered - gone;
-        assert!(waited >= Duration::from_millis(1000), "{waited:?}");
-        assert!(
-            elsewhere < waited,
-            "elsewhere {elsewhere:?}, on its own GPU {waited:?}"
-        );
+        assert!(waited >= Duration::from_millis(1500), "{waited:?}");
     });
     let missing = residentd.ask("GET", "/metrics", None).text();
     assert!(missing.contains("residentd_reclaim_shortfall_bytes_total 0"));
