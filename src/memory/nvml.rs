@@ -275,22 +275,9 @@ fn is_integrated(name: &str) -> bool {
 }
 
 impl Sweep {
-    /// Reads the memory of a device and its processes.
+    /// Reads the processes of a device and then its memory: what is taken in
+    /// between counts twice rather than not at all.
     fn read(&mut self, device: &Device<'_>, reading: &mut DeviceReading, last: &[Row]) {
-        match device.memory_info() {
-            // A GPU without memory of its own uses the host's.
-            Ok(info) if info.total == 0 => reading.unified = true,
-            Ok(info) => {
-                reading.total = Some(Bytes(info.total));
-                reading.used = Some(Bytes(info.used));
-                reading.free = Some(Bytes(info.free));
-            }
-            Err(error) => {
-                reading.unified =
-                    matches!(error, NvmlError::NotSupported) && is_integrated(&reading.name);
-                self.note(reading.index, &error);
-            }
-        }
         let lists = [
             retried(|| device.running_compute_processes()),
             retried(|| device.running_graphics_processes()),
@@ -307,6 +294,20 @@ impl Sweep {
                         self.keep_processes(reading.index, last);
                     }
                 }
+            }
+        }
+        match device.memory_info() {
+            // A GPU without memory of its own uses the host's.
+            Ok(info) if info.total == 0 => reading.unified = true,
+            Ok(info) => {
+                reading.total = Some(Bytes(info.total));
+                reading.used = Some(Bytes(info.used));
+                reading.free = Some(Bytes(info.free));
+            }
+            Err(error) => {
+                reading.unified =
+                    matches!(error, NvmlError::NotSupported) && is_integrated(&reading.name);
+                self.note(reading.index, &error);
             }
         }
     }

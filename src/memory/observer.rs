@@ -120,7 +120,6 @@ impl Observer {
         if depth == Depth::Full {
             self.host.relocate();
         }
-        let host = self.host.read(depth >= Depth::Parts);
         self.trees.retain(|worker, _| followed.contains_key(worker));
         let unknown = followed.len() > self.trees.len();
         let grown = depth == Depth::Sizes && self.read_sizes();
@@ -154,6 +153,9 @@ impl Observer {
             }
         }
         self.attribute(at, &sweep.devices, followed, &mut workers);
+        // After the workers: what they took in between counts twice rather than
+        // not at all.
+        let host = self.host.read(depth >= Depth::Parts);
         let reading = Reading {
             seq: self.seq,
             at,
@@ -176,11 +178,11 @@ impl Observer {
         }
         if !self.drm.is_empty() {
             let first = u32::try_from(sweep.devices.len()).unwrap_or(u32::MAX);
-            sweep.devices.extend(self.drm.devices(first));
             if depth >= Depth::Parts {
                 let pids = members.iter().map(|m| m.process.pid).collect();
                 self.drm_rows = self.drm.rows(first, &pids);
             }
+            sweep.devices.extend(self.drm.devices(first));
             sweep.rows.extend(&self.drm_rows);
         }
         self.sweep = sweep;

@@ -200,7 +200,7 @@ impl Ledger {
             return Need::new();
         };
         let outstanding: Bytes = models.values().map(|m| m.outstanding(domain)).sum();
-        let limit = signed(books.limit) - signed(self.charged(models, domain));
+        let limit = signed(books.shown_limit(domain)) - signed(self.charged(models, domain));
         let physics = signed(books.measured.headroom) - signed(books.reserve) - signed(outstanding);
         Need::from([
             ((domain, Constraint::Limit), limit),

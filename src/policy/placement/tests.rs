@@ -182,6 +182,19 @@ fn a16_vram_that_returns_late_delays_only_its_own_gpu() {
 }
 
 #[test]
+fn a17_a_reading_torn_by_an_allocation_admits_no_second_worker() {
+    let mut world = machine(&[10_000], &[("a", ONE, 8_000), ("b", ONE, 8_000)]);
+    world.acquire("a");
+    world.ready("a");
+    // The GPU was read before the worker took its memory, the worker after.
+    let mut measured = world.measured(Bytes::gib(16));
+    let gpu = measured.domains.get_mut(&Domain::Gpu(0));
+    gpu.expect("the machine has a GPU").headroom = Bytes::mib(10_000);
+    world.step(Event::Measured(measured));
+    assert_eq!(spawned(&world.acquire("b").1), Vec::<String>::new());
+}
+
+#[test]
 fn a16_a_worker_told_to_go_right_after_its_load_gives_back_what_it_took_since() {
     let mut world = machine(&[10_000], &[("old", ONE, 8_000), ("new", ONE, 8_000)]);
     // Ready and idle before anything of it was measured.
