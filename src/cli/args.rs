@@ -22,7 +22,7 @@ pub(super) struct CommandLine {
 #[derive(Debug, Subcommand)]
 pub(super) enum Command {
     /// Serve the configured models
-    Serve(ServeArgs),
+    Serve(Box<ServeArgs>),
     /// Check the configuration and name every problem
     Check(CheckArgs),
     /// Show each model, its worker and its memory
