@@ -146,6 +146,32 @@ fn a20_idle_workers_go_before_the_oom_killer_comes_and_it_comes_when_that_is_off
 }
 
 #[test]
+fn idle_workers_go_before_the_kernel_slows_everybody_down() {
+    // `memory.high` was not looked at: a neighbour, or the next load, hung.
+    let Some(cgroup) = cgroup("memory.high", 1024 * MIB) else {
+        return;
+    };
+    if let Err(why) = cgroup.slow_over(400 * MIB) {
+        println!("SKIPPED memory.high: {why}");
+        return;
+    }
+    let start = now();
+    let outcome = squeeze(&cgroup, "");
+    assert!(outcome.has_it_all);
+    assert!(
+        outcome.reasons.iter().any(|reason| *reason == "pressure"),
+        "{:?} after {:?}",
+        outcome.reasons,
+        start.elapsed()
+    );
+    println!(
+        "FIGURE memory.high {} of 4 workers left, all done in {} ms",
+        outcome.survivors,
+        start.elapsed().as_millis()
+    );
+}
+
+#[test]
 fn a19_the_limit_follows_the_cgroup_down_within_two_ticks_and_up_again() {
     let Some(cgroup) = cgroup("A19", 500 * MIB) else {
         return;

@@ -97,6 +97,13 @@ impl MemoryCgroup {
             .expect("the limit can be changed");
     }
 
+    /// Sets the limit over which the kernel slows down whoever takes more;
+    /// says why not where there is none: version 1 has no such thing.
+    pub(crate) fn slow_over(&self, limit: u64) -> Result<(), String> {
+        let file = self.folder.join("memory.high");
+        write(&file, &limit.to_string()).map_err(|error| format!("{}: {error}", file.display()))
+    }
+
     /// Returns how many processes the kernel ended for want of memory here.
     pub(crate) fn oom_kills(&self) -> u64 {
         let text = fs::read_to_string(self.folder.join(self.files.kills)).unwrap_or_default();
