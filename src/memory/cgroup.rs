@@ -390,7 +390,7 @@ mod tests {
 
     #[test]
     fn over_memory_high_there_is_nothing_to_give() {
-        // It was not looked at: loads were started that the kernel let hang.
+        // It was not looked at: there was room up to `memory.max`.
         let root = root(&[
             V2_MOUNT,
             ("proc/self/cgroup", "0::/\n"),

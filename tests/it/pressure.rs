@@ -146,8 +146,8 @@ fn a20_idle_workers_go_before_the_oom_killer_comes_and_it_comes_when_that_is_off
 }
 
 #[test]
-fn idle_workers_go_before_the_kernel_slows_everybody_down() {
-    // `memory.high` was not looked at: a neighbour, or the next load, hung.
+fn idle_workers_go_also_when_memory_high_is_the_limit() {
+    // It was not looked at: nobody went.
     let Some(cgroup) = cgroup("memory.high", 1024 * MIB) else {
         return;
     };
