@@ -1,5 +1,5 @@
-# What each target does is in README.md. None needs anything but a Rust toolchain and Python 3.
-.PHONY: run test real demo bench laws accept gpu
+# What each target does is in README.md. None but `vm` needs anything but a Rust toolchain and Python 3.
+.PHONY: run test real demo bench laws accept gpu vm
 
 RESIDENTD := target/release/residentd
 
@@ -30,6 +30,10 @@ laws:
 # What only a real NVIDIA GPU can show.
 gpu:
 	@scripts/gpu
+
+# What only a kernel with the memory controller of cgroup v2 can show, in QEMU; RESIDENTD_RUNS=5 is quicker.
+vm:
+	@scripts/vm-cgroup2
 
 # A line for each acceptance claim that can be judged here; IDS="A10 A14" picks.
 accept:

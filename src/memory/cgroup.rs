@@ -84,11 +84,17 @@ impl Cgroup {
 
     fn read_level(&self, level: &Path) -> Option<(CgroupReading, Bytes)> {
         let folder = self.mount.join(level);
-        let (limit_file, current_file, version) = match self.version {
-            Version::One => ("memory.limit_in_bytes", "memory.usage_in_bytes", 1),
-            Version::Two => ("memory.max", "memory.current", 2),
+        // Over `memory.high` nobody is ended, but whoever takes more is slowed
+        // down until it hardly moves: what lies above is of no use.
+        let (limit_files, current_file, version): (&[_], _, _) = match self.version {
+            Version::One => (&["memory.limit_in_bytes"], "memory.usage_in_bytes", 1),
+            Version::Two => (&["memory.max", "memory.high"], "memory.current", 2),
         };
-        let limit = read_number(&folder.join(limit_file)).filter(|limit| *limit < NO_LIMIT)?;
+        let limit = limit_files
+            .iter()
+            .filter_map(|file| read_number(&folder.join(file)))
+            .filter(|limit| *limit < NO_LIMIT)
+            .min()?;
         let current = Bytes(read_number(&folder.join(current_file))?);
         let stat = fs::read_to_string(folder.join("memory.stat")).unwrap_or_default();
         let working_set = current - self.version.droppable(&stat);
@@ -380,6 +386,30 @@ mod tests {
         assert_eq!(cgroup.read().expect("a limit").1, Bytes(2_000));
         fs::write(root.path().join("sys/fs/cgroup/memory.max"), "max\n").expect("a file");
         assert_eq!(cgroup.read(), None);
+    }
+
+    #[test]
+    fn over_memory_high_there_is_nothing_to_give() {
+        // It was not looked at: there was room up to `memory.max`.
+        let root = root(&[
+            V2_MOUNT,
+            ("proc/self/cgroup", "0::/\n"),
+            ("sys/fs/cgroup/memory.max", "10000\n"),
+            ("sys/fs/cgroup/memory.high", "6000\n"),
+            ("sys/fs/cgroup/memory.current", "1000\n"),
+        ]);
+        let margin = || read(&root).map(|(_, margin)| margin);
+        let set = |file: &str, limit: &str| {
+            let path = root.path().join("sys/fs/cgroup").join(file);
+            fs::write(path, limit).expect("a file");
+        };
+        assert_eq!(margin(), Some(Bytes(5_000)));
+        set("memory.max", "max\n");
+        assert_eq!(margin(), Some(Bytes(5_000)));
+        set("memory.high", "max\n");
+        assert_eq!(margin(), None);
+        set("memory.max", "10000\n");
+        assert_eq!(margin(), Some(Bytes(9_000)));
     }
 
     #[test]

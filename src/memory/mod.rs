@@ -286,7 +286,8 @@ pub struct CgroupReading {
     pub version: u8,
     /// Its path below the mount.
     pub path: String,
-    /// `memory.max` or `memory.limit_in_bytes`; absent when there is no limit.
+    /// `memory.limit_in_bytes`, or the smaller of `memory.max` and
+    /// `memory.high`; absent when there is no limit.
     pub limit: Option<Bytes>,
     /// `memory.current` or `memory.usage_in_bytes`.
     pub current: Bytes,

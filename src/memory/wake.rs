@@ -173,6 +173,7 @@ mod tests {
     use std::sync::mpsc;
     use std::time::Duration;
 
+    use super::super::cgroup;
     use super::*;
 
     #[test]
@@ -182,6 +183,47 @@ mod tests {
         assert!(wake.stop.is_none());
     }
 
+    /// A thread that waits for one source.
+    struct Waiting {
+        wake: Wake,
+        wakes: mpsc::Receiver<()>,
+        thread: thread::JoinHandle<()>,
+    }
+
+    impl Waiting {
+        fn on(source: Source) -> Self {
+            let stop = eventfd(0, EventfdFlags::CLOEXEC).expect("an eventfd");
+            let (woken, wakes) = mpsc::channel();
+            let theirs = stop.try_clone().expect("a copy");
+            let thread = thread::spawn(move || {
+                wait(&theirs, &[source], move || {
+                    let _ = woken.send(());
+                });
+            });
+            let wake = Wake { stop: Some(stop) };
+            Self {
+                wake,
+                wakes,
+                thread,
+            }
+        }
+
+        fn is_quiet(&self) -> bool {
+            let quiet = Duration::from_millis(300);
+            self.wakes.recv_timeout(quiet).is_err()
+        }
+
+        fn wakes(&self) {
+            let woken = self.wakes.recv_timeout(Duration::from_secs(10));
+            woken.expect("it wakes");
+        }
+
+        fn ends(self) {
+            drop(self.wake);
+            self.thread.join().expect("it ends");
+        }
+    }
+
     #[test]
     fn a_source_that_becomes_urgent_wakes_and_a_drop_ends_the_wait() {
         // Urgent data on a socket is the one thing a test can make urgent.
@@ -189,39 +231,26 @@ mod tests {
         let address = listener.local_addr().expect("an address");
         let sender = std::net::TcpStream::connect(address).expect("a connection");
         let (receiver, _) = listener.accept().expect("a connection");
-        let source = Source {
+        let waiting = Waiting::on(Source {
             file: File::from(OwnedFd::from(receiver)),
             read_to_rearm: false,
-        };
-        let stop = eventfd(0, EventfdFlags::CLOEXEC).expect("an eventfd");
-        let (woken, wakes) = mpsc::channel();
-        let thread = thread::spawn({
-            let stop = stop.try_clone().expect("a copy");
-            move || {
-                wait(&stop, &[source], move || {
-                    let _ = woken.send(());
-                });
-            }
         });
-        assert!(wakes.recv_timeout(Duration::from_millis(50)).is_err());
+        assert!(waiting.is_quiet());
         rustix::net::send(&sender, b"!", rustix::net::SendFlags::OOB).expect("sent");
-        wakes
-            .recv_timeout(Duration::from_secs(10))
-            .expect("it wakes");
-        drop(Wake { stop: Some(stop) });
-        thread.join().expect("it ends");
+        waiting.wakes();
+        waiting.ends();
     }
 
     /// A cgroup of version 2 without processes; taken away at the end.
     struct EmptyCgroup(PathBuf);
 
     impl EmptyCgroup {
-        fn make() -> io::Result<Self> {
+        fn make(name: &str) -> io::Result<Self> {
             let mounts = fs::read_to_string("/proc/self/mountinfo")?;
             let mount = mounts.lines().find(|line| line.contains(" - cgroup2 "));
             let point = mount.and_then(|line| line.split(' ').nth(4));
             let point = Path::new(point.ok_or(io::ErrorKind::NotFound)?);
-            let folder = point.join(format!("residentd-test-wake-{}", std::process::id()));
+            let folder = point.join(format!("residentd-test-{name}-{}", std::process::id()));
             fs::create_dir(&folder)?;
             Ok(Self(folder))
         }
@@ -238,38 +267,58 @@ mod tests {
         // `memory.events` was urgent from the start and for ever, because
         // nobody read it. `cgroup.events` is told of in the same way and
         // needs no controller.
-        let cgroup = match EmptyCgroup::make() {
+        let cgroup = match EmptyCgroup::make("wake") {
             Ok(cgroup) => cgroup,
             Err(error) => {
                 println!("SKIPPED: no cgroup of version 2 can be made: {error}");
                 return;
             }
         };
-        let source = Source {
+        let waiting = Waiting::on(Source {
             file: File::open(cgroup.0.join("cgroup.events")).expect("it is there"),
             read_to_rearm: true,
-        };
-        let stop = eventfd(0, EventfdFlags::CLOEXEC).expect("an eventfd");
-        let (woken, wakes) = mpsc::channel();
-        let thread = thread::spawn({
-            let stop = stop.try_clone().expect("a copy");
-            move || {
-                wait(&stop, &[source], move || {
-                    let _ = woken.send(());
-                });
-            }
         });
-        let quiet = Duration::from_millis(300);
-        assert!(wakes.recv_timeout(quiet).is_err(), "nothing happened yet");
+        assert!(waiting.is_quiet(), "nothing happened yet");
         for frozen in ["1", "0"] {
             fs::write(cgroup.0.join("cgroup.freeze"), frozen).expect("it can be frozen");
-            wakes
-                .recv_timeout(Duration::from_secs(10))
-                .expect("it wakes");
-            assert!(wakes.recv_timeout(quiet).is_err(), "one event, one wake");
+            waiting.wakes();
+            assert!(waiting.is_quiet(), "one event, one wake");
         }
-        drop(Wake { stop: Some(stop) });
-        thread.join().expect("it ends");
+        waiting.ends();
+    }
+
+    #[test]
+    fn a_limit_that_is_met_wakes() {
+        let cgroup = match EmptyCgroup::make("limit") {
+            Ok(cgroup) => cgroup,
+            Err(error) => {
+                println!("SKIPPED: no cgroup of version 2 can be made: {error}");
+                return;
+            }
+        };
+        let Ok(file) = File::open(cgroup.0.join("memory.events")) else {
+            println!("SKIPPED: version 2 has no memory controller here");
+            return;
+        };
+        let waiting = Waiting::on(Source {
+            file,
+            read_to_rearm: true,
+        });
+        assert!(waiting.is_quiet(), "nothing happened yet");
+        fs::write(cgroup.0.join("memory.max"), "8388608").expect("a limit can be set");
+        let within = "echo $$ > \"$0\" && exec dd if=/dev/zero of=/dev/null bs=33554432 count=1";
+        let dd = std::process::Command::new("sh")
+            .args(["-c", within])
+            .arg(cgroup.0.join("cgroup.procs"))
+            .stderr(std::process::Stdio::null())
+            .status()
+            .expect("a shell runs");
+        assert!(!dd.success(), "it does not fit");
+        waiting.wakes();
+        let events = fs::read_to_string(cgroup.0.join("memory.events")).expect("events");
+        assert!(cgroup::number(&events, "max") > Some(0), "{events}");
+        assert!(cgroup::number(&events, "oom_kill") > Some(0), "{events}");
+        waiting.ends();
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! Memory pressure in a real cgroup: idle workers go before the kernel's OOM
 //! killer comes, and limits that change are followed.
 
+use std::io::{BufRead, BufReader};
 use std::process::{Child, Command, Stdio};
 
 use serde_json::Value;
@@ -11,43 +12,29 @@ use crate::support::{Residentd, kill, now, runs, wait_until};
 
 const MIB: u64 = 1 << 20;
 
-/// Takes memory step by step, holds it, and says when it has all.
-const NEIGHBOUR: &str = "
-import mmap, sys, time
-held = []
-for _ in range(int(sys.argv[1])):
-    m = mmap.mmap(-1, 2 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    for i in range(0, len(m), 4096):
-        m[i] = 1
-    held.append(m)
-    time.sleep(0.02)
-print('has it all', flush=True)
-time.sleep(60)
-";
-
 /// A process that is ended when this is dropped.
 struct Neighbour(Child);
 
 impl Neighbour {
     /// Starts one that takes this much at 100 MiB a second at most.
     fn eats(cgroup: &MemoryCgroup, mib: u64) -> Self {
-        let mut python = Command::new("python3");
-        python.args(["-c", NEIGHBOUR]).arg((mib / 2).to_string());
+        let mut stub = Command::new(STUB);
+        stub.args(["--listen", "late", "--anon-pause", "20ms"])
+            .arg(format!("--anon={mib}MiB"));
         let child = cgroup
-            .within(&python)
+            .within(&stub)
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .spawn()
-            .expect("python3 runs");
+            .expect("the stub runs");
         Self(child)
     }
 
     /// Waits until it has all or is dead; true when it has.
     fn succeeds(&mut self) -> bool {
-        use std::io::Read;
-        let mut line = [0_u8; 11];
         let output = self.0.stdout.as_mut().expect("it is piped");
-        output.read_exact(&mut line).is_ok()
+        // It says where it listens once it has loaded.
+        BufReader::new(output).lines().next().is_some()
     }
 }
 
@@ -159,6 +146,32 @@ fn a20_idle_workers_go_before_the_oom_killer_comes_and_it_comes_when_that_is_off
 }
 
 #[test]
+fn idle_workers_go_also_when_memory_high_is_the_limit() {
+    // It was not looked at: nobody went.
+    let Some(cgroup) = cgroup("memory.high", 1024 * MIB) else {
+        return;
+    };
+    if let Err(why) = cgroup.slow_over(400 * MIB) {
+        println!("SKIPPED memory.high: {why}");
+        return;
+    }
+    let start = now();
+    let outcome = squeeze(&cgroup, "");
+    assert!(outcome.has_it_all);
+    assert!(
+        outcome.reasons.iter().any(|reason| *reason == "pressure"),
+        "{:?} after {:?}",
+        outcome.reasons,
+        start.elapsed()
+    );
+    println!(
+        "FIGURE memory.high {} of 4 workers left, all done in {} ms",
+        outcome.survivors,
+        start.elapsed().as_millis()
+    );
+}
+
+#[test]
 fn a19_the_limit_follows_the_cgroup_down_within_two_ticks_and_up_again() {
     let Some(cgroup) = cgroup("A19", 500 * MIB) else {
         return;
@@ -204,6 +217,54 @@ fn a19_the_limit_follows_the_cgroup_down_within_two_ticks_and_up_again() {
         assert_eq!(answer.status, 200, "{}", answer.text());
     }
     assert_eq!(cgroup.oom_kills(), 0);
+}
+
+/// Waits for a reading of the cgroup that `wanted` likes.
+fn reading(residentd: &Residentd, what: &str, wanted: impl Fn(&Value) -> bool) -> Value {
+    wait_until(what, || {
+        let reading = residentd.memory("system")["cgroup"].clone();
+        wanted(&reading).then_some(reading)
+    })
+}
+
+#[test]
+fn a_limit_further_up_counts_and_files_that_the_kernel_can_drop_do_not() {
+    let Some(outer) = cgroup("cgroup figures", 400 * MIB) else {
+        return;
+    };
+    let inner = outer.inner();
+    let residentd = residentd(&inner, "");
+    assert_eq!(residentd.complete("a").status, 200);
+    let bytes = |reading: &Value, field: &str| reading[field].as_u64().expect("a number");
+    let same = |reading: &Value| bytes(reading, "current").abs_diff(outer.usage()) < 4 * MIB;
+    let before = reading(&residentd, "the worker to be counted", |reading| {
+        same(reading) && bytes(reading, "current") > 40 * MIB
+    });
+    assert_eq!(before["path"], outer.path());
+    assert_eq!(before["limit"], 400 * MIB);
+
+    // Written there, so it is charged there; and it is on a disk.
+    let folder = env!("CARGO_TARGET_TMPDIR");
+    std::fs::create_dir_all(folder).expect("a folder on a disk");
+    let folder = tempfile::tempdir_in(folder).expect("a folder for the test");
+    let mut dd = Command::new("dd");
+    dd.args(["if=/dev/zero", "bs=1048576", "count=128", "conv=fsync"]);
+    dd.arg(format!("of={}", folder.path().join("weights").display()));
+    let wrote = inner.within(&dd).stderr(Stdio::null()).status();
+    assert!(wrote.expect("dd runs").success());
+    let grown = |reading: &Value, field: &str| {
+        bytes(reading, field).saturating_sub(bytes(&before, field)) / MIB
+    };
+    // While it is being written it cannot be dropped.
+    let after = reading(&residentd, "only the usage to have grown", |reading| {
+        same(reading) && grown(reading, "current") > 120 && grown(reading, "working_set") < 16
+    });
+    println!(
+        "FIGURE cgroup v{} usage {} MiB more by a file, of which {} MiB cannot be dropped",
+        after["version"],
+        grown(&after, "current"),
+        grown(&after, "working_set")
+    );
 }
 
 #[test]

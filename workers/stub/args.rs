@@ -51,6 +51,9 @@ pub(crate) struct Args {
     /// Anonymous memory to touch and hold.
     #[arg(long, default_value = "0", value_parser = size::parse)]
     pub(crate) anon: u64,
+    /// Take it 2 MiB at a time, with this pause after each.
+    #[arg(long, default_value = "0s", value_parser = duration)]
+    pub(crate) anon_pause: Duration,
     /// File to map shared and read-only, every page touched.
     #[arg(long)]
     pub(crate) map: Option<PathBuf>,

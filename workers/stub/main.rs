@@ -147,7 +147,7 @@ fn take_memory(stub: &Stub) -> io::Result<()> {
         say(stub, &(line + &"x".repeat(filler)));
     }
     vram::take(args)?;
-    stub.memory.take(args.anon);
+    stub.memory.take(args.anon, args.anon_pause);
     memory::share(args.shm)?;
     args.map.as_deref().map_or(Ok(()), memory::map_file)
 }

@@ -6,6 +6,7 @@
 use std::fs::File;
 use std::path::Path;
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 use std::{io, ptr};
 
 use rustix::fs::MemfdFlags;
@@ -13,6 +14,8 @@ use rustix::mm::{MapFlags, ProtFlags, mmap};
 
 /// The smallest page there is; touching more often than needed does no harm.
 const PAGE: usize = 4096;
+/// What is taken at a time when memory is taken at a pace.
+const STEP: u64 = 2 << 20;
 
 /// The memory this worker holds.
 #[derive(Debug, Default)]
@@ -27,11 +30,20 @@ struct Anonymous {
 }
 
 impl Memory {
-    /// Takes `bytes` of anonymous memory.
-    pub(crate) fn take(&self, bytes: u64) {
-        if bytes > 0 {
-            let block = touched(bytes);
+    /// Takes `bytes` of anonymous memory, at once or in steps with `pause`
+    /// after each. It blocks meanwhile.
+    #[expect(
+        clippy::disallowed_methods,
+        reason = "a thread of its own takes memory at a pace"
+    )]
+    pub(crate) fn take(&self, bytes: u64, pause: Duration) {
+        let step = if pause.is_zero() { bytes } else { STEP };
+        let mut left = bytes;
+        while left > 0 {
+            let block = touched(left.min(step));
             self.lock().blocks.push(block);
+            left = left.saturating_sub(step);
+            std::thread::sleep(pause);
         }
     }
 

@@ -1,6 +1,7 @@
 //! A real memory cgroup of one test's own, where the machine allows it.
 
 use std::fs;
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -19,16 +20,19 @@ pub(crate) struct MemoryCgroup {
 #[derive(Clone, Copy, Debug)]
 struct Files {
     limit: &'static str,
+    usage: &'static str,
     /// Has a line `oom_kill <count>`.
     kills: &'static str,
 }
 
 const ONE: Files = Files {
     limit: "memory.limit_in_bytes",
+    usage: "memory.usage_in_bytes",
     kills: "memory.oom_control",
 };
 const TWO: Files = Files {
     limit: "memory.max",
+    usage: "memory.current",
     kills: "memory.events",
 };
 
@@ -47,7 +51,7 @@ impl MemoryCgroup {
         for (place, files) in places {
             let folder = place.join(&name);
             let made = fs::create_dir(&folder)
-                .and_then(|()| fs::write(folder.join(files.limit), limit.to_string()));
+                .and_then(|()| write(&folder.join(files.limit), &limit.to_string()));
             match made {
                 Ok(()) => return Ok(Self { folder, files }),
                 Err(error) => {
@@ -60,10 +64,44 @@ impl MemoryCgroup {
         Err(why.join("; "))
     }
 
+    /// Makes a cgroup without a limit of its own in this one, in which nothing
+    /// may run then.
+    pub(crate) fn inner(&self) -> Self {
+        let (folder, files) = (self.folder.join("inner"), self.files);
+        if files.limit == TWO.limit {
+            write(&self.folder.join("cgroup.subtree_control"), "+memory")
+                .expect("what is in it has the controller too");
+        }
+        fs::create_dir(&folder).expect("a cgroup in a cgroup");
+        Self { folder, files }
+    }
+
+    /// Returns the path of the cgroup below the mount point.
+    pub(crate) fn path(&self) -> String {
+        let below = ["/sys/fs/cgroup/memory", "/sys/fs/cgroup"]
+            .iter()
+            .find_map(|mount| self.folder.strip_prefix(mount).ok());
+        format!("/{}", below.expect("it is made there").display())
+    }
+
+    /// Returns the bytes that the kernel counts here, files among them.
+    pub(crate) fn usage(&self) -> u64 {
+        let text = fs::read_to_string(self.folder.join(self.files.usage));
+        let text = text.expect("the usage can be read");
+        text.trim().parse().expect("a number")
+    }
+
     /// Sets another limit.
     pub(crate) fn set_limit(&self, limit: u64) {
-        fs::write(self.folder.join(self.files.limit), limit.to_string())
+        write(&self.folder.join(self.files.limit), &limit.to_string())
             .expect("the limit can be changed");
+    }
+
+    /// Sets the limit over which the kernel slows down whoever takes more;
+    /// says why not where there is none: version 1 has no such thing.
+    pub(crate) fn slow_over(&self, limit: u64) -> Result<(), String> {
+        let file = self.folder.join("memory.high");
+        write(&file, &limit.to_string()).map_err(|error| format!("{}: {error}", file.display()))
     }
 
     /// Returns how many processes the kernel ended for want of memory here.
@@ -112,4 +150,11 @@ impl Drop for MemoryCgroup {
             fs::remove_dir(&self.folder).ok()
         });
     }
+}
+
+/// Writes to a file of the kernel's; none is made, as there would be where a
+/// hierarchy is not mounted.
+fn write(file: &Path, text: &str) -> io::Result<()> {
+    let mut file = fs::File::options().write(true).open(file)?;
+    file.write_all(text.as_bytes())
 }
