@@ -52,9 +52,7 @@ pub use words::{
 };
 
 use crate::clock::Timestamp;
-use crate::model::{
-    Bytes, DeviceRef, Domain, EvictionPolicy, Footprint, ModelName, ModelSpec, WorkerId,
-};
+use crate::model::{Bytes, DeviceRef, Domain, Footprint, ModelName, ModelSpec, WorkerId};
 
 /// What the configuration says of the policy as a whole.
 #[derive(Clone, Debug)]
@@ -73,11 +71,6 @@ pub struct Settings {
     pub auto_cleanup: bool,
     /// End workers at once under hard pressure.
     pub emergency: bool,
-    /// Who goes to make room.
-    pub eviction: EvictionPolicy,
-    /// How long a request waits for busy workers before the least valuable of
-    /// them are drained for it.
-    pub patience: Duration,
     /// How long a drain may take.
     pub drain_timeout: Duration,
 }

@@ -24,7 +24,7 @@ limit = "8GiB"
 reserve = -1
 check_interval = 60
 auto_cleanup = "true"
-policy = "fifo"
+policy = "lru"
 
 [pressure]
 soft = "5%"
