@@ -231,6 +231,8 @@ fn start_controller(
         soft: threshold(config.pressure.soft),
         hard: threshold(config.pressure.hard),
         auto_cleanup: config.memory.auto_cleanup,
+        eviction: config.memory.policy,
+        patience: config.memory.patience,
         emergency: config.pressure.emergency,
         drain_timeout: config.server.shutdown_grace,
     };

@@ -7,6 +7,7 @@ mod config;
 mod failures;
 mod gpu;
 mod memory;
+mod patience;
 mod pressure;
 mod proxy;
 mod story;
