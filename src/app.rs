@@ -17,7 +17,6 @@ use hyper::service::service_fn;
 use hyper::{Request, Response};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto;
-use rustix::mm::MlockAllFlags;
 use tokio::net::{TcpListener, UnixListener};
 use tokio_util::sync::CancellationToken;
 use tower::ServiceExt;
@@ -27,7 +26,7 @@ use crate::api::{self, ApiState, PeerAddr};
 use crate::clock::Clock;
 use crate::config::{Config, LimitOrigin, Listen};
 use crate::control::{self, Controller, LimitSource, Routes};
-use crate::memory::{HostReading, MemorySource, Sampler, SamplerSettings};
+use crate::memory::{self, HostReading, MemorySource, Sampler, SamplerSettings};
 use crate::model::{Bytes, DeviceRef, Domain};
 use crate::policy::{Policy, Settings, Setup, Threshold};
 use crate::procfs::mark::Owner;
@@ -78,7 +77,7 @@ pub enum AppError {
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Options {
     /// Reap every orphan, not only those of our workers, end every child at the
-    /// end, and keep what this process has mapped in memory. Right when residentd is its own process, wrong when it runs
+    /// end, and keep this program in memory. Right when residentd is its own process, wrong when it runs
     /// inside a test.
     pub owns_process: bool,
 }
@@ -138,8 +137,10 @@ impl App {
         for (_, listener) in listeners {
             telemetry::spawn("listener", listen(listener, server.clone()));
         }
-        if options.owns_process {
-            stay_in_memory();
+        if options.owns_process
+            && let Err(error) = memory::stay_in_memory()
+        {
+            debug!(%error, "the kernel may drop pages of this program; raise RLIMIT_MEMLOCK to change that");
         }
         Ok(app)
     }
@@ -185,17 +186,6 @@ impl App {
                 let _ = std::fs::remove_file(path);
             }
         }
-    }
-}
-
-/// Keeps the pages of this process from being dropped, our program's among them.
-/// In a cgroup that is full the kernel would drop those first, and reading one
-/// again may be what its OOM killer comes for when nobody else is left to kill.
-fn stay_in_memory() {
-    // Only what is in use is held, and nothing that is mapped later.
-    let flags = MlockAllFlags::CURRENT | MlockAllFlags::ONFAULT;
-    if let Err(error) = rustix::mm::mlockall(flags) {
-        debug!(%error, "may not lock pages, so the kernel may drop some; raise RLIMIT_MEMLOCK to change that");
     }
 }
 

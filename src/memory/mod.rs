@@ -25,6 +25,7 @@ mod oom;
 mod psi;
 mod sampler;
 mod sharing;
+mod stay;
 mod usage;
 mod vram;
 mod wake;
@@ -37,6 +38,7 @@ use std::sync::Arc;
 
 pub use oom::{Killer, OomCounters, OomWatch};
 pub use sampler::{Sampler, SamplerSettings};
+pub use stay::stay_in_memory;
 use tokio::sync::watch;
 
 use crate::clock::Timestamp;

@@ -346,7 +346,7 @@ fn a_model_over_its_own_ceiling_is_recycled_between_two_requests() {
 }
 
 #[test]
-fn the_kernel_does_not_drop_the_pages_of_residentd_where_it_may_lock_them() {
+fn the_kernel_does_not_drop_the_program_of_residentd_where_it_may_lock_it() {
     let model = format!("[models.a]\ncommand = [{STUB:?}, \"--port\", \"${{PORT}}\"]\n");
     let residentd = Residentd::start(&model);
     let status = std::fs::read_to_string(format!("/proc/{}/status", residentd.pid()));
