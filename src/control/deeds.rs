@@ -9,7 +9,7 @@ use tracing::{error, info, warn};
 use super::task::{Live, Pending, Task};
 use super::{Lease, Refusal};
 use crate::memory::DeviceReading;
-use crate::model::{PlacedGpu, WorkerId};
+use crate::model::{Bytes, PlacedGpu, WorkerId};
 use crate::policy::{self, Effect, Event, Ticket};
 use crate::worker::{SpawnOrder, Stop};
 
@@ -71,12 +71,15 @@ impl Task {
                 info!(%worker, reason = reason.as_str(), why = %reason, kill, charge = %self.charge(&worker), "terminating worker");
                 self.end(&worker, kill);
             }
-            Effect::ReclaimShortfall {
+            Effect::Reclaimed {
                 worker,
                 domain,
+                freed,
                 missing,
             } => {
-                warn!(%worker, %domain, %missing, "memory of an ended worker did not come back in time");
+                if missing > Bytes::ZERO {
+                    warn!(%worker, %domain, %freed, %missing, "memory of an ended worker did not come back in time");
+                }
                 self.counters.reclaim_shortfall += missing;
             }
             Effect::Learn { model, footprint } => self.store.learn(&model, &footprint),

@@ -8,6 +8,7 @@
 use super::Policy;
 use super::event::{Effect, Ticket};
 use super::eviction::{self, Candidate};
+use super::explain::Shortage;
 use super::ledger::{self, Constraint, Need};
 use super::lifecycle::{ModelState, Waiter};
 use super::words::{EvictReason, Expected, ExpectedSource, Phase, Refusal};
@@ -30,13 +31,6 @@ enum Verdict {
     Blocked,
     /// It cannot be, however long it waits.
     Refuse(Refusal),
-}
-
-/// Where most is missing for a load.
-struct Shortage {
-    domain: Domain,
-    need: Bytes,
-    room: Bytes,
 }
 
 impl Policy {
@@ -203,7 +197,7 @@ impl Policy {
 
     /// Models that someone wants and that may start, oldest waiter first;
     /// those that only the configuration wants come last.
-    fn wanted_in_order(&self, now: Timestamp) -> Vec<ModelName> {
+    pub(super) fn wanted_in_order(&self, now: Timestamp) -> Vec<ModelName> {
         let mut wanted: Vec<_> = self
             .models
             .values()
@@ -267,7 +261,7 @@ impl Policy {
     }
 
     /// Returns where most is missing, what is needed and what is there.
-    fn shortage(&self, expected: &Expected, missing: &Need) -> Shortage {
+    pub(super) fn shortage(&self, expected: &Expected, missing: &Need) -> Shortage {
         let tightest = missing.iter().max_by_key(|(_, bytes)| **bytes);
         let domain = tightest.map_or(Domain::Host, |((domain, _), _)| *domain);
         let mut floors = self.floors(expected);

@@ -286,13 +286,12 @@ impl Policy {
     /// Counts bytes as back, and answers who waited for that.
     pub(super) fn settle(&mut self, now: Timestamp, out: &mut Vec<Effect>) {
         for reclaimed in self.ledger.settle(&self.models, now) {
-            if reclaimed.missing.get() > 0 {
-                out.push(Effect::ReclaimShortfall {
-                    worker: reclaimed.worker.clone(),
-                    domain: reclaimed.domain,
-                    missing: reclaimed.missing,
-                });
-            }
+            out.push(Effect::Reclaimed {
+                worker: reclaimed.worker.clone(),
+                domain: reclaimed.domain,
+                freed: reclaimed.freed,
+                missing: reclaimed.missing,
+            });
             self.freed_in_cleanups(&reclaimed);
         }
         for model in self.models.values_mut() {

@@ -223,7 +223,7 @@ impl Court {
                 self.judge_generation(&worker);
                 self.moving.insert(worker);
             }
-            Effect::ReclaimShortfall { .. } | Effect::Learn { .. } | Effect::Finished => {}
+            Effect::Reclaimed { .. } | Effect::Learn { .. } | Effect::Finished => {}
         }
         None
     }

@@ -16,6 +16,7 @@
 //! | `pressure` | how tight memory is |
 //! | `relief` | who goes for idleness, pressure, or an operator's cleanup |
 //! | `departure` | unload, drain, exit, shutdown |
+//! | `explain` | nothing: says why a model is not ready and what asking would do |
 
 #![warn(clippy::wildcard_enum_match_arm)]
 
@@ -23,6 +24,7 @@ mod admission;
 mod departure;
 mod event;
 mod eviction;
+mod explain;
 mod footprint;
 mod ledger;
 mod lifecycle;
@@ -39,6 +41,7 @@ pub use event::{
     Activity, CleanupOrder, CleanupReport, DomainMeasure, Effect, Event, GpuFacts, Measure,
     Measured, Skipped, Ticket,
 };
+pub use explain::{Explanation, Holder, Outlook, Shortage, Why};
 pub use footprint::{from_weights, from_weights_on_gpus};
 pub use ledger::DomainBooks;
 use ledger::Ledger;

@@ -129,7 +129,7 @@ impl World {
                 | Effect::Reject { .. }
                 | Effect::CleanedUp { .. }
                 | Effect::Drain { .. }
-                | Effect::ReclaimShortfall { .. }
+                | Effect::Reclaimed { .. }
                 | Effect::Learn { .. }
                 | Effect::Finished => {}
             }

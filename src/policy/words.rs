@@ -410,6 +410,24 @@ pub enum Refusal {
 }
 
 impl Refusal {
+    /// Returns the model it is about; some are about residentd itself.
+    #[must_use]
+    pub const fn model(&self) -> Option<&ModelName> {
+        match self {
+            Self::UnknownModel(model)
+            | Self::QueueFull { model, .. }
+            | Self::TooLarge { model, .. }
+            | Self::NoDevice { model, .. }
+            | Self::NoRoom { model, .. }
+            | Self::BackingOff { model, .. }
+            | Self::WorkerFailed { model, .. }
+            | Self::StartTimeout { model, .. }
+            | Self::QueueTimeout { model, .. }
+            | Self::Unloaded(model) => Some(model),
+            Self::UnknownDomain(_) | Self::Overloaded | Self::ShuttingDown => None,
+        }
+    }
+
     /// Returns the stable code of the error body and of the metrics.
     #[must_use]
     pub const fn code(&self) -> &'static str {

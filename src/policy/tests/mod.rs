@@ -2,4 +2,5 @@
 
 mod admission;
 mod ceilings;
+mod explaining;
 mod leaving;
