@@ -1,15 +1,14 @@
-//! Carries out what the policy wants done. Here decisions are logged and
-//! counted, and nowhere else.
+//! Carries out what the policy wants done. Each deed is told, see `tell`.
 
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use tracing::{error, info, warn};
+use tracing::error;
 
 use super::task::{Live, Pending, Task};
-use super::{Lease, Refusal};
+use super::{Lease, Refusal, What};
 use crate::memory::DeviceReading;
-use crate::model::{Bytes, PlacedGpu, WorkerId};
+use crate::model::{PlacedGpu, WorkerId};
 use crate::policy::{self, Effect, Event, Ticket};
 use crate::worker::{SpawnOrder, Stop};
 
@@ -24,7 +23,12 @@ impl Task {
             }
             Effect::Reject { ticket, refusal } => self.reject(ticket, refusal),
             Effect::CleanedUp { ticket, report } => {
-                info!(unloaded = report.unloaded.len(), freed = %report.freed, shortfall = %report.shortfall, "cleanup done");
+                let what = What::Cleanup {
+                    unloaded: report.unloaded.clone(),
+                    freed: report.freed,
+                    missing: report.shortfall,
+                };
+                self.tell_of(None, what);
                 if let Some(Pending::Cleanup(reply)) = self.waiting.remove(&ticket) {
                     let _ = reply.send(Ok(report));
                 }
@@ -40,27 +44,28 @@ impl Task {
                 kill,
             } => {
                 let live = self.workers.get(&worker)?;
-                let inside = live
-                    .ready
-                    .as_ref()
-                    .map_or(0, |ready| ready.gate.read().inside);
-                if live
-                    .ready
-                    .as_ref()
-                    .is_some_and(|ready| !ready.gate.close_if_empty())
+                if let Some(ready) = &live.ready
+                    && !ready.gate.close_if_empty()
                 {
-                    return Some(Event::EvictRefused {
-                        worker,
-                        inside: inside.max(1),
-                    });
+                    // Whoever was inside may have left a moment ago.
+                    let inside = ready.gate.read().inside.max(1);
+                    self.tell(&worker, What::Keep { reason, inside });
+                    return Some(Event::EvictRefused { worker, inside });
                 }
-                info!(%worker, reason = reason.as_str(), why = %reason, charge = %self.charge(&worker), "evicting worker");
+                let charge = self.charge(&worker);
+                let what = What::Evict {
+                    reason,
+                    charge,
+                    kill,
+                };
+                self.tell(&worker, what);
                 self.end(&worker, kill);
             }
             Effect::Drain { worker, reason } => {
-                info!(%worker, reason = reason.as_str(), why = %reason, "draining worker");
                 let ready = self.workers.get(&worker)?.ready.as_ref()?;
                 ready.gate.close();
+                let inside = ready.gate.read().inside;
+                self.tell(&worker, What::Drain { reason, inside });
                 self.withdraw(&worker);
             }
             Effect::Terminate {
@@ -68,7 +73,13 @@ impl Task {
                 reason,
                 kill,
             } => {
-                info!(%worker, reason = reason.as_str(), why = %reason, kill, charge = %self.charge(&worker), "terminating worker");
+                let charge = self.charge(&worker);
+                let what = What::Terminate {
+                    reason,
+                    charge,
+                    kill,
+                };
+                self.tell(&worker, what);
                 self.end(&worker, kill);
             }
             Effect::Reclaimed {
@@ -77,9 +88,12 @@ impl Task {
                 freed,
                 missing,
             } => {
-                if missing > Bytes::ZERO {
-                    warn!(%worker, %domain, %freed, %missing, "memory of an ended worker did not come back in time");
-                }
+                let what = What::Reclaim {
+                    domain,
+                    freed,
+                    missing,
+                };
+                self.tell(&worker, what);
                 self.counters.reclaim_shortfall += missing;
             }
             Effect::Learn { model, footprint } => self.store.learn(&model, &footprint),
@@ -94,7 +108,11 @@ impl Task {
     }
 
     fn spawn(&mut self, worker: WorkerId, expected: &policy::Expected, gpus: Vec<u32>) {
-        info!(%worker, need = %expected, "spawning worker");
+        let what = What::Spawn {
+            expected: expected.clone(),
+            gpus: gpus.clone(),
+        };
+        self.tell(&worker, what);
         let spec = Arc::clone(&self.policy.models()[&worker.model].spec);
         let handle = self.spawner.spawn(SpawnOrder {
             worker: worker.clone(),
@@ -136,11 +154,11 @@ impl Task {
         let Some(pending) = self.waiting.remove(&ticket) else {
             return;
         };
-        *self.counters.refusals.entry(refusal.code()).or_default() += 1;
-        info!(code = refusal.code(), why = %refusal, "refusing");
+        self.tell_refusal(&refusal);
         match pending {
             Pending::Lease { reply, late } => {
                 self.counters.misses += u64::from(!late);
+                self.counters.turned_away += u64::from(!found_worker(&refusal));
                 let _ = reply.send(Err(refusal));
             }
             Pending::Done(reply) => {
@@ -191,13 +209,25 @@ impl Task {
             record.last_used = Some(read.last_left);
         }
     }
+}
 
-    /// What the worker is charged with, by domain, for the log.
-    fn charge(&self, worker: &WorkerId) -> String {
-        let model = &self.policy.models()[&worker.model];
-        let charge = |domain| format!("{domain} {}", model.charge(domain));
-        let all: Vec<_> = model.domains().into_iter().map(charge).collect();
-        all.join(", ")
+/// Returns whether a worker was there, or was started, for a request that is
+/// turned away.
+const fn found_worker(refusal: &Refusal) -> bool {
+    match refusal {
+        Refusal::WorkerFailed { .. }
+        | Refusal::StartTimeout { .. }
+        | Refusal::QueueTimeout { .. }
+        | Refusal::Unloaded(_) => true,
+        Refusal::UnknownModel(_)
+        | Refusal::UnknownDomain(_)
+        | Refusal::QueueFull { .. }
+        | Refusal::TooLarge { .. }
+        | Refusal::NoDevice { .. }
+        | Refusal::NoRoom { .. }
+        | Refusal::BackingOff { .. }
+        | Refusal::Overloaded
+        | Refusal::ShuttingDown => false,
     }
 }
 

@@ -210,12 +210,14 @@ pub struct Counters {
     pub hits: u64,
     /// Requests that had to wait for a load, or were refused one.
     pub misses: u64,
+    /// Of those, refused before there was a worker for them.
+    pub turned_away: u64,
     /// Loads of a model that had been evicted before.
     pub reloads: u64,
     /// Lives that became ready.
     pub loads: u64,
-    /// Lives that failed before they were ready.
-    pub load_failures: u64,
+    /// Lives that failed before they were ready, by reason.
+    pub load_failures: BTreeMap<&'static str, u64>,
     /// Lives that ended by themselves after they were ready.
     pub crashes: u64,
     /// Evictions by reason.
@@ -241,11 +243,12 @@ impl Counters {
         ratio(self.hits, self.hits + self.misses)
     }
 
-    /// Returns loads of models that had been evicted, of all requests; 0 with
-    /// none.
+    /// Returns loads of models that had been evicted, of the requests that found
+    /// a worker or caused a load; 0 with none.
     #[must_use]
     pub fn reload_ratio(&self) -> f64 {
-        ratio(self.reloads, self.hits + self.misses)
+        let waited = self.misses.saturating_sub(self.turned_away);
+        ratio(self.reloads, self.hits + waited)
     }
 }
 
@@ -254,5 +257,27 @@ fn ratio(part: u64, whole: u64) -> f64 {
         0.0
     } else {
         Bytes(part).as_f64() / Bytes(whole).as_f64()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_refused_request_is_no_hit_and_counts_for_no_reload() {
+        let counters = Counters {
+            hits: 6,
+            misses: 6,
+            turned_away: 4,
+            reloads: 2,
+            ..Counters::default()
+        };
+        assert!((counters.hit_ratio() - 0.5).abs() < 1e-9, "6 of all 12");
+        assert!(
+            (counters.reload_ratio() - 0.25).abs() < 1e-9,
+            "2 of the 8 that had a worker"
+        );
+        assert!(Counters::default().reload_ratio().abs() < 1e-9);
     }
 }

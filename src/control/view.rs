@@ -102,7 +102,6 @@ fn snapshot(task: &Task) -> Snapshot {
         let history = &state.history;
         counters.loads += history.loads;
         counters.reloads += history.reloads;
-        counters.load_failures += history.load_failures;
         counters.crashes += history.crashes;
         for (reason, count) in &history.evictions {
             *counters.evictions.entry(reason).or_default() += count;

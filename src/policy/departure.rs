@@ -239,7 +239,6 @@ impl Policy {
         let leaving = model.leaving.take();
         match model.phase {
             Phase::Starting => {
-                model.history.load_failures += 1;
                 let cause = format!("{status} before it was ready");
                 model.fail(cause.clone(), false, now);
                 let refusal = failed(&worker.model, cause, last_lines);
@@ -260,7 +259,6 @@ impl Policy {
                     model.enter(Phase::Stopped, now);
                 }
                 None => {
-                    model.history.load_failures += 1;
                     let cause = model
                         .failures
                         .last
