@@ -6,7 +6,7 @@ use std::sync::Arc;
 use tracing::error;
 
 use super::task::{Live, Pending, Task};
-use super::{Lease, Refusal, What};
+use super::{EvictReason, Lease, Refusal, What};
 use crate::memory::DeviceReading;
 use crate::model::{PlacedGpu, WorkerId};
 use crate::policy::{self, Effect, Event, Ticket};
@@ -42,25 +42,7 @@ impl Task {
                 worker,
                 reason,
                 kill,
-            } => {
-                let live = self.workers.get(&worker)?;
-                if let Some(ready) = &live.ready
-                    && !ready.gate.close_if_empty()
-                {
-                    // Whoever was inside may have left a moment ago.
-                    let inside = ready.gate.read().inside.max(1);
-                    self.tell(&worker, What::Keep { reason, inside });
-                    return Some(Event::EvictRefused { worker, inside });
-                }
-                let charge = self.charge(&worker);
-                let what = What::Evict {
-                    reason,
-                    charge,
-                    kill,
-                };
-                self.tell(&worker, what);
-                self.end(&worker, kill);
-            }
+            } => return self.evict(worker, reason, kill),
             Effect::Drain { worker, reason } => {
                 let ready = self.workers.get(&worker)?.ready.as_ref()?;
                 ready.gate.close();
@@ -104,6 +86,28 @@ impl Task {
                 }
             }
         }
+        None
+    }
+
+    /// Ends a worker unless somebody is inside.
+    fn evict(&mut self, worker: WorkerId, reason: EvictReason, kill: bool) -> Option<Event> {
+        let live = self.workers.get(&worker)?;
+        if let Some(ready) = &live.ready
+            && !ready.gate.close_if_empty()
+        {
+            // Whoever was inside may have left a moment ago.
+            let inside = ready.gate.read().inside.max(1);
+            self.tell(&worker, What::Keep { reason, inside });
+            return Some(Event::EvictRefused { worker, inside });
+        }
+        let charge = self.charge(&worker);
+        let what = What::Evict {
+            reason,
+            charge,
+            kill,
+        };
+        self.tell(&worker, what);
+        self.end(&worker, kill);
         None
     }
 

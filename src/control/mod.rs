@@ -99,13 +99,17 @@ impl Controller {
             return Ok(lease);
         }
         let model = route.name().clone();
-        self.ask(|ticket, reply| Command::Acquire {
+        let answer = self.ask(|ticket, reply| Command::Acquire {
             ticket,
             model,
             deadline,
             reply,
-        })
-        .await
+        });
+        let answer = answer.await;
+        if matches!(answer, Err(Refusal::Overloaded)) {
+            self.routes.count_overload();
+        }
+        answer
     }
 
     /// Makes the model ready, waiting for it until `deadline`.

@@ -10,6 +10,7 @@ use crate::model::{Bytes, Domain, ModelName};
 
 impl Decision {
     /// Writes it to the log: a constant message, and every number as a field.
+    #[expect(clippy::too_many_lines, reason = "a table: one arm for each kind")]
     pub(super) fn log(&self) {
         let id = self.id;
         let worker = self.worker().map(tracing::field::display);
@@ -113,6 +114,7 @@ impl Decision {
 
 /// Says it in one sentence.
 impl fmt::Display for Decision {
+    #[expect(clippy::too_many_lines, reason = "a table: one arm for each kind")]
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         if let Some(model) = &self.model {
             write!(f, "{model} ")?;
