@@ -218,8 +218,8 @@ mod tests {
     #[test]
     fn a_place_is_a_number_with_or_without_its_run() {
         let place = |text: &str| text.parse::<Place>().ok();
-        let run = Some(1_700_000_000);
-        assert_eq!(place("1700000000:17"), Some(Place { run, id: 17 }));
+        let run = Some(1_700_000_000_000);
+        assert_eq!(place("1700000000000:17"), Some(Place { run, id: 17 }));
         assert_eq!(place("17"), Some(Place { run: None, id: 17 }));
         for bad in ["", "a", "1:", ":1", "1:2:3", "-1"] {
             assert_eq!(place(bad), None, "{bad}");

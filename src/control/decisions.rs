@@ -67,7 +67,7 @@ pub fn record(clock: Clock) -> (Recorder, Decisions) {
     let decisions = Decisions {
         ring,
         newest,
-        epoch: epoch.unwrap_or_default().as_secs(),
+        epoch: u64::try_from(epoch.unwrap_or_default().as_millis()).unwrap_or(0),
     };
     (recorder, decisions)
 }
@@ -100,8 +100,9 @@ impl Recorder {
 }
 
 impl Decisions {
-    /// Returns a number that no other run of residentd shares, so that the
-    /// decisions of two runs are not taken for each other's.
+    /// Returns a number that no other run of residentd shares, the Unix
+    /// milliseconds of its start, so that the decisions of two runs are not
+    /// taken for each other's.
     #[must_use]
     pub const fn epoch(&self) -> u64 {
         self.epoch
@@ -197,7 +198,7 @@ mod tests {
     #[tokio::test]
     async fn the_newest_thousand_are_kept_and_a_late_reader_is_told_what_it_missed() {
         let (recorder, decisions) = record(Clock::start_at(1_700_000_000.5));
-        assert_eq!(decisions.epoch(), 1_700_000_000);
+        assert_eq!(decisions.epoch(), 1_700_000_000_500);
         let all = Wanted::default();
         assert_eq!(decisions.after(0, &all, 10).seen, 0);
         for _ in 0..1500 {

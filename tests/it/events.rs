@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 
 use crate::support::http::send;
 use crate::support::residentd::{RESIDENTD, STUB};
-use crate::support::{PATIENCE, Residentd, wait_until};
+use crate::support::{PATIENCE, Residentd, now, wait_until};
 
 /// A model whose worker holds `mib` of anonymous memory and declares a little
 /// more.
@@ -255,7 +255,10 @@ impl Stream {
     /// Returns the id and the data of the next event; `None` at the end.
     fn next(&mut self) -> Option<(String, Value)> {
         let mut id = String::new();
+        let start = now();
         loop {
+            // Signs of life alone would keep it reading for ever.
+            assert!(start.elapsed() < PATIENCE, "waited for an event");
             let mut line = String::new();
             if self.0.read_line(&mut line).expect("in time") == 0 {
                 return None;

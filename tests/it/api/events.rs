@@ -101,7 +101,7 @@ impl Reader {
         let event = self.next().await.expect("it goes on");
         let id = event.lines().find_map(|line| line.strip_prefix("id: "));
         let (run, id) = id.and_then(|id| id.split_once(':')).expect(&event);
-        assert_eq!(run, "1700000000");
+        assert_eq!(run, "1700000000000");
         id.parse().expect("a number")
     }
 }
@@ -142,7 +142,7 @@ async fn an_event_has_its_reason_its_numbers_and_a_sentence() {
                     "requests": 3,
                 },
             ],
-            "next": "1700000000:2",
+            "next": "1700000000000:2",
             "missed": 0,
             "kept": KEPT,
         })
@@ -160,14 +160,14 @@ async fn events_are_picked_by_model_kind_and_place_and_limited() {
         ("", vec![1, 2, 3, 4, 5]),
         ("?limit=2", vec![4, 5]),
         ("?since=1&limit=2", vec![2, 3]),
-        ("?since=1700000000:3", vec![4, 5]),
+        ("?since=1700000000000:3", vec![4, 5]),
         ("?since=5", vec![]),
         ("?model=voice", vec![2, 3]),
         ("?model=gpt-4o-mini&kind=evict", vec![1]),
         ("?kind=evict,refuse", vec![1, 2, 3]),
         ("?kind=limit", vec![]),
         // Of another run of residentd: everything here is new to the reader.
-        ("?since=1600000000:3&limit=1", vec![1]),
+        ("?since=1600000000000:3&limit=1", vec![1]),
     ] {
         assert_eq!(ids(&list(&world, query).await), expected, "{query}");
     }
@@ -199,9 +199,9 @@ async fn only_the_newest_are_kept_and_a_list_says_what_is_not() {
         (&page["missed"], &page["events"][0]["id"]),
         (&json!(200), &json!(301))
     );
-    assert_eq!(page["next"], "1700000000:1300");
+    assert_eq!(page["next"], "1700000000000:1300");
     assert_eq!(
-        ids(&list(&world, "?since=1700000000:1300").await),
+        ids(&list(&world, "?since=1700000000000:1300").await),
         [0_u64; 0]
     );
 }
@@ -237,17 +237,17 @@ async fn a_follower_gets_what_there_is_then_what_comes_and_a_sign_of_life() {
 async fn who_comes_back_goes_on_where_it_was() {
     let world = World::new(nobody_asks);
     pins(&world, 3);
-    let mut reader = Reader::open(&world, "&since=2", Some("1700000000:1")).await;
+    let mut reader = Reader::open(&world, "&since=2", Some("1700000000000:1")).await;
     assert_eq!(reader.next().await.as_deref(), Some("retry: 1000"));
     assert_eq!(
         (reader.next_id().await, reader.next_id().await),
         (2, 3),
         "where the browser was counts more than the address"
     );
-    let mut other_run = Reader::open(&world, "", Some("1600000000:2")).await;
+    let mut other_run = Reader::open(&world, "", Some("1600000000000:2")).await;
     other_run.next().await;
     assert_eq!(other_run.next_id().await, 1);
-    let mut filtered = Reader::open(&world, "&kind=evict", Some("1700000000:1")).await;
+    let mut filtered = Reader::open(&world, "&kind=evict", Some("1700000000000:1")).await;
     filtered.next().await;
     evict(&world, "gemma", 1);
     assert_eq!(filtered.next_id().await, 4);
