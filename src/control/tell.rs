@@ -125,24 +125,23 @@ impl Task {
 
     /// Tells of domains that became tighter or less tight.
     pub(super) fn tell_pressure(&mut self) {
+        let level_of = |domain| self.policy.level(domain);
+        let before = |domain| self.told.levels.get(&domain).copied().unwrap_or_default();
         let domains = self.policy.domains().iter();
         let changed: Vec<_> = domains
-            .map(|(domain, books)| {
-                let what = What::Pressure {
-                    domain: *domain,
-                    level: self.policy.level(*domain),
-                    usage: self.policy.usage(*domain),
-                    headroom: books.measured.headroom,
-                };
-                (*domain, self.policy.level(*domain), what)
-            })
-            .filter(|(domain, level, _)| {
-                let before = self.told.levels.get(domain).copied().unwrap_or_default();
-                before != *level
-            })
+            .filter(|(domain, _)| level_of(**domain) != before(**domain))
+            .map(|(domain, books)| (*domain, books.measured.headroom))
             .collect();
-        for (domain, level, what) in changed {
+        for (domain, headroom) in changed {
+            let level = self.policy.level(domain);
+            let usage = self.policy.usage(domain);
             self.told.levels.insert(domain, level);
+            let what = What::Pressure {
+                domain,
+                level,
+                usage,
+                headroom,
+            };
             self.tell_of(None, what);
         }
     }

@@ -25,7 +25,7 @@ use crate::model::GpuRequest;
 const MODELS: [&str; 4] = ["a", "b", "c", "d"];
 
 #[derive(Clone, Debug)]
-enum Move {
+pub(super) enum Move {
     Acquire(usize),
     Load(usize),
     Cancel(usize),
@@ -49,7 +49,7 @@ enum Move {
     Race,
 }
 
-fn moves() -> impl Strategy<Value = Vec<Move>> {
+pub(super) fn moves() -> impl Strategy<Value = Vec<Move>> {
     let model = 0..MODELS.len();
     let one = prop_oneof![
         6 => model.clone().prop_map(Move::Acquire),
@@ -75,8 +75,8 @@ fn moves() -> impl Strategy<Value = Vec<Move>> {
 }
 
 /// The world, and the book of who asked and was answered.
-struct Court {
-    world: World,
+pub(super) struct Court {
+    pub(super) world: World,
     neighbour: u64,
     race: bool,
     asked: BTreeMap<Ticket, Option<String>>,
@@ -88,7 +88,7 @@ struct Court {
 }
 
 impl Court {
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         let mut specs: Vec<_> = [
             ("a", Some(300)),
             ("b", Some(500)),
@@ -273,7 +273,7 @@ impl Court {
         self.step(Event::Measured(measured));
     }
 
-    fn play(&mut self, made: &Move) {
+    pub(super) fn play(&mut self, made: &Move) {
         match *made {
             Move::Acquire(m) => {
                 let ticket = self.ask(Some(MODELS[m]));

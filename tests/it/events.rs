@@ -55,6 +55,10 @@ fn explanation(residentd: &Residentd, model: &str) -> Value {
 fn each_step_of_a_swap_is_an_event_in_order_with_its_numbers() {
     let residentd = Residentd::start(&two(""));
     assert_eq!(residentd.complete("red").status, 200);
+    wait_until("what red holds to be measured", || {
+        let held = residentd.model("red")["memory_usage"].as_u64();
+        (held >= Some(64 << 20)).then_some(())
+    });
     assert_eq!(residentd.complete("blue").status, 200);
     let all = wait_until("the swap to be told", || {
         let all = events(&residentd, "");
