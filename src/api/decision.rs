@@ -48,10 +48,16 @@ impl<'a> DecisionEntry<'a> {
 
 fn numbers(what: &What) -> Value {
     match what {
-        What::Spawn { expected, gpus } => {
+        What::Spawn {
+            waiting,
+            expected,
+            gpus,
+            ..
+        } => {
             let known = expected.domains();
             let known = known.filter_map(|d| Some((d.to_string(), expected.known(d)?.get())));
-            json!({"expected": known.collect::<BTreeMap<_, _>>(), "gpus": gpus})
+            let expected: BTreeMap<_, _> = known.collect();
+            json!({"waiting": waiting, "expected": expected, "gpus": gpus})
         }
         What::Ready { took, reload } => {
             json!({"load_ms": took.as_millis(), "reload": reload})

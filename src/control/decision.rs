@@ -29,6 +29,10 @@ pub struct Decision {
 pub enum What {
     /// A worker is started.
     Spawn {
+        /// For whom.
+        reason: LoadReason,
+        /// Requests that wait for it.
+        waiting: usize,
         /// What is promised to it.
         expected: Expected,
         /// The GPUs it is placed on.
@@ -148,6 +152,29 @@ pub enum What {
         /// How long requests inside may take.
         grace: Duration,
     },
+}
+
+/// For whom a model is loaded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LoadReason {
+    /// A request waits for it.
+    Request,
+    /// An operator wants it ready.
+    Operator,
+    /// The configuration wants it ready.
+    Preload,
+}
+
+impl LoadReason {
+    /// Returns the word used in the API.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Request => "request",
+            Self::Operator => "operator",
+            Self::Preload => "preload",
+        }
+    }
 }
 
 /// What the end of a worker means.
@@ -298,6 +325,7 @@ impl What {
     #[must_use]
     pub const fn reason(&self) -> Option<&'static str> {
         Some(match self {
+            Self::Spawn { reason, .. } => reason.as_str(),
             Self::Ready { reload: true, .. } => "reload",
             Self::Evict { reason, .. }
             | Self::Keep { reason, .. }
@@ -318,8 +346,7 @@ impl What {
                     "unpin"
                 }
             }
-            Self::Spawn { .. }
-            | Self::Ready { .. }
+            Self::Ready { .. }
             | Self::Wait { .. }
             | Self::Backoff { .. }
             | Self::Reclaim { .. }

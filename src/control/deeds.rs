@@ -6,7 +6,7 @@ use std::sync::Arc;
 use tracing::error;
 
 use super::task::{Live, Pending, Task};
-use super::{EvictReason, Lease, Refusal, What};
+use super::{EvictReason, Lease, LoadReason, Refusal, What};
 use crate::memory::DeviceReading;
 use crate::model::{PlacedGpu, WorkerId};
 use crate::policy::{self, Effect, Event, Ticket};
@@ -112,7 +112,15 @@ impl Task {
     }
 
     fn spawn(&mut self, worker: WorkerId, expected: &policy::Expected, gpus: Vec<u32>) {
+        let queue = &self.policy.models()[&worker.model].queue;
+        let reason = match queue.front() {
+            Some(waiter) if waiter.wants_lease => LoadReason::Request,
+            Some(_) => LoadReason::Operator,
+            None => LoadReason::Preload,
+        };
         let what = What::Spawn {
+            reason,
+            waiting: queue.iter().filter(|waiter| waiter.wants_lease).count(),
             expected: expected.clone(),
             gpus: gpus.clone(),
         };

@@ -22,7 +22,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 pub use command::{CleanupRequest, Command, LimitReport, LimitRequest, LogTail, Reply, Signal};
-pub use decision::{Decision, End, Kind, LoadFailure, What};
+pub use decision::{Decision, End, Kind, LoadFailure, LoadReason, What};
 pub use decisions::{Decisions, Found, KEPT, Recorder, Wanted, record};
 pub use lease::{Lease, ModelRoute, ReadyWorker, Routes};
 pub use snapshot::{

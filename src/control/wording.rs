@@ -5,7 +5,7 @@ use std::fmt;
 
 use tracing::{info, warn};
 
-use super::decision::{Decision, End, What};
+use super::decision::{Decision, End, LoadReason, What};
 use crate::model::{Bytes, Domain, ModelName};
 
 impl Decision {
@@ -16,8 +16,13 @@ impl Decision {
         let worker = self.worker().map(tracing::field::display);
         let reason = self.what.reason();
         match &self.what {
-            What::Spawn { expected, gpus } => {
-                info!(id, worker, need = %expected, ?gpus, "spawning worker");
+            What::Spawn {
+                waiting,
+                expected,
+                gpus,
+                ..
+            } => {
+                info!(id, worker, reason, waiting, need = %expected, ?gpus, "spawning worker");
             }
             What::Ready { took, reload } => {
                 info!(
@@ -120,8 +125,15 @@ impl fmt::Display for Decision {
             write!(f, "{model} ")?;
         }
         match &self.what {
-            What::Spawn { expected, .. } => {
-                write!(f, "is loaded; it is expected to need {expected}")
+            What::Spawn {
+                reason, expected, ..
+            } => {
+                let whom = match reason {
+                    LoadReason::Request => "a request",
+                    LoadReason::Operator => "an operator",
+                    LoadReason::Preload => "the configuration",
+                };
+                write!(f, "is loaded for {whom}; it is expected to need {expected}")
             }
             What::Ready { took, reload } => {
                 let again = if *reload { " again" } else { "" };
@@ -134,11 +146,11 @@ impl fmt::Display for Decision {
             What::Keep { reason, inside } => {
                 write!(
                     f,
-                    "stays, since {inside} requests came in; it was to go: {reason}"
+                    "stays, with requests inside: {inside}; it was to go: {reason}"
                 )
             }
             What::Drain { reason, inside } => {
-                write!(f, "is drained of {inside} requests: {reason}")
+                write!(f, "is drained, with requests inside: {inside}: {reason}")
             }
             What::Terminate { reason, kill, .. } => {
                 let how = if *kill { "is killed" } else { "is ended" };
@@ -157,7 +169,7 @@ impl fmt::Display for Decision {
                 retry_in,
             } => write!(
                 f,
-                "is not tried again for {:.1} s after {failures} failures: {cause}",
+                "is not tried again for {:.1} s (recent failures: {failures}): {cause}",
                 retry_in.as_secs_f64()
             ),
             What::Reclaim {
@@ -172,22 +184,16 @@ impl fmt::Display for Decision {
                 Ok(())
             }
             What::Refuse { refusal, requests } => {
-                let plural = if *requests == 1 { "" } else { "s" };
-                write!(f, "turns {requests} request{plural} away: {refusal}")
+                write!(f, "is refused (requests: {requests}): {refusal}")
             }
             What::Cleanup {
                 unloaded, freed, ..
             } => {
                 let names: Vec<_> = unloaded.iter().map(ModelName::as_str).collect();
-                write!(
-                    f,
-                    "cleanup unloaded {} models and gave back {freed}",
-                    names.len()
-                )?;
                 if names.is_empty() {
-                    return Ok(());
+                    return f.write_str("cleanup found nothing to unload");
                 }
-                write!(f, ": {}", names.join(", "))
+                write!(f, "cleanup gave back {freed} of {}", names.join(", "))
             }
             What::Pin { pinned: true } => f.write_str("is pinned by an operator"),
             What::Pin { pinned: false } => f.write_str("is unpinned by an operator"),

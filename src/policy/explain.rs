@@ -293,13 +293,25 @@ impl Policy {
         }
         let gpus = self.place(model, &Need::new()).unwrap_or_default();
         let expected = self.expected_on(model, &gpus);
-        let (there, _) = self.rooms(expected.domains(), &Need::new());
-        let short = missing(&self.need(&expected), &there);
+        let need = self.need(&expected);
+        let (there, later) = self.rooms(expected.domains(), &Need::new());
+        let short = missing(&need, &there);
+        let comes_back = missing(&need, &later).is_empty();
+        let domains: Vec<_> = match short.is_empty() {
+            true => expected.domains().collect(),
+            false => short.keys().map(|(domain, _)| *domain).collect(),
+        };
         let wanted = self.wanted_in_order(now);
         let earlier = wanted.into_iter().take_while(|other| other != name);
         let holders = self.models.values().filter(|other| {
-            let has = |domain| other.charge(domain) > Bytes::ZERO;
-            other.protection().is_some() && expected.domains().any(has)
+            let in_the_way = match other.protection() {
+                Some(Protection::Draining) => true,
+                // With enough on its way back, only what loads is waited for.
+                Some(Protection::Loading) => short.is_empty() || !comes_back,
+                Some(Protection::Busy | Protection::Pinned) => !comes_back,
+                None => false,
+            };
+            in_the_way && domains.iter().any(|d| other.charge(*d) > Bytes::ZERO)
         });
         Outlook::Waits {
             holders: holders.map(|other| self.holder(other)).collect(),
@@ -414,7 +426,7 @@ impl fmt::Display for Explanation {
                 let wait = until.since(self.at).as_secs_f64();
                 write!(
                     f,
-                    "{model} failed {ago:.1} s ago and is tried again in {wait:.1} s, after {failures} failures: {cause}"
+                    "{model} failed {ago:.1} s ago and is not tried again for {wait:.1} s (recent failures: {failures}): {cause}"
                 )
             }
             Why::Leaving(Some(reason)) => write!(f, "{model} is on its way out: {reason}"),

@@ -84,6 +84,10 @@ fn each_step_of_a_swap_is_an_event_in_order_with_its_numbers() {
         panic!("{swap:?}");
     };
     assert_eq!(spawn["expected"]["host"], 80 << 20);
+    assert_eq!(
+        (&spawn["reason"], &spawn["waiting"]),
+        (&json!("request"), &json!(1))
+    );
     assert!(ready["load_ms"].as_u64() < Some(20_000), "{ready}");
     assert_eq!(
         (&evict["reason"], &evict["for_model"], &evict["domain"]),
@@ -238,6 +242,39 @@ fn a_model_that_backs_off_tells_its_cause_and_many_refusals_are_few_events() {
         exits.len()
     );
     assert!(metrics.lines().any(|l| l == line), "no {line} in {metrics}");
+}
+
+#[test]
+fn the_ratios_count_what_their_definitions_say() {
+    let config = format!(
+        "{}{}",
+        two(""),
+        model("huge", 1, "", "weights = [\"WEIGHTS\"]")
+    );
+    let folder = tempfile::tempdir().expect("a folder");
+    let weights = folder.path().join("huge.gguf");
+    let file = std::fs::File::create(&weights).expect("the file can be made");
+    file.set_len(400 << 20).expect("the file can be extended");
+    let config = config
+        .replace("WEIGHTS", &weights.display().to_string())
+        .replace("memory = \"17MiB\"\n", "");
+    let residentd = Residentd::start(&config);
+    for (model, status) in [
+        ("red", 200),
+        ("blue", 200),
+        ("red", 200),
+        ("red", 200),
+        ("huge", 503),
+    ] {
+        assert_eq!(residentd.complete(model).status, status, "{model}");
+    }
+    let ratio = |name: &str| residentd.memory("stats")[name].as_f64();
+    // One of five found its model ready. One of the four that had a worker
+    // loaded what had been evicted.
+    assert_eq!(
+        (ratio("hit_ratio"), ratio("reload_ratio")),
+        (Some(0.2), Some(0.25))
+    );
 }
 
 /// Server-sent events as they come over a connection.

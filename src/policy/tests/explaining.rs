@@ -103,6 +103,28 @@ fn a_model_that_waits_for_busy_workers_names_them_and_what_is_missing() {
 }
 
 #[test]
+fn a_model_that_waits_for_memory_on_its_way_back_names_only_whose_it_is() {
+    let mut world = World::new(1000, &[("busy", 200), ("old", 600), ("new", 700)]);
+    world.use_once("old");
+    world.acquire("busy");
+    world.ready("busy");
+    assert_eq!(gone(&world.acquire("new").1), ["old"]);
+    let told = explain(&world, "new");
+    let Outlook::Waits { holders: who, .. } = &told.outlook else {
+        panic!("{told:?}");
+    };
+    assert_eq!(holders(who), [("old", Some(Protection::Draining))]);
+    assert!(!told.outlook.is_blocked());
+    let old = world.worker("old");
+    world.exit_unmeasured(&old);
+    let told = explain(&world, "new");
+    let Outlook::Waits { holders: who, .. } = &told.outlook else {
+        panic!("{told:?}");
+    };
+    assert_eq!(holders(who), [], "gone, and not measured to be back");
+}
+
+#[test]
 fn a_model_that_backs_off_tells_the_cause_and_until_when() {
     let mut world = World::new(1000, &[("a", 400)]);
     world.acquire("a");

@@ -137,7 +137,7 @@ async fn an_event_has_its_reason_its_numbers_and_a_sentence() {
                     "kind": "refuse",
                     "reason": "queue_full",
                     "model": "voice",
-                    "message": "voice turns 3 requests away: the queue of voice is full: 4 requests wait",
+                    "message": "voice is refused (requests: 3): the queue of voice is full: 4 requests wait",
                     "queued": 4,
                     "requests": 3,
                 },
