@@ -182,7 +182,7 @@ fn events(out: Out<'_, '_>, snapshot: &Snapshot) -> fmt::Result {
         "requests_total",
         "Requests by whether they found their model ready",
     )?;
-    requests.sample(&[("result", "hit")], counters.hits)?;
+    requests.sample(&[("result", "hit")], snapshot.hits())?;
     requests.sample(&[("result", "miss")], counters.misses)?;
     let plain = [
         ("loads_total", "Workers that became ready", counters.loads),

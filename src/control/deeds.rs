@@ -157,7 +157,7 @@ impl Task {
             let _ = reply.send(Err(Refusal::Overloaded));
             return;
         };
-        self.granted_late += u64::from(late);
+        self.counters.granted_late += u64::from(late);
         // A lease that cannot be delivered drops, and so is given back.
         let _ = reply.send(Ok(lease));
     }

@@ -88,7 +88,6 @@ pub fn start(parts: Parts) -> Controller {
         oom: OomWatch::default(),
         recorder,
         told: Told::default(),
-        granted_late: 0,
         next_serial: 0,
         seq: 0,
     };
@@ -236,8 +235,6 @@ pub(super) struct Task {
     pub(super) oom: OomWatch,
     pub(super) recorder: Recorder,
     pub(super) told: Told,
-    /// Requests that were granted after they had waited.
-    pub(super) granted_late: u64,
     next_serial: u64,
     pub(super) seq: u64,
 }

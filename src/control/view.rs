@@ -114,8 +114,6 @@ fn snapshot(task: &Task) -> Snapshot {
         counters.misses += overloads;
         counters.turned_away += overloads;
     }
-    let admitted: u64 = models.values().map(ModelView::access_count).sum();
-    counters.hits = admitted.saturating_sub(task.granted_late);
     Snapshot {
         seq: task.seq,
         at: task.clock.now(),
