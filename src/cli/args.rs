@@ -296,6 +296,8 @@ mod tests {
             "limit much",
             "limit --persist",
             "logs gemma -n many",
+            "events -n many",
+            "events --model a,b",
             "ps --server https://example.org",
             "completions tcsh",
         ] {
