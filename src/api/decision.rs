@@ -79,6 +79,7 @@ fn numbers(what: &What) -> Value {
         What::Keep { reason, inside } | What::Drain { reason, inside } => {
             with(reason_numbers(reason), json!({"in_flight": inside}))
         }
+        What::Resume { inside } => json!({"in_flight": inside}),
         What::Exit { status, .. } => json!({"status": status}),
         What::Backoff {
             cause,

@@ -106,6 +106,12 @@ pub struct SettingArgs {
     /// Whether idle models are unloaded under pressure: true or false
     #[arg(long, value_name = "BOOL")]
     pub auto_cleanup: Option<String>,
+    /// Who goes to make room: lru or cost
+    #[arg(long, value_name = "NAME")]
+    pub policy: Option<String>,
+    /// How long a request waits for busy workers before they are drained, as 5s
+    #[arg(long, value_name = "TIME")]
+    pub patience: Option<String>,
 }
 
 impl SettingArgs {
@@ -124,6 +130,8 @@ impl SettingArgs {
             ("memory.reserve", &self.reserve),
             ("memory.check_interval", &self.check_interval),
             ("memory.auto_cleanup", &self.auto_cleanup),
+            ("memory.policy", &self.policy),
+            ("memory.patience", &self.patience),
         ];
         all.into_iter()
             .filter_map(|(key, text)| Some((key, text.as_deref()?)))

@@ -74,6 +74,12 @@ pub enum What {
         /// Requests inside.
         inside: u32,
     },
+    /// Nobody needs the memory of a drained worker any more: it takes requests
+    /// again.
+    Resume {
+        /// Requests inside.
+        inside: u32,
+    },
     /// A worker is told to go, whoever is inside.
     Terminate {
         /// Why.
@@ -230,6 +236,7 @@ pub enum Kind {
     Evict,
     Keep,
     Drain,
+    Resume,
     Terminate,
     Exit,
     Backoff,
@@ -244,13 +251,14 @@ pub enum Kind {
 
 impl Kind {
     /// Every kind.
-    pub const ALL: [Self; 16] = [
+    pub const ALL: [Self; 17] = [
         Self::Spawn,
         Self::Ready,
         Self::Wait,
         Self::Evict,
         Self::Keep,
         Self::Drain,
+        Self::Resume,
         Self::Terminate,
         Self::Exit,
         Self::Backoff,
@@ -273,6 +281,7 @@ impl Kind {
             Self::Evict => "evict",
             Self::Keep => "keep",
             Self::Drain => "drain",
+            Self::Resume => "resume",
             Self::Terminate => "terminate",
             Self::Exit => "exit",
             Self::Backoff => "backoff",
@@ -307,6 +316,7 @@ impl What {
             Self::Evict { .. } => Kind::Evict,
             Self::Keep { .. } => Kind::Keep,
             Self::Drain { .. } => Kind::Drain,
+            Self::Resume { .. } => Kind::Resume,
             Self::Terminate { .. } => Kind::Terminate,
             Self::Exit { .. } => Kind::Exit,
             Self::Backoff { .. } => Kind::Backoff,
@@ -348,6 +358,7 @@ impl What {
             }
             Self::Ready { .. }
             | Self::Wait { .. }
+            | Self::Resume { .. }
             | Self::Backoff { .. }
             | Self::Reclaim { .. }
             | Self::Cleanup { .. }

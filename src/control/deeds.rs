@@ -50,6 +50,7 @@ impl Task {
                 self.tell(&worker, What::Drain { reason, inside });
                 self.withdraw(&worker);
             }
+            Effect::Resume { worker } => self.resume(&worker),
             Effect::Terminate {
                 worker,
                 reason,
@@ -160,6 +161,17 @@ impl Task {
         self.counters.granted_late += u64::from(late);
         // A lease that cannot be delivered drops, and so is given back.
         let _ = reply.send(Ok(lease));
+    }
+
+    /// The worker takes requests again.
+    fn resume(&self, worker: &WorkerId) {
+        let ready = self.workers.get(worker).and_then(|live| live.ready.clone());
+        if let (Some(ready), Some(route)) = (ready, self.routes.get(worker.model.as_str())) {
+            ready.gate.reopen();
+            let inside = ready.gate.read().inside;
+            self.tell(worker, What::Resume { inside });
+            route.set_ready(Some(ready));
+        }
     }
 
     pub(super) fn reject(&mut self, ticket: Ticket, refusal: Refusal) {

@@ -103,7 +103,7 @@ impl Task {
     }
 
     fn explain(&mut self, model: ModelName) -> Result<Explanation, Refusal> {
-        self.observe_gates();
+        self.read_gates();
         let explanation = self.policy.explain(&model, self.clock.now());
         explanation.ok_or(Refusal::UnknownModel(model))
     }

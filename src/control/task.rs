@@ -356,7 +356,7 @@ impl Task {
     pub(super) fn feed(&mut self, event: Event) {
         let mut todo = VecDeque::from([event]);
         while let Some(event) = todo.pop_front() {
-            self.observe_gates();
+            self.read_gates();
             let effects = self.policy.step(self.clock.now(), event);
             self.tell_pressure();
             for effect in effects {
@@ -380,17 +380,20 @@ impl Task {
         }
     }
 
-    /// Copies the gates into the policy.
-    pub(super) fn observe_gates(&mut self) {
-        let gates = self.workers.iter().filter_map(|(id, live)| {
-            let read = live.ready.as_ref()?.gate.read();
+    /// Tells the policy how the gates stand and what went through them.
+    pub(super) fn read_gates(&mut self) {
+        for (id, live) in &self.workers {
+            let Some(ready) = &live.ready else { continue };
+            let read = ready.gate.read();
             let activity = Activity {
                 inside: read.inside,
                 last_left: read.last_left,
             };
-            Some((id, activity))
-        });
-        self.policy.observe(gates);
+            self.policy.observe([(id, activity)]);
+            if let Some(gaps) = ready.gate.take_gaps() {
+                self.policy.learn_gaps(&id.model, &gaps);
+            }
+        }
     }
 
     pub(super) fn kill_all(&self) {

@@ -49,6 +49,7 @@ impl Decision {
                 reason: why,
                 inside,
             } => info!(id, worker, reason, %why, inside, "draining worker"),
+            What::Resume { inside } => info!(id, worker, inside, "worker takes requests again"),
             What::Terminate {
                 reason: why,
                 charge,
@@ -152,6 +153,10 @@ impl fmt::Display for Decision {
             What::Drain { reason, inside } => {
                 write!(f, "is drained, with requests inside: {inside}: {reason}")
             }
+            What::Resume { inside } => write!(
+                f,
+                "takes requests again, with {inside} inside: nobody needs its memory any more"
+            ),
             What::Terminate { reason, kill, .. } => {
                 let how = if *kill { "is killed" } else { "is ended" };
                 write!(f, "{how}: {reason}")

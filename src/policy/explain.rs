@@ -9,11 +9,11 @@ use std::fmt;
 use std::time::Duration;
 
 use super::Policy;
-use super::admission::missing;
 use super::event::{Effect, Event, Ticket};
 use super::ledger::Need;
 use super::lifecycle::ModelState;
-use super::words::{EvictReason, Phase, Protection, Refusal};
+use super::verdict::missing;
+use super::words::{EvictReason, Phase, Protection, Refusal, Shortage};
 use crate::clock::Timestamp;
 use crate::model::{Bytes, Domain, ModelName, WorkerId};
 
@@ -89,7 +89,7 @@ pub enum Outlook {
     Served,
     /// It waits for the load only.
     Starts,
-    /// These idle workers go first.
+    /// These workers go first; those in use after the requests inside.
     Evicts {
         /// Who, in the order they are told.
         victims: Vec<Holder>,
@@ -108,17 +108,6 @@ pub enum Outlook {
     },
     /// It is turned away.
     Refused(Refusal),
-}
-
-/// Where most is missing for a load.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Shortage {
-    /// Where.
-    pub domain: Domain,
-    /// How much the model is expected to need there.
-    pub need: Bytes,
-    /// How much room there is.
-    pub room: Bytes,
 }
 
 /// A worker that holds what another model needs.
@@ -261,22 +250,23 @@ impl Policy {
         if let Some(refusal) = refused {
             return Outlook::Refused(refusal);
         }
-        let victims: Vec<_> = effects
+        if trial.models[name].phase == Phase::Starting {
+            return Outlook::Starts;
+        }
+        let told = effects
             .iter()
-            .filter_map(|effect| match_victim(effect, name))
+            .filter_map(|effect| match_victim(effect, name));
+        let victims: Vec<_> = told
+            .filter(|(worker, _)| trial.models[&worker.model].is_leaving())
             .collect();
         if let Some((_, shortage)) = victims.first() {
+            let victims = victims.iter();
             return Outlook::Evicts {
                 shortage: *shortage,
                 victims: victims
-                    .iter()
-                    .filter_map(|(worker, _)| self.models.get(&worker.model))
-                    .map(|victim| self.holder(victim))
+                    .map(|(worker, _)| self.holder(&self.models[&worker.model]))
                     .collect(),
             };
-        }
-        if trial.models[name].phase == Phase::Starting {
-            return Outlook::Starts;
         }
         trial.waits(name, now)
     }
@@ -336,7 +326,10 @@ impl Policy {
         match outlook {
             Outlook::Served => Some(Duration::ZERO),
             Outlook::Starts if model.phase == Phase::Starting => left(model, now),
-            Outlook::Starts | Outlook::Evicts { .. } => load,
+            Outlook::Starts => load,
+            // Requests inside have to end first, and nobody knows when they do.
+            Outlook::Evicts { victims, .. } if victims.iter().any(|v| v.inside > 0) => None,
+            Outlook::Evicts { .. } => load,
             Outlook::Refused(Refusal::BackingOff { retry_in, .. }) => Some(*retry_in + load?),
             Outlook::Refused(_) => None,
             Outlook::Waits { holders, .. } => {
@@ -471,13 +464,6 @@ impl fmt::Display for Outlook {
             }
             Self::Refused(refusal) => write!(f, "a request is refused: {refusal}"),
         }
-    }
-}
-
-impl fmt::Display for Shortage {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { domain, need, room } = self;
-        write!(f, "it needs {need} on {domain}, there is room for {room}")
     }
 }
 

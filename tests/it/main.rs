@@ -8,6 +8,7 @@ mod events;
 mod failures;
 mod gpu;
 mod memory;
+mod patience;
 mod pressure;
 mod proxy;
 mod story;

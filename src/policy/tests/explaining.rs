@@ -2,10 +2,7 @@
 
 use std::time::Duration;
 
-use proptest::prelude::*;
-
-use super::super::laws::{Court, moves};
-use super::super::testing::{World, gone, granted, name, refused, spec};
+use super::super::testing::{World, gone, name, refused, spec};
 use super::super::*;
 
 fn explain(world: &World, model: &str) -> Explanation {
@@ -225,56 +222,4 @@ fn a_sentence_holds_the_reason_the_numbers_and_what_would_go() {
         "b was not loaded since residentd started; for a request a (idle, host 600.00 MiB) would go: \
          it needs 600.00 MiB on host, there is room for 400.00 MiB"
     );
-}
-
-/// Asks a copy of the policy and holds what happens against what was told.
-fn holds_true(world: &World, model: &ModelName, told: &Explanation) {
-    const TICKET: Ticket = 1 << 40;
-    let mut trial = world.policy.clone();
-    let effects = trial.step(
-        world.now,
-        Event::Acquire {
-            ticket: TICKET,
-            model: model.clone(),
-            deadline: world.now + Duration::from_secs(60),
-        },
-    );
-    let starts = trial.models()[model].phase == Phase::Starting;
-    let (granted, refused) = (granted(&effects, TICKET), refused(&effects, TICKET));
-    match &told.outlook {
-        Outlook::Served => assert!(granted),
-        Outlook::Starts => assert!(starts && refused.is_none()),
-        Outlook::Refused(refusal) => assert_eq!(refused.as_ref(), Some(refusal)),
-        Outlook::Evicts { victims, shortage } => {
-            let gone = gone(&effects);
-            for victim in victims {
-                assert!(gone.contains(&victim.model.to_string()), "{gone:?}");
-                assert_eq!(victim.protection, None, "{told:?}");
-            }
-            assert!(!victims.is_empty() && shortage.need > Bytes::ZERO);
-        }
-        Outlook::Waits { .. } => assert!(!granted && !starts && refused.is_none(), "{told:?}"),
-    }
-}
-
-proptest! {
-    #![proptest_config(ProptestConfig { cases: 200, ..ProptestConfig::default() })]
-
-    #[test]
-    fn whatever_happened_the_explanation_is_what_then_happens(moves in moves()) {
-        let mut court = Court::new();
-        for made in &moves {
-            court.play(made);
-            let world = &court.world;
-            for (model, state) in world.policy.models() {
-                let told = world.policy.explain(model, world.now).expect("it is configured");
-                prop_assert_eq!(told.why == Why::Ready, state.phase == Phase::Ready);
-                prop_assert_eq!(told.why == Why::Loading, state.phase == Phase::Starting);
-                prop_assert!(!told.to_string().is_empty());
-                if state.queue.is_empty() {
-                    holds_true(world, model, &told);
-                }
-            }
-        }
-    }
 }

@@ -4,3 +4,4 @@ mod admission;
 mod ceilings;
 mod explaining;
 mod leaving;
+mod patience;
