@@ -246,9 +246,14 @@ fn outlook_numbers(outlook: &Outlook) -> Value {
             holders: held_by,
             behind,
             shortage,
+            drains_in,
         } => with(
             shortage.as_ref().map_or(json!({}), shortage_numbers),
-            json!({"waits_for": holders(held_by), "behind": names(behind)}),
+            json!({
+                "waits_for": holders(held_by),
+                "behind": names(behind),
+                "drains_in_seconds": drains_in.map(|wait| wait.as_secs_f64()),
+            }),
         ),
         Outlook::Refused(refusal) => {
             with(refusal_numbers(refusal), json!({"code": refusal.code()}))

@@ -4,8 +4,9 @@
 //! What asking for it would lead to is not guessed: a copy of the policy takes
 //! the request, and its effects are read. Nothing is changed by asking.
 
+mod sentence;
+
 use std::collections::BTreeMap;
-use std::fmt;
 use std::time::Duration;
 
 use super::Policy;
@@ -105,6 +106,8 @@ pub enum Outlook {
         /// Where most is missing; absent when nothing is but what is on its way
         /// back.
         shortage: Option<Shortage>,
+        /// After how long busy workers are drained for it.
+        drains_in: Option<Duration>,
     },
     /// It is turned away.
     Refused(Refusal),
@@ -279,6 +282,7 @@ impl Policy {
                 holders: vec![self.holder(model)],
                 behind: Vec::new(),
                 shortage: None,
+                drains_in: None,
             };
         }
         let gpus = self.place(model, &Need::new()).unwrap_or_default();
@@ -303,8 +307,13 @@ impl Policy {
             };
             in_the_way && domains.iter().any(|d| other.charge(*d) > Bytes::ZERO)
         });
+        let holders: Vec<_> = holders.map(|other| self.holder(other)).collect();
+        let is_busy = |holder: &Holder| holder.protection == Some(Protection::Busy);
+        let patience = self.patience_ends(name).filter(|at| *at > now);
+        let patience = patience.filter(|_| holders.iter().any(is_busy));
         Outlook::Waits {
-            holders: holders.map(|other| self.holder(other)).collect(),
+            drains_in: patience.map(|at| at.since(now)),
+            holders,
             behind: earlier.collect(),
             shortage: (!short.is_empty()).then(|| self.shortage(&expected, &short)),
         }
@@ -397,84 +406,4 @@ fn match_victim(effect: &Effect, name: &ModelName) -> Option<(WorkerId, Shortage
         room: *room,
     };
     (for_model == name).then(|| (worker.clone(), shortage))
-}
-
-/// Says it in a sentence or two.
-impl fmt::Display for Explanation {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let ago = self.at.since(self.since).as_secs_f64();
-        let model = &self.model;
-        match &self.why {
-            Why::Ready => return write!(f, "{model} is ready"),
-            Why::Loading => write!(f, "{model} has been loading for {ago:.1} s"),
-            Why::NeverLoaded => write!(f, "{model} was not loaded since residentd started"),
-            Why::Evicted(reason) => write!(f, "{model} was evicted {ago:.1} s ago: {reason}"),
-            Why::Unloaded => write!(f, "{model} was unloaded {ago:.1} s ago by an operator"),
-            Why::Failed { cause } => write!(f, "{model} failed {ago:.1} s ago: {cause}"),
-            Why::BackingOff {
-                cause,
-                failures,
-                until,
-            } => {
-                let wait = until.since(self.at).as_secs_f64();
-                write!(
-                    f,
-                    "{model} failed {ago:.1} s ago and is not tried again for {wait:.1} s (recent failures: {failures}): {cause}"
-                )
-            }
-            Why::Leaving(Some(reason)) => write!(f, "{model} is on its way out: {reason}"),
-            Why::Leaving(None) => write!(f, "{model} is on its way out: it did not get ready"),
-            Why::Waiting => write!(f, "{model} has been waited for for {ago:.1} s"),
-            Why::Impossible(refusal) => return write!(f, "{refusal}"),
-            Why::ShuttingDown => return write!(f, "residentd is shutting down"),
-        }?;
-        write!(f, "; {}", self.outlook)?;
-        match self.ready_in {
-            Some(wait) => write!(f, "; ready in about {:.1} s", wait.as_secs_f64()),
-            None => Ok(()),
-        }
-    }
-}
-
-impl fmt::Display for Outlook {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Served => f.write_str("a request is served at once"),
-            Self::Starts => f.write_str("a request waits for the load only"),
-            Self::Evicts { victims, shortage } => {
-                write!(f, "for a request {} would go: {shortage}", list(victims))
-            }
-            Self::Waits {
-                holders,
-                behind,
-                shortage,
-            } => {
-                f.write_str("a request waits")?;
-                if !holders.is_empty() {
-                    write!(f, " for {}", list(holders))?;
-                }
-                if !behind.is_empty() {
-                    let names: Vec<_> = behind.iter().map(ModelName::as_str).collect();
-                    write!(f, " behind {}", names.join(", "))?;
-                }
-                if holders.is_empty() && behind.is_empty() {
-                    f.write_str(" until memory is measured to be back")?;
-                }
-                shortage.map_or(Ok(()), |shortage| write!(f, ": {shortage}"))
-            }
-            Self::Refused(refusal) => write!(f, "a request is refused: {refusal}"),
-        }
-    }
-}
-
-fn list(holders: &[Holder]) -> String {
-    let named = holders.iter().map(|holder| {
-        let held = holder.holds.iter();
-        let held: Vec<_> = held
-            .map(|(domain, bytes)| format!("{domain} {bytes}"))
-            .collect();
-        let why = holder.protection.map_or("idle", Protection::as_str);
-        format!("{} ({why}, {})", holder.model, held.join(", "))
-    });
-    named.collect::<Vec<_>>().join(", ")
 }

@@ -83,6 +83,7 @@ fn a_model_that_waits_for_busy_workers_names_them_and_what_is_missing() {
     let Outlook::Waits {
         holders: who,
         shortage: Some(shortage),
+        drains_in,
         ..
     } = &told.outlook
     else {
@@ -94,9 +95,27 @@ fn a_model_that_waits_for_busy_workers_names_them_and_what_is_missing() {
         (shortage.need, shortage.room),
         (Bytes::mib(700), Bytes::mib(200))
     );
-    assert_eq!(before.outlook, told.outlook, "asking changes nothing");
+    let patience = world.policy.settings.patience;
+    assert_eq!(*drains_in, Some(patience));
     assert_eq!(told.ready_in, None, "nobody knows when a request ends");
     assert!(told.outlook.is_blocked());
+    // Asking has changed nothing, and patience runs from the request on.
+    assert!(before.outlook.is_blocked());
+    world.pass(Duration::from_secs(1));
+    let later = explain(&world, "late").outlook;
+    let Outlook::Waits {
+        drains_in: Some(left),
+        ..
+    } = later
+    else {
+        panic!("{later:?}");
+    };
+    assert_eq!(left + Duration::from_secs(1), patience);
+    world.pass(patience);
+    let Outlook::Evicts { victims, .. } = explain(&world, "late").outlook else {
+        panic!("{:?}", explain(&world, "late"));
+    };
+    assert_eq!(holders(&victims), [("busy", Some(Protection::Busy))]);
 }
 
 #[test]

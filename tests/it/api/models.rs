@@ -57,7 +57,7 @@ async fn why_a_model_is_not_ready_is_told_with_the_numbers() {
         serde_json::json!({
             "reason": "evicted",
             "since": 1_700_000_050.0,
-            "message": "voice was evicted 10.0 s ago: make room for gemma: it needs 2.00 GiB on host, there was room for 1.00 GiB; a request waits for gemma (busy, host 2.00 GiB): it needs 3.00 GiB on host, there is room for 1.00 GiB",
+            "message": "voice was evicted 10.0 s ago: make room for gemma: it needs 2.00 GiB on host, there was room for 1.00 GiB; a request waits for gemma (busy, host 2.00 GiB): it needs 3.00 GiB on host, there is room for 1.00 GiB; busy workers are drained for it in 4.0 s",
             "details": {
                 "evicted_for": "make_room",
                 "for_model": "gemma",
@@ -77,6 +77,7 @@ async fn why_a_model_is_not_ready_is_told_with_the_numbers() {
                     "holds": {"host": 2_147_483_648_u64},
                 }],
                 "behind": [],
+                "drains_in_seconds": 4.0,
             },
             "last_load_seconds": 2.5,
             "ready_in_seconds": null,

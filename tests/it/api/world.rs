@@ -167,6 +167,7 @@ pub(crate) fn explains(command: Command) {
                 need: Bytes::gib(3),
                 room: Bytes::gib(1),
             }),
+            drains_in: Some(Duration::from_secs(4)),
         },
         last_load: Some(Duration::from_millis(2500)),
         ready_in: None,
