@@ -9,9 +9,12 @@
 //! ```text
 //! bit 63  open     requests may enter
 //! bit 62  watched  the controller wants to hear when the last one leaves
+//! bit 61  held     only the controller lets requests in, since some wait; it
+//!                  wants to hear of everyone who leaves
 //! 31..0            requests inside
 //! ```
 
+use std::num::NonZeroU32;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
 
@@ -20,12 +23,15 @@ use crate::model::{GAP_CLASSES, IdleGaps};
 
 const OPEN: u64 = 1 << 63;
 const WATCHED: u64 = 1 << 62;
+const HELD: u64 = 1 << 61;
 const INSIDE: u64 = (1 << 32) - 1;
 
 /// Admits requests to one ready worker.
 #[derive(Debug)]
 pub struct Gate {
     word: AtomicU64,
+    /// Most requests inside at once.
+    capacity: u32,
     entered: AtomicU64,
     last_left_micros: AtomicU64,
     /// Idle times between two uses that nobody has taken yet, and how many.
@@ -49,16 +55,19 @@ pub struct GateReading {
 pub enum Left {
     /// Nobody needs to know.
     Quiet,
-    /// The last request left a gate that the controller watches.
-    LastOfWatched,
+    /// The controller wants to hear of it: the last request left a gate that it
+    /// watches, or one left a gate where others wait.
+    Heard,
 }
 
 impl Gate {
-    /// Returns an open gate with nobody inside.
+    /// Returns an open gate with nobody inside, for at most `capacity` requests
+    /// at once; without any bound when absent.
     #[must_use]
-    pub fn open(now: Timestamp) -> Self {
+    pub fn open(now: Timestamp, capacity: Option<NonZeroU32>) -> Self {
         Self {
             word: AtomicU64::new(OPEN),
+            capacity: capacity.map_or(u32::MAX, NonZeroU32::get),
             entered: AtomicU64::new(0),
             last_left_micros: AtomicU64::new(now.as_micros()),
             gaps: [const { AtomicU32::new(0) }; GAP_CLASSES],
@@ -66,12 +75,24 @@ impl Gate {
         }
     }
 
-    /// Enters when the gate is open, at `now`. Returns whether it was.
+    /// Enters, at `now`, when the gate is open, not held, and has room. Returns
+    /// whether it was.
     #[must_use]
     pub fn try_enter(&self, now: Timestamp) -> bool {
+        self.enter(now, HELD)
+    }
+
+    /// Enters when the gate is open and has room, held or not. The controller's
+    /// only, for whoever it lets in.
+    #[must_use]
+    pub fn try_enter_held(&self, now: Timestamp) -> bool {
+        self.enter(now, 0)
+    }
+
+    fn enter(&self, now: Timestamp, barred_by: u64) -> bool {
         let mut word = self.word.load(Ordering::Relaxed);
         loop {
-            if word & OPEN == 0 {
+            if word & OPEN == 0 || word & barred_by != 0 || inside(word) >= self.capacity {
                 return false;
             }
             match self.word.compare_exchange_weak(
@@ -120,8 +141,8 @@ impl Gate {
             .fetch_max(now.as_micros(), Ordering::AcqRel);
         let before = self.word.fetch_sub(1, Ordering::AcqRel);
         debug_assert_ne!(before & INSIDE, 0, "left a gate nobody was inside");
-        if before & INSIDE == 1 && before & WATCHED != 0 {
-            Left::LastOfWatched
+        if before & HELD != 0 || (before & INSIDE == 1 && before & WATCHED != 0) {
+            Left::Heard
         } else {
             Left::Quiet
         }
@@ -155,6 +176,16 @@ impl Gate {
     /// Opens the gate again.
     pub fn reopen(&self) {
         self.word.fetch_or(OPEN, Ordering::AcqRel);
+    }
+
+    /// Sets whether only the controller lets requests in. Whoever leaves from
+    /// then on is heard of.
+    pub fn hold(&self, held: bool) {
+        if held {
+            self.word.fetch_or(HELD, Ordering::AcqRel);
+        } else {
+            self.word.fetch_and(!HELD, Ordering::AcqRel);
+        }
     }
 
     /// Sets whether the controller wants to hear when the last request leaves.
@@ -198,7 +229,7 @@ mod tests {
 
     #[test]
     fn an_empty_gate_closes_and_a_busy_one_does_not() {
-        let gate = Gate::open(Timestamp::START);
+        let gate = Gate::open(Timestamp::START, None);
         assert!(gate.try_enter(Timestamp::START));
         assert!(!gate.close_if_empty());
         assert_eq!(gate.leave(Timestamp::from_millis(7)), Left::Quiet);
@@ -213,11 +244,11 @@ mod tests {
 
     #[test]
     fn the_last_to_leave_a_watched_gate_says_so() {
-        let gate = Gate::open(Timestamp::START);
+        let gate = Gate::open(Timestamp::START, None);
         assert!(gate.try_enter(Timestamp::START) && gate.try_enter(Timestamp::START));
         assert_eq!(gate.watch(true), 2);
         assert_eq!(gate.leave(Timestamp::START), Left::Quiet);
-        assert_eq!(gate.leave(Timestamp::START), Left::LastOfWatched);
+        assert_eq!(gate.leave(Timestamp::START), Left::Heard);
     }
 
     #[test]
@@ -226,7 +257,7 @@ mod tests {
         // succeeded nobody may be or come inside. Each thread enters a bounded
         // number of times, since a gate that is never empty never closes.
         for _ in 0..50 {
-            let gate = Arc::new(Gate::open(Timestamp::START));
+            let gate = Arc::new(Gate::open(Timestamp::START, None));
             let threads: Vec<_> = (0..8)
                 .map(|_| {
                     let gate = Arc::clone(&gate);
@@ -253,7 +284,7 @@ mod tests {
 
     #[test]
     fn the_time_between_two_uses_is_noted_once_and_that_before_the_first_is_not() {
-        let gate = Gate::open(Timestamp::START);
+        let gate = Gate::open(Timestamp::START, None);
         assert!(gate.try_enter(Timestamp::from_millis(9_000)));
         assert!(gate.try_enter(Timestamp::from_millis(9_000)));
         gate.leave(Timestamp::from_millis(9_500));
@@ -267,5 +298,40 @@ mod tests {
             Some(IdleGaps::one(Duration::from_secs(3)))
         );
         assert_eq!(gate.take_gaps(), None);
+    }
+
+    #[test]
+    fn a_gate_with_a_capacity_lets_in_no_more_and_a_held_one_only_whom_it_is_told() {
+        let gate = Gate::open(Timestamp::START, NonZeroU32::new(2));
+        assert!(gate.try_enter(Timestamp::START) && gate.try_enter(Timestamp::START));
+        assert!(!gate.try_enter(Timestamp::START) && !gate.try_enter_held(Timestamp::START));
+        gate.hold(true);
+        assert_eq!(gate.leave(Timestamp::START), Left::Heard);
+        assert!(!gate.try_enter(Timestamp::START));
+        assert!(gate.try_enter_held(Timestamp::START));
+        gate.hold(false);
+        assert_eq!(gate.leave(Timestamp::START), Left::Quiet);
+        assert!(gate.try_enter(Timestamp::START));
+    }
+
+    #[test]
+    fn never_more_than_its_capacity_are_inside() {
+        let gate = Gate::open(Timestamp::START, NonZeroU32::new(3));
+        let most = AtomicU64::new(0);
+        std::thread::scope(|scope| {
+            for _ in 0..8 {
+                scope.spawn(|| {
+                    for _ in 0..2_000 {
+                        if gate.try_enter(Timestamp::START) {
+                            let inside = u64::from(gate.read().inside);
+                            most.fetch_max(inside, Ordering::Relaxed);
+                            gate.leave(Timestamp::START);
+                        }
+                    }
+                });
+            }
+        });
+        assert!((1..=3).contains(&most.into_inner()));
+        assert_eq!(gate.read().inside, 0);
     }
 }

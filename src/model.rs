@@ -4,6 +4,7 @@
 use std::borrow::Borrow;
 use std::collections::BTreeMap;
 use std::fmt;
+use std::num::NonZeroU32;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -324,6 +325,8 @@ pub struct ModelSpec {
     pub max_memory: Option<Bytes>,
     /// Weight files: declared, else found among the command's arguments.
     pub weights: Vec<PathBuf>,
+    /// Most requests in its worker at once; more wait. Absent: no bound.
+    pub concurrency: Option<NonZeroU32>,
     /// Most requests waiting at once; more are turned away.
     pub max_queue: usize,
     /// Longest a request waits for room and for the load.
@@ -357,6 +360,7 @@ impl ModelSpec {
             vram: None,
             max_memory: None,
             weights: Vec::new(),
+            concurrency: None,
             max_queue: 256,
             queue_timeout: Duration::from_secs(60),
         }

@@ -155,6 +155,7 @@ impl Model<'_> {
             vram: raw.vram.map(|vram| vram.value),
             max_memory: raw.max_memory.map(|ceiling| ceiling.value),
             weights,
+            concurrency: given(raw.concurrency),
             max_queue: given(raw.max_queue),
             queue_timeout: given(raw.queue_timeout),
         })

@@ -3,6 +3,7 @@
 //! [`super::check`]'s to say.
 
 use std::collections::BTreeMap;
+use std::num::NonZeroU32;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -17,9 +18,8 @@ use crate::model::{Bytes, DeviceRef, EvictionPolicy, GpuRequest, ModelName, Read
 /// Tables and keys of the documentation that this version has no feature for.
 const LATER: [&str; 3] = ["admin", "auth", "tls"];
 const LATER_SERVER: [&str; 1] = ["adopt"];
-const LATER_MODEL: [&str; 7] = [
+const LATER_MODEL: [&str; 6] = [
     "stop_command",
-    "concurrency",
     "request_timeout",
     "use_model_name",
     "set_params",
@@ -90,6 +90,7 @@ pub(super) struct RawModel {
     pub(super) vram: Option<Setting<Bytes>>,
     pub(super) max_memory: Option<Setting<Bytes>>,
     pub(super) weights: Option<Setting<Vec<String>>>,
+    pub(super) concurrency: Option<Setting<Option<NonZeroU32>>>,
     pub(super) max_queue: Option<Setting<usize>>,
     pub(super) queue_timeout: Option<Setting<Duration>>,
 }
@@ -289,6 +290,7 @@ impl RawModel {
             vram: s.get("vram", Value::size_over_zero, problems),
             max_memory: s.get("max_memory", Value::size_over_zero, problems),
             weights: s.list("weights", Value::filled_text, problems),
+            concurrency: s.get("concurrency", Value::bound, problems),
             max_queue: s.get("max_queue", Value::count, problems),
             queue_timeout: s.get("queue_timeout", Value::duration_over_zero, problems),
         };
@@ -318,6 +320,7 @@ impl RawModel {
             vram: self.vram.or(weaker.vram),
             max_memory: self.max_memory.or(weaker.max_memory),
             weights: self.weights.or(weaker.weights),
+            concurrency: self.concurrency.or(weaker.concurrency),
             max_queue: self.max_queue.or(weaker.max_queue),
             queue_timeout: self.queue_timeout.or(weaker.queue_timeout),
         }

@@ -5,6 +5,7 @@
 
 use std::borrow::Cow;
 use std::net::SocketAddr;
+use std::num::NonZeroU32;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -171,6 +172,15 @@ impl<'a> Value<'a> {
             Some(number) if number > 0 => Ok(number),
             _ => Err(self.is_not("a count", "write a whole number from 1")),
         }
+    }
+
+    /// Reads a bound on how many; none is written as 0.
+    pub(super) fn bound(&self) -> Result<Option<NonZeroU32>, Complaint> {
+        let number = self.as_integer().and_then(|n| u32::try_from(n).ok());
+        let number = number.ok_or_else(|| {
+            self.is_not("a count", "write a whole number from 1, or 0 for no bound")
+        })?;
+        Ok(NonZeroU32::new(number))
     }
 
     /// Reads a signal's name, with or without `SIG`, or its number.

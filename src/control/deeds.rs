@@ -152,7 +152,7 @@ impl Task {
             return;
         };
         let ready = self.workers.get(worker).and_then(|live| live.ready.clone());
-        let lease = ready.and_then(|ready| Lease::enter(ready, self.clock, self.signals.clone()));
+        let lease = ready.and_then(|r| Lease::enter_held(r, self.clock, self.signals.clone()));
         let Some(lease) = lease else {
             error!(%worker, "a granted worker has no open gate");
             let _ = reply.send(Err(Refusal::Overloaded));

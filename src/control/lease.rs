@@ -151,14 +151,38 @@ pub struct Lease {
 }
 
 impl Lease {
-    /// Enters the worker's gate; `None` when it is closed.
+    /// Enters the worker's gate; `None` when it is closed, full, or held for
+    /// those who wait.
     #[must_use]
     pub fn enter(
         worker: Arc<ReadyWorker>,
         clock: Clock,
         signals: mpsc::UnboundedSender<Signal>,
     ) -> Option<Self> {
-        worker.gate.try_enter(clock.now()).then(|| Self {
+        let entered = worker.gate.try_enter(clock.now());
+        Self::of(entered, worker, clock, signals)
+    }
+
+    /// Enters the worker's gate as one whom the controller lets in; `None` when
+    /// it is closed or full.
+    #[must_use]
+    pub(super) fn enter_held(
+        worker: Arc<ReadyWorker>,
+        clock: Clock,
+        signals: mpsc::UnboundedSender<Signal>,
+    ) -> Option<Self> {
+        let entered = worker.gate.try_enter_held(clock.now());
+        Self::of(entered, worker, clock, signals)
+    }
+
+    fn of(
+        entered: bool,
+        worker: Arc<ReadyWorker>,
+        clock: Clock,
+        signals: mpsc::UnboundedSender<Signal>,
+    ) -> Option<Self> {
+        // Not made unless entered: dropping one leaves the gate.
+        entered.then(|| Self {
             worker,
             clock,
             signals,
@@ -174,7 +198,7 @@ impl Lease {
 
 impl Drop for Lease {
     fn drop(&mut self) {
-        if self.worker.gate.leave(self.clock.now()) == Left::LastOfWatched {
+        if self.worker.gate.leave(self.clock.now()) == Left::Heard {
             // A closed channel means that the controller has gone already.
             let _ = self.signals.send(Signal::Idle {
                 worker: self.worker.id.clone(),

@@ -8,7 +8,7 @@ use super::{
     CleanupReport, CleanupRequest, Command, Explanation, LimitSource, LogTail, Refusal, What,
 };
 use crate::model::{Domain, ModelName};
-use crate::policy::{CleanupOrder, Event, Ticket};
+use crate::policy::{CleanupOrder, Event, Phase, Ticket};
 
 /// How long a cleanup waits for bytes unless the request says otherwise.
 const CLEANUP_TIMEOUT: Duration = Duration::from_secs(30);
@@ -28,10 +28,10 @@ impl Task {
                         .insert(ticket, Pending::Lease { reply, late: false });
                     self.feed(Event::Acquire {
                         ticket,
-                        model,
+                        model: model.clone(),
                         deadline,
                     });
-                    self.count_wait(ticket);
+                    self.count_wait(ticket, &model);
                 }
             }
             Command::Load {
@@ -105,6 +105,7 @@ impl Task {
     fn explain(&mut self, model: ModelName) -> Result<Explanation, Refusal> {
         self.read_gates();
         let explanation = self.policy.explain(&model, self.clock.now());
+        self.release_gates();
         explanation.ok_or(Refusal::UnknownModel(model))
     }
 
@@ -151,8 +152,13 @@ impl Task {
         });
     }
 
-    /// Counts a request that was not answered in the step it came with.
-    fn count_wait(&mut self, ticket: Ticket) {
+    /// Counts a request that was not answered in the step it came with, unless
+    /// it found a worker and only waits for a place in it.
+    fn count_wait(&mut self, ticket: Ticket, model: &ModelName) {
+        let model = self.policy.models().get(model);
+        if model.is_some_and(|model| model.phase == Phase::Ready) {
+            return;
+        }
         if let Some(Pending::Lease { late, .. }) = self.waiting.get_mut(&ticket) {
             *late = true;
             self.counters.misses += 1;

@@ -335,7 +335,7 @@ impl Task {
             id: worker.clone(),
             spec: Arc::clone(&model.spec),
             upstream,
-            gate: Gate::open(now),
+            gate: Gate::open(now, model.spec.concurrency),
             closing: CancellationToken::new(),
             serial: self.next_serial,
             since: now,
@@ -362,6 +362,7 @@ impl Task {
             for effect in effects {
                 todo.extend(self.carry_out(effect));
             }
+            self.release_gates();
             if self.watch_gates() {
                 todo.push_back(Event::Tick);
             }
@@ -384,6 +385,10 @@ impl Task {
     pub(super) fn read_gates(&mut self) {
         for (id, live) in &self.workers {
             let Some(ready) = &live.ready else { continue };
+            if ready.spec.concurrency.is_some() {
+                // Nobody may come in between this look and who is let in by it.
+                ready.gate.hold(true);
+            }
             let read = ready.gate.read();
             let activity = Activity {
                 inside: read.inside,
@@ -392,6 +397,17 @@ impl Task {
             self.policy.observe([(id, activity)]);
             if let Some(gaps) = ready.gate.take_gaps() {
                 self.policy.learn_gaps(&id.model, &gaps);
+            }
+        }
+    }
+
+    /// Lets requests in again where nobody waits.
+    pub(super) fn release_gates(&self) {
+        for (id, live) in &self.workers {
+            let Some(ready) = &live.ready else { continue };
+            if ready.spec.concurrency.is_some() && self.policy.models()[&id.model].queue.is_empty()
+            {
+                ready.gate.hold(false);
             }
         }
     }

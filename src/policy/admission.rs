@@ -38,12 +38,15 @@ impl Policy {
             wants_lease,
         };
         match model.phase {
-            Phase::Ready => out.push(grant(model, waiter)),
+            Phase::Ready if !wants_lease || (model.queue.is_empty() && !model.is_full()) => {
+                out.push(grant(model, waiter));
+            }
             Phase::Backoff | Phase::Failed if !model.may_start(now) => {
                 out.push(reject(model.backing_off(now)));
             }
             Phase::Stopped
             | Phase::Starting
+            | Phase::Ready
             | Phase::Draining
             | Phase::Stopping
             | Phase::Backoff
@@ -102,13 +105,28 @@ impl Policy {
         self.grant_waiters(worker, out);
     }
 
-    /// Answers whoever waits for a ready worker.
+    /// Answers whoever waits for a ready worker, as many as fit into it.
     pub(super) fn grant_waiters(&mut self, worker: &WorkerId, out: &mut Vec<Effect>) {
         let Some(model) = self.current(worker) else {
             return;
         };
-        while let Some(waiter) = model.queue.pop_front() {
-            out.push(grant(model, waiter));
+        for waiter in std::mem::take(&mut model.queue) {
+            if waiter.wants_lease && model.is_full() {
+                model.queue.push_back(waiter);
+            } else {
+                out.push(grant(model, waiter));
+            }
+        }
+    }
+
+    /// Lets in whoever waits for a place in a ready worker.
+    pub(super) fn fill_places(&mut self, out: &mut Vec<Effect>) {
+        let has_place = |m: &&ModelState| m.phase == Phase::Ready && !m.is_full();
+        let models = self.models.values().filter(has_place);
+        let waited_for = models.filter(|m| !m.queue.is_empty());
+        let workers: Vec<_> = waited_for.map(ModelState::worker).collect();
+        for worker in workers {
+            self.grant_waiters(&worker, out);
         }
     }
 
@@ -199,7 +217,7 @@ impl Policy {
     }
 
     /// Models that someone wants and that may start, oldest waiter first;
-    /// those that only the configuration wants come last.
+    /// those that only the configuration wants come last, pinned ones first.
     pub(super) fn wanted_in_order(&self, now: Timestamp) -> Vec<ModelName> {
         let mut wanted: Vec<_> = self
             .models
@@ -210,12 +228,13 @@ impl Policy {
                 (
                     m.queue.is_empty(),
                     m.queue.front().map(|w| (w.since, w.ticket)),
+                    !m.pinned,
                     m.name().clone(),
                 )
             })
             .collect();
         wanted.sort();
-        wanted.into_iter().map(|(_, _, name)| name).collect()
+        wanted.into_iter().map(|(.., name)| name).collect()
     }
 
     fn spawn(

@@ -257,7 +257,19 @@ impl Policy {
             }
             Phase::Ready => {
                 model.history.crashes += 1;
-                model.fail(format!("{status} while it served"), true, now);
+                let cause = format!("{status} while it served");
+                model.fail(cause.clone(), true, now);
+                if model.queue.is_empty() {
+                    return;
+                }
+                if model.may_start(now) {
+                    // Who waited for a place is no worse off for the crash.
+                    model.enter(Phase::Stopped, now);
+                } else {
+                    let refusal = failed(&worker.model, cause, last_lines);
+                    self.refuse_all(&worker.model, &refusal, out);
+                    self.want_preload(&worker.model);
+                }
             }
             // It was told to go, or never got ready.
             Phase::Draining | Phase::Stopping => match leaving {

@@ -162,8 +162,8 @@ impl Outlook {
         }
     }
 
-    /// Returns whom it waits for although nothing was told to go: workers that
-    /// are busy, pinned or loading.
+    /// Returns whether it waits for workers that nobody has told to go: busy,
+    /// pinned or loading ones.
     #[must_use]
     pub fn is_blocked(&self) -> bool {
         let Self::Waits { holders, .. } = self else {

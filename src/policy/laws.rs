@@ -3,6 +3,7 @@
 //! - charges never exceed a budget by our own choice;
 //! - no busy or pinned worker is ended to make room: a busy one is drained, after
 //!   somebody has waited for as long as patience is, and ends when it is idle;
+//! - no more requests are inside a worker than its model allows;
 //! - every wish gets exactly one answer, unless whoever asked left;
 //! - waiters of one model are served in the order they came;
 //! - no effect names an old generation, and no model has two workers;

@@ -12,6 +12,7 @@
 //! ```
 
 use std::collections::{BTreeMap, VecDeque};
+use std::num::NonZeroU32;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -200,6 +201,13 @@ impl ModelState {
             Phase::Ready if self.activity.inside > 0 => Some(Protection::Busy),
             Phase::Ready | Phase::Stopped | Phase::Backoff | Phase::Failed => None,
         }
+    }
+
+    /// Returns whether no more requests fit into its worker.
+    #[must_use]
+    pub fn is_full(&self) -> bool {
+        let most = self.spec.concurrency.map(NonZeroU32::get);
+        most.is_some_and(|most| self.activity.inside >= most)
     }
 
     /// Returns whether it may be ended to make room.

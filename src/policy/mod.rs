@@ -254,6 +254,7 @@ impl Policy {
     fn follow_up(&mut self, now: Timestamp, out: &mut Vec<Effect>) {
         self.settle(now, out);
         self.expire_waiters(now, out);
+        self.fill_places(out);
         self.finish_drains(now, out);
         self.finish_cleanups(now, out);
         if self.shutdown.is_some() {
@@ -422,8 +423,8 @@ impl Policy {
         let mut tickets = std::collections::BTreeSet::new();
         for model in self.models.values() {
             let name = model.name();
-            if model.phase == Phase::Ready && !model.queue.is_empty() {
-                return Err(format!("{name} is ready and requests wait for it"));
+            if model.phase == Phase::Ready && !model.queue.is_empty() && !model.is_full() {
+                return Err(format!("{name} has a place and requests wait for it"));
             }
             if matches!(model.phase, Phase::Backoff | Phase::Failed) && !model.queue.is_empty() {
                 return Err(format!("{name} backs off and requests wait for it"));

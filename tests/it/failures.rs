@@ -281,3 +281,45 @@ fn a04_the_environment_wins_over_the_file_and_a_bad_value_names_itself() {
         "{text}"
     );
 }
+
+#[test]
+fn a_model_with_a_bound_on_concurrency_gets_no_more_at_once_and_serves_all() {
+    let residentd = Residentd::start(&one("", "concurrency = 2\n"));
+    residentd.complete("m");
+    let over = std::sync::atomic::AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let asked: Vec<_> = (0..40)
+            .map(|_| {
+                scope.spawn(|| {
+                    let body = json!({"model": "m", "prompt": "x", "x_delay_ms": 30}).to_string();
+                    residentd.ask("POST", "/v1/completions", Some(&body))
+                })
+            })
+            .collect();
+        let watched = scope.spawn(|| {
+            let mut most = (0, 0);
+            while !over.load(std::sync::atomic::Ordering::Relaxed) {
+                let model = residentd.model("m");
+                let count = |key: &str| model[key].as_u64().expect("a count");
+                most = (most.0.max(count("in_flight")), most.1.max(count("queued")));
+            }
+            most
+        });
+        for answer in asked {
+            assert_eq!(answer.join().expect("no panic").status, 200);
+        }
+        over.store(true, std::sync::atomic::Ordering::Relaxed);
+        let (inside, queued) = watched.join().expect("no panic");
+        assert_eq!(inside, 2, "both places are used, and no third");
+        assert!(queued > 0, "others waited");
+    });
+    // Who waited for a place had found a worker all the same.
+    let stats = residentd.memory("stats");
+    assert_eq!(residentd.model("m")["access_count"], 41);
+    assert!(
+        stats["hit_ratio"]
+            .as_f64()
+            .is_some_and(|ratio| ratio > 0.97),
+        "{stats}"
+    );
+}

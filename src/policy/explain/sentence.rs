@@ -12,7 +12,7 @@ impl fmt::Display for Explanation {
         let ago = self.at.since(self.since).as_secs_f64();
         let model = &self.model;
         match &self.why {
-            Why::Ready => return write!(f, "{model} is ready"),
+            Why::Ready => write!(f, "{model} is ready"),
             Why::Loading => write!(f, "{model} has been loading for {ago:.1} s"),
             Why::NeverLoaded => write!(f, "{model} was not loaded since residentd started"),
             Why::Evicted(reason) => write!(f, "{model} was evicted {ago:.1} s ago: {reason}"),
@@ -36,7 +36,7 @@ impl fmt::Display for Explanation {
             Why::ShuttingDown => return write!(f, "residentd is shutting down"),
         }?;
         write!(f, "; {}", self.outlook)?;
-        match self.ready_in {
+        match self.ready_in.filter(|wait| !wait.is_zero()) {
             Some(wait) => write!(f, "; ready in about {:.1} s", wait.as_secs_f64()),
             None => Ok(()),
         }

@@ -6,6 +6,7 @@
 )]
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::num::NonZeroU32;
 use std::time::Duration;
 
 use super::super::testing::{World, name, spec};
@@ -49,6 +50,8 @@ impl Court {
         specs[2].gpus = GpuRequest::Count(1);
         specs[3].gpus = GpuRequest::Count(2);
         specs[3].vram = Some(Bytes::mib(700));
+        // And takes one request at a time.
+        specs[3].concurrency = NonZeroU32::new(1);
         let sizes = [("a", 300), ("b", 450), ("c", 400), ("d", 900)];
         let mut world = World::with(1000, specs, &sizes);
         world.policy.settings.eviction = policy;
@@ -122,11 +125,11 @@ impl Court {
                     "served out of order"
                 );
                 assert_eq!(self.live.get(&worker.model), Some(&worker.generation));
-                self.world
-                    .inside
-                    .get_mut(&worker)
-                    .expect("only ready workers are granted")
-                    .inside += 1;
+                let inside = self.world.inside.get_mut(&worker);
+                let inside = inside.expect("only ready workers are granted");
+                inside.inside += 1;
+                let most = self.world.policy.models()[&worker.model].spec.concurrency;
+                assert!(most.is_none_or(|most| inside.inside <= most.get()));
             }
             Effect::Done { ticket }
             | Effect::Reject { ticket, .. }
@@ -354,11 +357,17 @@ impl Court {
             }
             Move::Enter(m) if phase(self, m) == Phase::Ready => {
                 let worker = self.world.worker(MODELS[m]);
-                self.world
-                    .inside
-                    .get_mut(&worker)
-                    .expect("a ready worker has a gate")
-                    .inside += 1;
+                let model = &self.world.policy.models()[MODELS[m]];
+                let inside = self.world.inside.get_mut(&worker);
+                let inside = inside.expect("a ready worker has a gate");
+                // Its gate is held while somebody waits for a place.
+                let most = model
+                    .spec
+                    .concurrency
+                    .filter(|most| inside.inside >= most.get());
+                if most.is_none() && model.queue.is_empty() {
+                    inside.inside += 1;
+                }
             }
             Move::Grow(m, mib) => {
                 self.world.size.insert(name(MODELS[m]), mib);

@@ -275,3 +275,53 @@ fn a35_over_the_queue_bound_requests_are_turned_away() {
         })
     );
 }
+
+#[test]
+fn a_full_worker_makes_others_wait_and_lets_them_in_one_by_one_in_their_order() {
+    let mut narrow = spec("a", Some(400));
+    narrow.concurrency = std::num::NonZeroU32::new(2);
+    let mut world = World::with(1000, vec![narrow], &[("a", 400)]);
+    let tickets: Vec<_> = (0..4).map(|_| world.acquire("a").0).collect();
+    let effects = world.ready("a");
+    let let_in = |effects: &[Effect]| -> Vec<_> {
+        let tickets = tickets.iter().copied();
+        tickets.filter(|t| granted(effects, *t)).collect()
+    };
+    assert_eq!(let_in(&effects), tickets[..2]);
+    let ticket = world.ticket();
+    let deadline = world.now + Duration::from_secs(60);
+    let load = Event::Load {
+        ticket,
+        model: name("a"),
+        deadline,
+    };
+    assert!(world.step(load).contains(&Effect::Done { ticket }));
+    assert_eq!(let_in(&world.leave("a")), tickets[2..3]);
+    world.step(Event::Cancel { ticket: tickets[3] });
+    assert!(let_in(&world.leave("a")).is_empty());
+    assert_eq!(world.policy.models()["a"].activity.inside, 1);
+}
+
+#[test]
+fn who_waits_for_a_place_in_a_worker_that_crashes_is_served_by_the_next_one() {
+    let mut narrow = spec("a", Some(400));
+    narrow.concurrency = std::num::NonZeroU32::new(1);
+    let mut world = World::with(1000, vec![narrow], &[("a", 400)]);
+    world.acquire("a");
+    world.ready("a");
+    let (waiting, _) = world.acquire("a");
+    assert_eq!(spawned(&world.exit("a")), ["a"]);
+    assert!(granted(&world.ready("a"), waiting));
+}
+
+#[test]
+fn of_what_only_the_configuration_wants_the_pinned_come_first() {
+    let mut specs: Vec<_> = ["a", "b"].map(|model| spec(model, Some(600))).into();
+    for spec in &mut specs {
+        spec.preload = true;
+    }
+    specs[1].pinned = true;
+    let world = World::with(1000, specs, &[("a", 600), ("b", 600)]);
+    let phase = |model: &str| world.policy.models()[model].phase;
+    assert_eq!((phase("a"), phase("b")), (Phase::Stopped, Phase::Starting));
+}

@@ -119,6 +119,26 @@ fn a_model_that_waits_for_busy_workers_names_them_and_what_is_missing() {
 }
 
 #[test]
+fn a_ready_model_that_is_full_waits_for_those_inside() {
+    let mut narrow = spec("a", Some(300));
+    narrow.concurrency = std::num::NonZeroU32::new(1);
+    let mut world = World::with(1000, vec![narrow], &[("a", 300)]);
+    world.acquire("a");
+    world.ready("a");
+    let told = explain(&world, "a");
+    let Outlook::Waits { holders: who, .. } = &told.outlook else {
+        panic!("{told:?}");
+    };
+    assert_eq!((&told.why, who[0].inside), (&Why::Ready, 1));
+    assert_eq!(holders(who), [("a", Some(Protection::Busy))]);
+    world.leave("a");
+    assert_eq!(
+        explain(&world, "a").to_string(),
+        "a is ready; a request is served at once"
+    );
+}
+
+#[test]
 fn a_model_that_waits_for_memory_on_its_way_back_names_only_whose_it_is() {
     let mut world = World::new(1000, &[("busy", 200), ("old", 600), ("new", 700)]);
     world.use_once("old");

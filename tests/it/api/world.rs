@@ -224,7 +224,7 @@ fn stopped(spec: Arc<ModelSpec>) -> ModelView {
 /// Ready, three requests served, one inside, memory on host and GPU.
 fn gemma() -> ModelView {
     let spec = spec("gemma", "llm", &["gpt-4o-mini"]);
-    let gate = Gate::open(at(10));
+    let gate = Gate::open(at(10), None);
     for _ in 0..4 {
         assert!(gate.try_enter(Timestamp::START));
     }

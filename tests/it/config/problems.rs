@@ -56,7 +56,8 @@ ready = { http = "/health", tcp = true }
 env = { OMP_NUM_THREADS = 2, "A=B" = "x" }
 vram = "6GiB"
 gpus = "all"
-concurrency = 2
+concurrency = -2
+request_timeout = "1s"
 memmory = "1GiB"
 
 [models.big]

@@ -75,6 +75,7 @@ fn the_defaults_are_those_of_the_documentation() {
     assert_eq!(spec.start_timeout, Duration::from_secs(120));
     assert_eq!(spec.stop_timeout, Duration::from_secs(10));
     assert_eq!((spec.stop_signal, spec.max_queue), (15, 256));
+    assert_eq!(spec.concurrency, None);
     assert_eq!(spec.queue_timeout, Duration::from_secs(300));
     assert_eq!((spec.idle_timeout, spec.memory), (None, None));
     assert_eq!((&spec.gpus, spec.vram), (&GpuRequest::None, None));
