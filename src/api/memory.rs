@@ -99,8 +99,8 @@ impl<'a> Stats<'a> {
             headroom: memory.reading.host.headroom.get(),
             limit_source: memory.limit_source.as_str(),
             pressure_level: memory.level.as_str(),
-            reload_ratio: snapshot.counters.reload_ratio(),
-            hit_ratio: snapshot.counters.hit_ratio(),
+            reload_ratio: snapshot.reload_ratio(),
+            hit_ratio: snapshot.hit_ratio(),
             evictions_total: snapshot.counters.evictions_total(),
             devices: devices(snapshot),
         }

@@ -182,7 +182,7 @@ fn events(out: Out<'_, '_>, snapshot: &Snapshot) -> fmt::Result {
         "requests_total",
         "Requests by whether they found their model ready",
     )?;
-    requests.sample(&[("result", "hit")], counters.hits)?;
+    requests.sample(&[("result", "hit")], snapshot.hits())?;
     requests.sample(&[("result", "miss")], counters.misses)?;
     let plain = [
         ("loads_total", "Workers that became ready", counters.loads),
@@ -190,11 +190,6 @@ fn events(out: Out<'_, '_>, snapshot: &Snapshot) -> fmt::Result {
             "reloads_total",
             "Loads of a model that had been evicted before",
             counters.reloads,
-        ),
-        (
-            "load_failures_total",
-            "Workers that failed before they were ready",
-            counters.load_failures,
         ),
         (
             "crashes_total",
@@ -210,21 +205,37 @@ fn events(out: Out<'_, '_>, snapshot: &Snapshot) -> fmt::Result {
     for (name, help, value) in plain {
         counter(out, name, help)?.sample(&[], value)?;
     }
-    let mut evictions = counter(out, "evictions_total", "Workers ended by reason")?;
-    for (reason, count) in &counters.evictions {
-        evictions.sample(&[("reason", reason)], *count)?;
-    }
-    let mut kills = counter(
-        out,
-        "kills_total",
-        "Workers killed by somebody else, by verdict",
-    )?;
-    for (verdict, count) in &counters.kills {
-        kills.sample(&[("verdict", verdict)], *count)?;
-    }
-    let mut refusals = counter(out, "refusals_total", "Requests turned away by code")?;
-    for (code, count) in &counters.refusals {
-        refusals.sample(&[("code", code)], *count)?;
+    let by_word = [
+        (
+            "load_failures_total",
+            "Workers that failed before they were ready, by reason",
+            "reason",
+            &counters.load_failures,
+        ),
+        (
+            "evictions_total",
+            "Workers ended by reason",
+            "reason",
+            &counters.evictions,
+        ),
+        (
+            "kills_total",
+            "Workers killed by somebody else, by verdict",
+            "verdict",
+            &counters.kills,
+        ),
+        (
+            "refusals_total",
+            "Requests turned away by code",
+            "code",
+            &counters.refusals,
+        ),
+    ];
+    for (name, help, label, counts) in by_word {
+        let mut family = counter(out, name, help)?;
+        for (word, count) in counts {
+            family.sample(&[(label, word)], *count)?;
+        }
     }
     Ok(())
 }

@@ -1,12 +1,14 @@
-//! The REST API for operators: memory, models, health and metrics.
+//! The REST API for operators: memory, models, events, health and metrics.
 //!
 //! Every answer is made from the published snapshot or is the controller's own
 //! reply; nothing here decides. Inference belongs to the proxy. State changes
 //! by `POST` only, and only for callers the guard lets through.
 
 mod cleanup;
+mod decision;
 mod entry;
 mod envelope;
+mod events;
 mod guard;
 mod limit;
 mod logs;
@@ -64,6 +66,7 @@ pub fn router(state: ApiState) -> Router {
             "/api/v1/models/{*rest}",
             get(models::read).post(models::act),
         )
+        .route("/api/v1/events", get(events::events))
         .route("/", get(probes::index))
         .route("/health", get(probes::health))
         .route("/startupz", get(probes::startupz))

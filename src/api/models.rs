@@ -14,6 +14,7 @@ use percent_encoding::percent_decode_str;
 use serde::Serialize;
 use tracing::warn;
 
+use super::decision::ExplanationEntry;
 use super::entry::ModelEntry;
 use super::envelope::{ApiError, success, success_with};
 use super::query::Params;
@@ -60,7 +61,21 @@ pub(crate) async fn read(
     let snapshot = state.controller.snapshot();
     let view = snapshot.models.get(route.name());
     let view = view.ok_or_else(|| unknown(&whole))?;
-    Ok(success(&ModelEntry::of(view, state.controller.clock())))
+    let clock = state.controller.clock();
+    // Without a controller there is still the last view.
+    let explanation = state.controller.explain(route.name()).await.ok();
+    Ok(success(&Explained {
+        entry: ModelEntry::of(view, clock),
+        explanation: explanation.map(|told| ExplanationEntry::of(&told, clock)),
+    }))
+}
+
+/// One model, with why it is not ready.
+#[derive(Debug, Serialize)]
+struct Explained<'a> {
+    #[serde(flatten)]
+    entry: ModelEntry<'a>,
+    explanation: Option<ExplanationEntry>,
 }
 
 /// Has the proportional share of the model's worker read, and waits until it

@@ -33,6 +33,9 @@ models
   GET  /api/v1/models/{model}/logs?lines=100&follow=true
   POST /api/v1/models/{model}/{load,unload,pin,unpin,restart}
 
+events
+  GET  /api/v1/events?model=NAME&kind=evict&since=ID&limit=100&follow=true
+
 health and metrics
   GET  /health /startupz /livez /readyz
   GET  /metrics

@@ -41,6 +41,8 @@ pub(super) enum Command {
     Limit(LimitArgs),
     /// Show what a model's worker printed
     Logs(LogsArgs),
+    /// Show what was decided, and why
+    Events(EventsArgs),
     /// Print the completions of a shell
     Completions {
         /// Which shell
@@ -229,6 +231,29 @@ pub(super) struct LogsArgs {
     pub(super) model: ModelArgs,
 }
 
+/// What `events` is told.
+#[derive(Args, Clone, Debug)]
+pub(super) struct EventsArgs {
+    /// How many of the last events
+    #[arg(short = 'n', long, value_name = "EVENTS", default_value_t = 100)]
+    pub(super) limit: usize,
+    /// Go on with the events that come
+    #[arg(short, long)]
+    pub(super) follow: bool,
+    /// Those about this model only
+    #[arg(long, value_name = "NAME", value_parser = model_name)]
+    pub(super) model: Option<ModelName>,
+    /// Of this kind only, as evict or refuse; may be repeated
+    #[arg(long = "kind", value_name = "KIND")]
+    pub(super) kinds: Vec<String>,
+    /// Those after the event with this id
+    #[arg(long, value_name = "ID")]
+    pub(super) since: Option<String>,
+    /// Whom to ask.
+    #[command(flatten)]
+    pub(super) client: ClientArgs,
+}
+
 fn model_name(text: &str) -> Result<ModelName, String> {
     ModelName::new(text).map_err(|error| error.to_string())
 }
@@ -279,6 +304,8 @@ mod tests {
             "limit much",
             "limit --persist",
             "logs gemma -n many",
+            "events -n many",
+            "events --model a,b",
             "ps --server https://example.org",
             "completions tcsh",
         ] {

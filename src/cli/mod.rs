@@ -5,6 +5,7 @@
 
 mod args;
 mod client;
+mod events;
 mod logs;
 mod memory;
 mod models;
@@ -67,6 +68,7 @@ async fn ask(command: Command) -> anyhow::Result<ExitCode> {
         Command::Cleanup(args) => memory::cleanup(args).await,
         Command::Limit(args) => memory::limit(args).await,
         Command::Logs(args) => logs::logs(args).await,
+        Command::Events(args) => events::events(args).await,
         Command::Serve(_) | Command::Check(_) | Command::Completions { .. } => Ok(()),
     };
     if json
@@ -87,6 +89,7 @@ fn wants_json(command: &Command) -> bool {
         Command::Cleanup(args) => args.client.json,
         Command::Limit(args) => args.client.json,
         Command::Logs(args) => args.model.client.json,
+        Command::Events(args) => args.client.json,
         Command::Serve(_) | Command::Check(_) | Command::Completions { .. } => false,
     }
 }

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use tokio::sync::oneshot;
 
-use super::{CleanupReport, Lease, Refusal};
+use super::{CleanupReport, Explanation, Lease, Refusal};
 use crate::clock::Timestamp;
 use crate::model::{Bytes, Domain, ModelName, WorkerId};
 
@@ -57,6 +57,11 @@ pub enum Command {
     },
     /// See [`super::Controller::weigh`].
     Weigh { model: ModelName, reply: Reply<()> },
+    /// See [`super::Controller::explain`].
+    Explain {
+        model: ModelName,
+        reply: Reply<Explanation>,
+    },
     /// See [`super::Controller::tail`].
     Tail {
         model: ModelName,

@@ -1,13 +1,12 @@
-//! Carries out what the policy wants done. Here decisions are logged and
-//! counted, and nowhere else.
+//! Carries out what the policy wants done. Each deed is told, see `tell`.
 
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use tracing::{error, info, warn};
+use tracing::error;
 
 use super::task::{Live, Pending, Task};
-use super::{Lease, Refusal};
+use super::{EvictReason, Lease, LoadReason, Refusal, What};
 use crate::memory::DeviceReading;
 use crate::model::{PlacedGpu, WorkerId};
 use crate::policy::{self, Effect, Event, Ticket};
@@ -24,7 +23,12 @@ impl Task {
             }
             Effect::Reject { ticket, refusal } => self.reject(ticket, refusal),
             Effect::CleanedUp { ticket, report } => {
-                info!(unloaded = report.unloaded.len(), freed = %report.freed, shortfall = %report.shortfall, "cleanup done");
+                let what = What::Cleanup {
+                    unloaded: report.unloaded.clone(),
+                    freed: report.freed,
+                    missing: report.shortfall,
+                };
+                self.tell_of(None, what);
                 if let Some(Pending::Cleanup(reply)) = self.waiting.remove(&ticket) {
                     let _ = reply.send(Ok(report));
                 }
@@ -38,29 +42,12 @@ impl Task {
                 worker,
                 reason,
                 kill,
-            } => {
-                let live = self.workers.get(&worker)?;
-                let inside = live
-                    .ready
-                    .as_ref()
-                    .map_or(0, |ready| ready.gate.read().inside);
-                if live
-                    .ready
-                    .as_ref()
-                    .is_some_and(|ready| !ready.gate.close_if_empty())
-                {
-                    return Some(Event::EvictRefused {
-                        worker,
-                        inside: inside.max(1),
-                    });
-                }
-                info!(%worker, reason = reason.as_str(), why = %reason, charge = %self.charge(&worker), "evicting worker");
-                self.end(&worker, kill);
-            }
+            } => return self.evict(worker, reason, kill),
             Effect::Drain { worker, reason } => {
-                info!(%worker, reason = reason.as_str(), why = %reason, "draining worker");
                 let ready = self.workers.get(&worker)?.ready.as_ref()?;
                 ready.gate.close();
+                let inside = ready.gate.read().inside;
+                self.tell(&worker, What::Drain { reason, inside });
                 self.withdraw(&worker);
             }
             Effect::Resume { worker } => self.resume(&worker),
@@ -69,15 +56,27 @@ impl Task {
                 reason,
                 kill,
             } => {
-                info!(%worker, reason = reason.as_str(), why = %reason, kill, charge = %self.charge(&worker), "terminating worker");
+                let charge = self.charge(&worker);
+                let what = What::Terminate {
+                    reason,
+                    charge,
+                    kill,
+                };
+                self.tell(&worker, what);
                 self.end(&worker, kill);
             }
-            Effect::ReclaimShortfall {
+            Effect::Reclaimed {
                 worker,
                 domain,
+                freed,
                 missing,
             } => {
-                warn!(%worker, %domain, %missing, "memory of an ended worker did not come back in time");
+                let what = What::Reclaim {
+                    domain,
+                    freed,
+                    missing,
+                };
+                self.tell(&worker, what);
                 self.counters.reclaim_shortfall += missing;
             }
             Effect::Learn { model, footprint } => self.store.learn(&model, &footprint),
@@ -91,8 +90,42 @@ impl Task {
         None
     }
 
+    /// Ends a worker unless somebody is inside.
+    fn evict(&mut self, worker: WorkerId, reason: EvictReason, kill: bool) -> Option<Event> {
+        let live = self.workers.get(&worker)?;
+        if let Some(ready) = &live.ready
+            && !ready.gate.close_if_empty()
+        {
+            // Whoever was inside may have left a moment ago.
+            let inside = ready.gate.read().inside.max(1);
+            self.tell(&worker, What::Keep { reason, inside });
+            return Some(Event::EvictRefused { worker, inside });
+        }
+        let charge = self.charge(&worker);
+        let what = What::Evict {
+            reason,
+            charge,
+            kill,
+        };
+        self.tell(&worker, what);
+        self.end(&worker, kill);
+        None
+    }
+
     fn spawn(&mut self, worker: WorkerId, expected: &policy::Expected, gpus: Vec<u32>) {
-        info!(%worker, need = %expected, "spawning worker");
+        let queue = &self.policy.models()[&worker.model].queue;
+        let reason = match queue.front() {
+            Some(waiter) if waiter.wants_lease => LoadReason::Request,
+            Some(_) => LoadReason::Operator,
+            None => LoadReason::Preload,
+        };
+        let what = What::Spawn {
+            reason,
+            waiting: queue.iter().filter(|waiter| waiter.wants_lease).count(),
+            expected: expected.clone(),
+            gpus: gpus.clone(),
+        };
+        self.tell(&worker, what);
         let spec = Arc::clone(&self.policy.models()[&worker.model].spec);
         let handle = self.spawner.spawn(SpawnOrder {
             worker: worker.clone(),
@@ -125,17 +158,18 @@ impl Task {
             let _ = reply.send(Err(Refusal::Overloaded));
             return;
         };
-        self.granted_late += u64::from(late);
+        self.counters.granted_late += u64::from(late);
         // A lease that cannot be delivered drops, and so is given back.
         let _ = reply.send(Ok(lease));
     }
 
     /// The worker takes requests again.
     fn resume(&self, worker: &WorkerId) {
-        info!(%worker, "nobody needs its memory any more: the worker stays");
         let ready = self.workers.get(worker).and_then(|live| live.ready.clone());
         if let (Some(ready), Some(route)) = (ready, self.routes.get(worker.model.as_str())) {
             ready.gate.reopen();
+            let inside = ready.gate.read().inside;
+            self.tell(worker, What::Resume { inside });
             route.set_ready(Some(ready));
         }
     }
@@ -144,11 +178,11 @@ impl Task {
         let Some(pending) = self.waiting.remove(&ticket) else {
             return;
         };
-        *self.counters.refusals.entry(refusal.code()).or_default() += 1;
-        info!(code = refusal.code(), why = %refusal, "refusing");
+        self.tell_refusal(&refusal);
         match pending {
             Pending::Lease { reply, late } => {
                 self.counters.misses += u64::from(!late);
+                self.counters.turned_away += u64::from(!found_worker(&refusal));
                 let _ = reply.send(Err(refusal));
             }
             Pending::Done(reply) => {
@@ -199,13 +233,25 @@ impl Task {
             record.last_used = Some(read.last_left);
         }
     }
+}
 
-    /// What the worker is charged with, by domain, for the log.
-    fn charge(&self, worker: &WorkerId) -> String {
-        let model = &self.policy.models()[&worker.model];
-        let charge = |domain| format!("{domain} {}", model.charge(domain));
-        let all: Vec<_> = model.domains().into_iter().map(charge).collect();
-        all.join(", ")
+/// Returns whether a worker was there, or was started, for a request that is
+/// turned away.
+const fn found_worker(refusal: &Refusal) -> bool {
+    match refusal {
+        Refusal::WorkerFailed { .. }
+        | Refusal::StartTimeout { .. }
+        | Refusal::QueueTimeout { .. }
+        | Refusal::Unloaded(_) => true,
+        Refusal::UnknownModel(_)
+        | Refusal::UnknownDomain(_)
+        | Refusal::QueueFull { .. }
+        | Refusal::TooLarge { .. }
+        | Refusal::NoDevice { .. }
+        | Refusal::NoRoom { .. }
+        | Refusal::BackingOff { .. }
+        | Refusal::Overloaded
+        | Refusal::ShuttingDown => false,
     }
 }
 

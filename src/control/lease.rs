@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use arc_swap::ArcSwapOption;
 use tokio::sync::mpsc;
@@ -17,6 +18,7 @@ use crate::model::{ModelName, ModelSpec, Upstream, WorkerId};
 pub struct Routes {
     models: Vec<Arc<ModelRoute>>,
     by_name: HashMap<ModelName, Arc<ModelRoute>>,
+    overloads: AtomicU64,
 }
 
 impl Routes {
@@ -38,7 +40,21 @@ impl Routes {
                 by_name.insert(name.clone(), Arc::clone(route));
             }
         }
-        Self { models, by_name }
+        Self {
+            models,
+            by_name,
+            overloads: AtomicU64::new(0),
+        }
+    }
+
+    /// Counts a request that the controller could not even hear.
+    pub(super) fn count_overload(&self) {
+        self.overloads.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Returns how many there were.
+    pub(super) fn overloads(&self) -> u64 {
+        self.overloads.load(Ordering::Relaxed)
     }
 
     /// Returns the model with this name or alias.

@@ -7,17 +7,23 @@
 
 mod autopsy;
 mod command;
+mod decision;
+mod decisions;
 mod deeds;
 mod lease;
 mod obey;
 mod snapshot;
 mod task;
+mod tell;
 mod view;
+mod wording;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 pub use command::{CleanupRequest, Command, LimitReport, LimitRequest, LogTail, Reply, Signal};
+pub use decision::{Decision, End, Kind, LoadFailure, LoadReason, What};
+pub use decisions::{Decisions, Found, KEPT, Recorder, Wanted, record};
 pub use lease::{Lease, ModelRoute, ReadyWorker, Routes};
 pub use snapshot::{
     Candidate, Counters, DomainView, LastEviction, LimitSource, MemoryView, ModelView, Snapshot,
@@ -28,8 +34,8 @@ use tokio::sync::{mpsc, oneshot, watch};
 use crate::clock::{Clock, Timestamp};
 use crate::model::ModelName;
 pub use crate::policy::{
-    CleanupReport, EvictReason, Expectation, Expected, ExpectedSource, Phase, PressureLevel,
-    Protection, Refusal, Skip, Skipped,
+    CleanupReport, EvictReason, Expectation, Expected, ExpectedSource, Explanation, Holder,
+    Outlook, Phase, PressureLevel, Protection, Refusal, Shortage, Skip, Skipped, Why,
 };
 
 /// Commands waiting at most. A full queue is answered with `503 overloaded`:
@@ -44,6 +50,7 @@ pub struct Controller {
     commands: mpsc::Sender<Command>,
     signals: mpsc::UnboundedSender<Signal>,
     snapshots: watch::Receiver<Arc<Snapshot>>,
+    decisions: Decisions,
     clock: Clock,
     next_ticket: Arc<AtomicU64>,
 }
@@ -56,7 +63,7 @@ impl Controller {
         routes: Arc<Routes>,
         commands: mpsc::Sender<Command>,
         signals: mpsc::UnboundedSender<Signal>,
-        snapshots: watch::Receiver<Arc<Snapshot>>,
+        (snapshots, decisions): (watch::Receiver<Arc<Snapshot>>, Decisions),
         clock: Clock,
     ) -> Self {
         Self {
@@ -64,6 +71,7 @@ impl Controller {
             commands,
             signals,
             snapshots,
+            decisions,
             clock,
             next_ticket: Arc::new(AtomicU64::new(1)),
         }
@@ -91,13 +99,17 @@ impl Controller {
             return Ok(lease);
         }
         let model = route.name().clone();
-        self.ask(|ticket, reply| Command::Acquire {
+        let answer = self.ask(|ticket, reply| Command::Acquire {
             ticket,
             model,
             deadline,
             reply,
-        })
-        .await
+        });
+        let answer = answer.await;
+        if matches!(answer, Err(Refusal::Overloaded)) {
+            self.routes.count_overload();
+        }
+        answer
     }
 
     /// Makes the model ready, waiting for it until `deadline`.
@@ -198,6 +210,22 @@ impl Controller {
         let _: Result<(), Refusal> = self
             .ask(|_, reply| Command::Shutdown { grace, reply })
             .await;
+    }
+
+    /// Explains why the model is not ready, and what asking for it would lead to
+    /// now.
+    ///
+    /// # Errors
+    /// [`Refusal::UnknownModel`], or that the controller is gone.
+    pub async fn explain(&self, model: &ModelName) -> Result<Explanation, Refusal> {
+        let model = model.clone();
+        self.ask(|_, reply| Command::Explain { model, reply }).await
+    }
+
+    /// Returns the newest decisions with their reasons. Never waits.
+    #[must_use]
+    pub fn decisions(&self) -> Decisions {
+        self.decisions.clone()
     }
 
     /// Returns the newest published view. Never waits.

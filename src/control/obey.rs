@@ -2,11 +2,11 @@
 
 use std::time::Duration;
 
-use tracing::info;
-
 use super::command::{LimitReport, LimitRequest, Reply};
 use super::task::{Pending, Task};
-use super::{CleanupReport, CleanupRequest, Command, LimitSource, LogTail, Refusal};
+use super::{
+    CleanupReport, CleanupRequest, Command, Explanation, LimitSource, LogTail, Refusal, What,
+};
 use crate::model::{Domain, ModelName};
 use crate::policy::{CleanupOrder, Event, Phase, Ticket};
 
@@ -74,6 +74,9 @@ impl Task {
             Command::Weigh { model, reply } => {
                 let _ = reply.send(self.weigh(model));
             }
+            Command::Explain { model, reply } => {
+                let _ = reply.send(self.explain(model));
+            }
             Command::Tail {
                 model,
                 lines,
@@ -82,7 +85,7 @@ impl Task {
                 let _ = reply.send(self.known_tail(model, lines));
             }
             Command::Shutdown { grace, reply } => {
-                info!(grace_s = grace.as_secs_f64(), "shutting down");
+                self.tell_of(None, What::Shutdown { grace });
                 self.finishing.push(reply);
                 if grace.is_zero() {
                     self.kill_all();
@@ -99,6 +102,13 @@ impl Task {
         Ok(self.tail_of(&model, lines))
     }
 
+    fn explain(&mut self, model: ModelName) -> Result<Explanation, Refusal> {
+        self.read_gates();
+        let explanation = self.policy.explain(&model, self.clock.now());
+        self.release_gates();
+        explanation.ok_or(Refusal::UnknownModel(model))
+    }
+
     fn weigh(&self, model: ModelName) -> Result<(), Refusal> {
         let state = self.policy.models().get(&model);
         let state = state.ok_or(Refusal::UnknownModel(model.clone()))?;
@@ -110,7 +120,7 @@ impl Task {
         if !self.policy.models().contains_key(&model) {
             return Err(Refusal::UnknownModel(model));
         }
-        info!(%model, pinned, "pinning model");
+        self.tell_of(Some(model.clone()), What::Pin { pinned });
         self.feed(Event::Pin { model, pinned });
         Ok(())
     }
@@ -161,7 +171,7 @@ impl Task {
             return Err(Refusal::UnknownDomain(domain));
         }
         if let Some(limit) = request.limit {
-            info!(%domain, %limit, persist = request.persist, "setting limit");
+            self.tell_of(None, What::Limit { domain, limit });
             if domain == Domain::Host {
                 self.limit_source = LimitSource::Api;
             }

@@ -27,6 +27,29 @@ pub struct Snapshot {
     pub draining: bool,
 }
 
+impl Snapshot {
+    /// Returns requests that found their model ready, those of this moment
+    /// included: they pass by the controller.
+    #[must_use]
+    pub fn hits(&self) -> u64 {
+        let admitted: u64 = self.models.values().map(ModelView::access_count).sum();
+        admitted.saturating_sub(self.counters.granted_late)
+    }
+
+    /// Returns requests that found their model ready, of all; 0 with none.
+    #[must_use]
+    pub fn hit_ratio(&self) -> f64 {
+        self.counters.hit_ratio(self.hits())
+    }
+
+    /// Returns loads of models that had been evicted, of the requests that found
+    /// a worker or caused a load; 0 with none.
+    #[must_use]
+    pub fn reload_ratio(&self) -> f64 {
+        self.counters.reload_ratio(self.hits())
+    }
+}
+
 /// One model.
 #[derive(Clone, Debug)]
 pub struct ModelView {
@@ -206,16 +229,19 @@ impl LimitSource {
 /// What happened since the start.
 #[derive(Clone, Debug, Default)]
 pub struct Counters {
-    /// Requests that found their model ready.
-    pub hits: u64,
+    /// Requests admitted after they had waited; all others admitted found their
+    /// model ready.
+    pub granted_late: u64,
     /// Requests that had to wait for a load, or were refused one.
     pub misses: u64,
+    /// Of those, refused before there was a worker for them.
+    pub turned_away: u64,
     /// Loads of a model that had been evicted before.
     pub reloads: u64,
     /// Lives that became ready.
     pub loads: u64,
-    /// Lives that failed before they were ready.
-    pub load_failures: u64,
+    /// Lives that failed before they were ready, by reason.
+    pub load_failures: BTreeMap<&'static str, u64>,
     /// Lives that ended by themselves after they were ready.
     pub crashes: u64,
     /// Evictions by reason.
@@ -235,17 +261,13 @@ impl Counters {
         self.evictions.values().sum()
     }
 
-    /// Returns requests that found their model ready, of all; 0 with none.
-    #[must_use]
-    pub fn hit_ratio(&self) -> f64 {
-        ratio(self.hits, self.hits + self.misses)
+    fn hit_ratio(&self, hits: u64) -> f64 {
+        ratio(hits, hits + self.misses)
     }
 
-    /// Returns loads of models that had been evicted, of all requests; 0 with
-    /// none.
-    #[must_use]
-    pub fn reload_ratio(&self) -> f64 {
-        ratio(self.reloads, self.hits + self.misses)
+    fn reload_ratio(&self, hits: u64) -> f64 {
+        let waited = self.misses.saturating_sub(self.turned_away);
+        ratio(self.reloads, hits + waited)
     }
 }
 
@@ -254,5 +276,26 @@ fn ratio(part: u64, whole: u64) -> f64 {
         0.0
     } else {
         Bytes(part).as_f64() / Bytes(whole).as_f64()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_refused_request_is_no_hit_and_counts_for_no_reload() {
+        let counters = Counters {
+            misses: 6,
+            turned_away: 4,
+            reloads: 2,
+            ..Counters::default()
+        };
+        assert!((counters.hit_ratio(6) - 0.5).abs() < 1e-9, "6 of all 12");
+        assert!(
+            (counters.reload_ratio(6) - 0.25).abs() < 1e-9,
+            "2 of the 8 that had a worker"
+        );
+        assert!(Counters::default().reload_ratio(0).abs() < 1e-9);
     }
 }

@@ -1,17 +1,18 @@
 //! The controller task: turns what arrives into policy events, and effects
-//! into deeds. The only place where decisions are logged and counted.
+//! into deeds.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::Arc;
 
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
-use tracing::{info, warn};
+use tracing::{debug, info, warn};
 
 use super::command::Reply;
+use super::tell::Told;
 use super::{
     CleanupReport, Command, Controller, Counters, Lease, LimitSource, LogTail, ReadyWorker,
-    Refusal, Routes, Signal, Snapshot,
+    Recorder, Refusal, Routes, Signal, Snapshot, What,
 };
 use crate::clock::{Clock, Timestamp};
 use crate::gate::Gate;
@@ -64,6 +65,7 @@ pub fn start(parts: Parts) -> Controller {
     let (events_in, events) = mpsc::unbounded_channel();
     let readings = parts.memory.readings();
     let reading = readings.borrow().clone();
+    let (recorder, decisions) = super::record(parts.clock);
     let mut task = Task {
         policy: parts.policy,
         clock: parts.clock,
@@ -84,7 +86,8 @@ pub fn start(parts: Parts) -> Controller {
         auto_cleanup: parts.auto_cleanup,
         counters: Counters::default(),
         oom: OomWatch::default(),
-        granted_late: 0,
+        recorder,
+        told: Told::default(),
         next_serial: 0,
         seq: 0,
     };
@@ -94,7 +97,7 @@ pub fn start(parts: Parts) -> Controller {
         parts.routes,
         commands_in,
         signals_in,
-        snapshots,
+        (snapshots, decisions),
         parts.clock,
     );
     telemetry::spawn(
@@ -230,8 +233,8 @@ pub(super) struct Task {
     pub(super) auto_cleanup: bool,
     pub(super) counters: Counters,
     pub(super) oom: OomWatch,
-    /// Requests that were granted after they had waited.
-    pub(super) granted_late: u64,
+    pub(super) recorder: Recorder,
+    pub(super) told: Told,
     next_serial: u64,
     pub(super) seq: u64,
 }
@@ -292,18 +295,21 @@ impl Task {
                 status,
                 mut last_lines,
             } => {
-                let (status, out_of_memory) = self.autopsy(&worker, &status, &last_lines);
-                info!(%worker, %status, "worker is gone");
+                let exit = status;
+                let (status, out_of_memory) = self.autopsy(&worker, &exit, &last_lines);
+                let verdict = (status.as_str(), !out_of_memory.is_empty());
+                self.tell_exit(&worker, &exit, verdict);
                 self.bury(&worker);
                 self.memory.forget(&worker);
                 let from = last_lines.len().saturating_sub(ERROR_LINES);
                 last_lines.drain(..from);
                 self.feed(Event::Exited {
-                    worker,
+                    worker: worker.clone(),
                     status,
                     out_of_memory,
                     last_lines,
                 });
+                self.tell_backoff(&worker);
                 // Only a reading later than the step above shows bytes back.
                 self.memory.sample_now();
             }
@@ -319,7 +325,11 @@ impl Task {
             return;
         };
         let now = self.clock.now();
-        info!(%worker, %upstream, load_s = now.since(model.since).as_secs_f64(), "worker ready");
+        debug!(%worker, %upstream, "worker answers");
+        let what = What::Ready {
+            took: now.since(model.since),
+            reload: model.history.evicted,
+        };
         self.next_serial += 1;
         let ready = Arc::new(ReadyWorker {
             id: worker.clone(),
@@ -334,6 +344,7 @@ impl Task {
         if let Some(route) = self.routes.get(worker.model.as_str()) {
             route.set_ready(Some(ready));
         }
+        self.tell(worker, what);
         self.memory.loaded(worker);
         self.memory.sample_now();
         self.feed(Event::Ready {
@@ -347,6 +358,7 @@ impl Task {
         while let Some(event) = todo.pop_front() {
             self.read_gates();
             let effects = self.policy.step(self.clock.now(), event);
+            self.tell_pressure();
             for effect in effects {
                 todo.extend(self.carry_out(effect));
             }
@@ -355,6 +367,7 @@ impl Task {
                 todo.push_back(Event::Tick);
             }
         }
+        self.tell_waits();
         let pace = if self.policy.is_restless() {
             Pace::Busy
         } else if self.policy.is_watchful() {
@@ -369,7 +382,7 @@ impl Task {
     }
 
     /// Tells the policy how the gates stand and what went through them.
-    fn read_gates(&mut self) {
+    pub(super) fn read_gates(&mut self) {
         for (id, live) in &self.workers {
             let Some(ready) = &live.ready else { continue };
             if ready.spec.concurrency.is_some() {
@@ -389,7 +402,7 @@ impl Task {
     }
 
     /// Lets requests in again where nobody waits.
-    fn release_gates(&self) {
+    pub(super) fn release_gates(&self) {
         for (id, live) in &self.workers {
             let Some(ready) = &live.ready else { continue };
             if ready.spec.concurrency.is_some() && self.policy.models()[&id.model].queue.is_empty()
@@ -423,6 +436,7 @@ impl Task {
         self.oom.notice(self.clock.now(), self.reading.host.oom);
         let measured = self.measured();
         self.feed(Event::Measured(measured));
+        self.tell_refusals();
     }
 
     pub(super) fn tail_of(&self, model: &ModelName, lines: usize) -> LogTail {

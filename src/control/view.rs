@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use super::task::{Live, Task};
-use super::{Candidate, DomainView, LastEviction, MemoryView, ModelView, Snapshot};
+use super::{Candidate, DomainView, LastEviction, MemoryView, ModelView, Refusal, Snapshot};
 use crate::memory::Reading;
 use crate::model::{Domain, WorkerId};
 use crate::policy::{DomainMeasure, GpuFacts, Measure, Measured, ModelState, PressureLevel};
@@ -102,14 +102,18 @@ fn snapshot(task: &Task) -> Snapshot {
         let history = &state.history;
         counters.loads += history.loads;
         counters.reloads += history.reloads;
-        counters.load_failures += history.load_failures;
         counters.crashes += history.crashes;
         for (reason, count) in &history.evictions {
             *counters.evictions.entry(reason).or_default() += count;
         }
     }
-    let admitted: u64 = models.values().map(ModelView::access_count).sum();
-    counters.hits = admitted.saturating_sub(task.granted_late);
+    let overloads = task.routes.overloads();
+    if overloads > 0 {
+        let code = Refusal::Overloaded.code();
+        *counters.refusals.entry(code).or_default() += overloads;
+        counters.misses += overloads;
+        counters.turned_away += overloads;
+    }
     Snapshot {
         seq: task.seq,
         at: task.clock.now(),

@@ -218,7 +218,7 @@ impl Policy {
 
     /// Models that someone wants and that may start, oldest waiter first;
     /// those that only the configuration wants come last, pinned ones first.
-    fn wanted_in_order(&self, now: Timestamp) -> Vec<ModelName> {
+    pub(super) fn wanted_in_order(&self, now: Timestamp) -> Vec<ModelName> {
         let mut wanted: Vec<_> = self
             .models
             .values()

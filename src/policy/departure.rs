@@ -248,7 +248,6 @@ impl Policy {
         let leaving = model.leaving.take();
         match model.phase {
             Phase::Starting => {
-                model.history.load_failures += 1;
                 let cause = format!("{status} before it was ready");
                 model.fail(cause.clone(), false, now);
                 let refusal = failed(&worker.model, cause, last_lines);
@@ -282,7 +281,6 @@ impl Policy {
                     model.enter(Phase::Stopped, now);
                 }
                 None => {
-                    model.history.load_failures += 1;
                     let cause = model
                         .failures
                         .last
@@ -309,13 +307,12 @@ impl Policy {
     /// Counts bytes as back, and answers who waited for that.
     pub(super) fn settle(&mut self, now: Timestamp, out: &mut Vec<Effect>) {
         for reclaimed in self.ledger.settle(&self.models, now) {
-            if reclaimed.missing.get() > 0 {
-                out.push(Effect::ReclaimShortfall {
-                    worker: reclaimed.worker.clone(),
-                    domain: reclaimed.domain,
-                    missing: reclaimed.missing,
-                });
-            }
+            out.push(Effect::Reclaimed {
+                worker: reclaimed.worker.clone(),
+                domain: reclaimed.domain,
+                freed: reclaimed.freed,
+                missing: reclaimed.missing,
+            });
             self.freed_in_cleanups(&reclaimed);
         }
         for model in self.models.values_mut() {

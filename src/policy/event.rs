@@ -179,13 +179,15 @@ pub enum Effect {
         /// Skip the grace.
         kill: bool,
     },
-    /// Bytes of an ended worker did not come back in time.
-    ReclaimShortfall {
+    /// Bytes of an ended worker are measured to be back, or were given up.
+    Reclaimed {
         /// Whose.
         worker: WorkerId,
         /// Where.
         domain: Domain,
-        /// How much is missing.
+        /// How much is back.
+        freed: Bytes,
+        /// How much did not come back in time.
         missing: Bytes,
     },
     /// A life ended and taught this; keep it over restarts.

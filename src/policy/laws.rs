@@ -8,7 +8,8 @@
 //! - waiters of one model are served in the order they came;
 //! - no effect names an old generation, and no model has two workers;
 //! - one transition at a time on a GPU: nothing starts where something loads or
-//!   dies.
+//!   dies;
+//! - what is explained is what then happens.
 
 mod court;
 
@@ -17,6 +18,7 @@ use std::time::Duration;
 use court::Court;
 use proptest::prelude::*;
 
+use super::testing::{World, granted, refused};
 use super::*;
 
 const MODELS: [&str; 4] = ["a", "b", "c", "d"];
@@ -77,6 +79,36 @@ fn moves() -> impl Strategy<Value = Vec<Move>> {
     prop::collection::vec(one, 1..120)
 }
 
+/// Asks a copy of the policy and holds what happens against what was told.
+fn holds_true(world: &World, model: &ModelName, told: &Explanation) {
+    const TICKET: Ticket = 1 << 40;
+    let mut trial = world.policy.clone();
+    let effects = trial.step(
+        world.now,
+        Event::Acquire {
+            ticket: TICKET,
+            model: model.clone(),
+            deadline: world.now + Duration::from_secs(60),
+        },
+    );
+    let starts = trial.models()[model].phase == Phase::Starting;
+    let (granted, refused) = (granted(&effects, TICKET), refused(&effects, TICKET));
+    match &told.outlook {
+        Outlook::Served => assert!(granted),
+        Outlook::Starts => assert!(starts && refused.is_none()),
+        Outlook::Refused(refusal) => assert_eq!(refused.as_ref(), Some(refusal)),
+        Outlook::Evicts { victims, shortage } => {
+            for victim in victims {
+                assert!(trial.models()[&victim.model].is_leaving(), "{told:?}");
+                let idle_or_busy = [None, Some(Protection::Busy)];
+                assert!(idle_or_busy.contains(&victim.protection), "{told:?}");
+            }
+            assert!(!victims.is_empty() && shortage.need > Bytes::ZERO);
+        }
+        Outlook::Waits { .. } => assert!(!granted && !starts && refused.is_none(), "{told:?}"),
+    }
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { cases: 600, ..ProptestConfig::default() })]
 
@@ -115,5 +147,25 @@ proptest! {
         }
         let open = court.asked.keys().filter(|t| !court.answered.contains(t) && !court.left.contains(t)).count();
         prop_assert_eq!(open, 0);
+    }
+
+    #[test]
+    fn whatever_happened_the_explanation_is_what_then_happens((policy, patience) in settings(), moves in moves()) {
+        let mut court = Court::new(policy, patience);
+        for made in &moves {
+            court.play(made);
+            let (Move::Acquire(m) | Move::Ready(m) | Move::Exit(m) | Move::Leave(m)) = made else {
+                continue;
+            };
+            let world = &court.world;
+            let state = &world.policy.models()[MODELS[*m]];
+            let told = world.policy.explain(state.name(), world.now).expect("it is configured");
+            prop_assert_eq!(told.why == Why::Ready, state.phase == Phase::Ready);
+            prop_assert_eq!(told.why == Why::Loading, state.phase == Phase::Starting);
+            prop_assert!(!told.to_string().is_empty());
+            if state.queue.is_empty() {
+                holds_true(world, state.name(), &told);
+            }
+        }
     }
 }

@@ -114,8 +114,6 @@ pub struct History {
     pub loads: u64,
     /// Of those, loads after an eviction.
     pub reloads: u64,
-    /// Lives that failed before they were ready.
-    pub load_failures: u64,
     /// Lives that ended by themselves after they were ready.
     pub crashes: u64,
     /// Evictions by reason.

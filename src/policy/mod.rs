@@ -19,6 +19,7 @@
 //! | `pressure` | how tight memory is |
 //! | `relief` | who goes for idleness, pressure, or an operator's cleanup |
 //! | `departure` | unload, drain, exit, shutdown |
+//! | `explain` | nothing: says why a model is not ready and what asking would do |
 
 #![warn(clippy::wildcard_enum_match_arm)]
 
@@ -26,6 +27,7 @@ mod admission;
 mod departure;
 mod event;
 mod eviction;
+mod explain;
 mod footprint;
 mod ledger;
 mod lifecycle;
@@ -45,6 +47,7 @@ pub use event::{
     Activity, CleanupOrder, CleanupReport, DomainMeasure, Effect, Event, GpuFacts, Measure,
     Measured, Skipped, Ticket,
 };
+pub use explain::{Explanation, Holder, Outlook, Why};
 pub use footprint::{from_weights, from_weights_on_gpus};
 pub use ledger::DomainBooks;
 use ledger::Ledger;
@@ -55,7 +58,7 @@ use relief::Cleanup;
 use reuse::{Common, Worth};
 pub use words::{
     EvictReason, Expectation, Expected, ExpectedSource, Phase, PressureLevel, Protection, Refusal,
-    Skip,
+    Shortage, Skip,
 };
 
 use crate::clock::Timestamp;

@@ -131,8 +131,8 @@ impl World {
                 | Effect::Reject { .. }
                 | Effect::CleanedUp { .. }
                 | Effect::Drain { .. }
+                | Effect::Reclaimed { .. }
                 | Effect::Resume { .. }
-                | Effect::ReclaimShortfall { .. }
                 | Effect::Learn { .. }
                 | Effect::Finished => {}
             }

@@ -4,7 +4,7 @@ use super::Policy;
 use super::eviction::{self, Candidate};
 use super::ledger::{self, Constraint, Need};
 use super::lifecycle::ModelState;
-use super::words::{EvictReason, Expected, ExpectedSource, Phase, Refusal};
+use super::words::{Expected, ExpectedSource, Phase, Refusal, Shortage};
 use crate::model::{Bytes, Domain, ModelName};
 
 /// The least room an unknown model is started in: a quarter of the limit, at
@@ -23,25 +23,6 @@ pub(super) enum Verdict {
     Blocked(Need),
     /// It cannot be, however long it waits.
     Refuse(Refusal),
-}
-
-/// Where most is missing for a load.
-pub(super) struct Shortage {
-    domain: Domain,
-    need: Bytes,
-    room: Bytes,
-}
-
-impl Shortage {
-    /// Why a worker goes for this model.
-    pub(super) fn reason(&self, for_model: &ModelName) -> EvictReason {
-        EvictReason::MakeRoom {
-            for_model: for_model.clone(),
-            domain: self.domain,
-            need: self.need,
-            room: self.room,
-        }
-    }
 }
 
 impl Policy {

@@ -150,6 +150,36 @@ impl fmt::Display for EvictReason {
     }
 }
 
+/// Where most is missing for a load.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Shortage {
+    /// Where.
+    pub domain: Domain,
+    /// How much the model is expected to need there.
+    pub need: Bytes,
+    /// How much room there is.
+    pub room: Bytes,
+}
+
+impl Shortage {
+    /// Why a worker goes for this model.
+    pub(super) fn reason(&self, for_model: &ModelName) -> EvictReason {
+        EvictReason::MakeRoom {
+            for_model: for_model.clone(),
+            domain: self.domain,
+            need: self.need,
+            room: self.room,
+        }
+    }
+}
+
+impl fmt::Display for Shortage {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { domain, need, room } = self;
+        write!(f, "it needs {need} on {domain}, there is room for {room}")
+    }
+}
+
 /// How tight memory is.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub enum PressureLevel {
@@ -410,6 +440,24 @@ pub enum Refusal {
 }
 
 impl Refusal {
+    /// Returns the model it is about; some are about residentd itself.
+    #[must_use]
+    pub const fn model(&self) -> Option<&ModelName> {
+        match self {
+            Self::UnknownModel(model)
+            | Self::QueueFull { model, .. }
+            | Self::TooLarge { model, .. }
+            | Self::NoDevice { model, .. }
+            | Self::NoRoom { model, .. }
+            | Self::BackingOff { model, .. }
+            | Self::WorkerFailed { model, .. }
+            | Self::StartTimeout { model, .. }
+            | Self::QueueTimeout { model, .. }
+            | Self::Unloaded(model) => Some(model),
+            Self::UnknownDomain(_) | Self::Overloaded | Self::ShuttingDown => None,
+        }
+    }
+
     /// Returns the stable code of the error body and of the metrics.
     #[must_use]
     pub const fn code(&self) -> &'static str {

@@ -4,6 +4,7 @@ mod adapter;
 mod api;
 mod cli;
 mod config;
+mod events;
 mod failures;
 mod gpu;
 mod memory;

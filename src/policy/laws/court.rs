@@ -192,7 +192,7 @@ impl Court {
                 }
                 self.moving.insert(worker);
             }
-            Effect::ReclaimShortfall { .. } | Effect::Learn { .. } | Effect::Finished => {}
+            Effect::Reclaimed { .. } | Effect::Learn { .. } | Effect::Finished => {}
         }
         None
     }

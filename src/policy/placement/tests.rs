@@ -249,12 +249,13 @@ fn what_never_comes_back_is_reported_and_waited_for_no_longer_than_its_deadline(
     world.exit("old");
     world.pass(Duration::from_secs(6));
     let effects = world.measure();
-    assert!(effects.contains(&Effect::ReclaimShortfall {
+    assert!(effects.contains(&Effect::Reclaimed {
         worker: crate::model::WorkerId {
             model: name("old"),
             generation: 1
         },
         domain: Domain::Gpu(0),
+        freed: Bytes::mib(3_000),
         missing: Bytes::mib(3_000),
     }));
     assert_eq!(spawned(&effects), ["new"]);

@@ -99,7 +99,7 @@ fn a_model_that_died_for_want_of_memory_is_expected_to_need_more_next_time() {
         | Effect::Drain { .. }
         | Effect::Resume { .. }
         | Effect::Terminate { .. }
-        | Effect::ReclaimShortfall { .. }
+        | Effect::Reclaimed { .. }
         | Effect::Finished => None,
     });
     assert_eq!(learned, Some(Bytes::mib(500)));

@@ -349,7 +349,7 @@ fn headroom_that_a_neighbour_took_is_waited_for_and_the_loss_is_reported() {
     world.pass(Duration::from_secs(1));
     let effects = world.measure_headroom(short);
     assert!(
-        matches!(&effects[0], Effect::ReclaimShortfall { missing, .. } if *missing == Bytes::mib(600))
+        matches!(&effects[0], Effect::Reclaimed { missing, .. } if *missing == Bytes::mib(600))
     );
     assert_eq!(spawned(&effects), [] as [&str; 0]);
     // There is nobody left whose end would help.

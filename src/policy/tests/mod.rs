@@ -2,5 +2,6 @@
 
 mod admission;
 mod ceilings;
+mod explaining;
 mod leaving;
 mod patience;

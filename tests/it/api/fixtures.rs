@@ -114,6 +114,7 @@ async fn a03_the_views_answer_byte_for_byte_as_recorded() {
 async fn a03_without_pressure_cgroup_and_devices_the_views_are_as_recorded() {
     let mut calm = snapshot();
     calm.models.clear();
+    calm.counters = Counters::default();
     calm.memory.level = PressureLevel::None;
     calm.memory.usage = Bytes::ZERO;
     calm.memory.domains.truncate(1);

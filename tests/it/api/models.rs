@@ -3,7 +3,7 @@
 use residentd::control::{Command, LogTail, Refusal};
 use residentd::model::{Bytes, Domain};
 
-use super::world::{Answer, World, call, name, nobody_asks};
+use super::world::{Answer, World, call, explains, name, nobody_asks};
 
 /// Grants every wish, but only in the order that makes sense.
 fn grant(command: Command) {
@@ -29,7 +29,7 @@ fn grant(command: Command) {
 
 #[tokio::test]
 async fn a_model_is_found_by_name_alias_and_with_its_slash_in_either_form() {
-    let world = World::new(nobody_asks);
+    let world = World::new(explains);
     for (path, model) in [
         ("gemma", "gemma"),
         ("gpt-4o-mini", "gemma"),
@@ -46,6 +46,51 @@ async fn a_model_is_found_by_name_alias_and_with_its_slash_in_either_form() {
     let answer = world.get("/api/v1/models").await;
     assert_eq!(answer.json()["data"]["total_count"], 4);
     assert_eq!(answer.json()["data"]["loaded_count"], 2);
+}
+
+#[tokio::test]
+async fn why_a_model_is_not_ready_is_told_with_the_numbers() {
+    let world = World::new(explains);
+    let answer = world.get("/api/v1/models/voice").await.json();
+    assert_eq!(
+        answer["data"]["explanation"],
+        serde_json::json!({
+            "reason": "evicted",
+            "since": 1_700_000_050.0,
+            "message": "voice was evicted 10.0 s ago: make room for gemma: it needs 2.00 GiB on host, there was room for 1.00 GiB; a request waits for gemma (busy, host 2.00 GiB): it needs 3.00 GiB on host, there is room for 1.00 GiB; busy workers are drained for it in 4.0 s",
+            "details": {
+                "evicted_for": "make_room",
+                "for_model": "gemma",
+                "domain": "host",
+                "need": 2_147_483_648_u64,
+                "room": 1_073_741_824,
+            },
+            "outlook": {
+                "result": "waits",
+                "domain": "host",
+                "need": 3_221_225_472_u64,
+                "room": 1_073_741_824,
+                "waits_for": [{
+                    "name": "gemma",
+                    "why": "busy",
+                    "in_flight": 1,
+                    "holds": {"host": 2_147_483_648_u64},
+                }],
+                "behind": [],
+                "drains_in_seconds": 4.0,
+            },
+            "last_load_seconds": 2.5,
+            "ready_in_seconds": null,
+        })
+    );
+    // Without a controller the model is still shown.
+    let mute = World::new(drop);
+    let answer = mute.get("/api/v1/models/voice").await;
+    assert_eq!(answer.status, 200);
+    assert_eq!(
+        answer.json()["data"]["explanation"],
+        serde_json::Value::Null
+    );
 }
 
 #[tokio::test]

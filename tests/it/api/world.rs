@@ -28,6 +28,8 @@ pub(crate) type Script = fn(Command);
 #[derive(Clone)]
 pub(crate) struct World {
     router: axum::Router,
+    /// The controller's end of the record of decisions.
+    pub(crate) recorder: Arc<Recorder>,
     // Held so that the channels stay open.
     _snapshots: Arc<watch::Sender<Arc<Snapshot>>>,
     _signals: Arc<mpsc::UnboundedReceiver<Signal>>,
@@ -50,7 +52,9 @@ impl World {
         let (signals, heard) = mpsc::unbounded_channel();
         let (publish, snapshots) = watch::channel(Arc::new(snapshot));
         let clock = Clock::start_at(UNIX_START);
-        let controller = Controller::from_parts(routes, commands, signals, snapshots, clock);
+        let (recorder, decisions) = record(clock);
+        let seen = (snapshots, decisions);
+        let controller = Controller::from_parts(routes, commands, signals, seen, clock);
         residentd::telemetry::spawn("controller", async move {
             while let Some(command) = inbox.recv().await {
                 script(command);
@@ -58,6 +62,7 @@ impl World {
         });
         Self {
             router: router(ApiState::new(controller)),
+            recorder: Arc::new(recorder),
             _snapshots: Arc::new(publish),
             _signals: Arc::new(heard),
         }
@@ -72,8 +77,13 @@ impl World {
         if let Some(peer) = peer {
             request.extensions_mut().insert(peer);
         }
+        Answer::of(self.open(request).await).await
+    }
+
+    /// Sends a request whose answer is read piece by piece.
+    pub(crate) async fn open(&self, request: Request<Body>) -> Response<Body> {
         let answer = self.router.clone().oneshot(request).await;
-        Answer::of(answer.expect("the router answers everything")).await
+        answer.expect("the router answers everything")
     }
 
     pub(crate) async fn get(&self, path: &str) -> Answer {
@@ -124,6 +134,44 @@ impl Answer {
         let value = self.headers.get(name);
         value.map_or("", |value| value.to_str().expect("text"))
     }
+}
+
+/// A controller that is only asked why a model is not ready.
+pub(crate) fn explains(command: Command) {
+    let Command::Explain { model, reply } = command else {
+        panic!("not an explanation: {command:?}");
+    };
+    let holder = Holder {
+        model: name("gemma"),
+        protection: Some(Protection::Busy),
+        inside: 1,
+        idle_since: at(40),
+        holds: BTreeMap::from([(Domain::Host, Bytes::gib(2))]),
+    };
+    let _ = reply.send(Ok(Explanation {
+        model,
+        at: at(60),
+        phase: Phase::Stopped,
+        why: Why::Evicted(EvictReason::MakeRoom {
+            for_model: name("gemma"),
+            domain: Domain::Host,
+            need: Bytes::gib(2),
+            room: Bytes::gib(1),
+        }),
+        since: at(50),
+        outlook: Outlook::Waits {
+            holders: vec![holder],
+            behind: Vec::new(),
+            shortage: Some(Shortage {
+                domain: Domain::Host,
+                need: Bytes::gib(3),
+                room: Bytes::gib(1),
+            }),
+            drains_in: Some(Duration::from_secs(4)),
+        },
+        last_load: Some(Duration::from_millis(2500)),
+        ready_in: None,
+    }));
 }
 
 /// A controller that nobody may ask.
@@ -305,11 +353,13 @@ pub(crate) fn snapshot() -> Snapshot {
         memory: memory(&models),
         models,
         counters: Counters {
-            hits: 90,
+            // Of 111 that were admitted.
+            granted_late: 21,
             misses: 10,
+            turned_away: 0,
             reloads: 4,
             loads: 5,
-            load_failures: 4,
+            load_failures: BTreeMap::from([("exit_code", 3), ("start_timeout", 1)]),
             crashes: 1,
             evictions: BTreeMap::from([("idle", 1), ("make_room", 2)]),
             kills: BTreeMap::from([("oom_cgroup_likely", 1)]),
