@@ -6,8 +6,7 @@
 //! allocator could not give any of them back.
 
 use std::ffi::c_void;
-use std::io;
-use std::ptr;
+use std::{io, ptr};
 
 use rustix::mm::{MlockFlags, mlock_with};
 
