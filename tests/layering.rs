@@ -17,6 +17,8 @@ const MAP: &[(&str, &[&str])] = &[
     ("config", &["model", "template", "telemetry"]),
     ("policy", &["model", "clock"]),
     ("procfs", &["model", "clock"]),
+    // The pure core under a virtual clock.
+    ("simulate", &["policy", "model", "clock"]),
     // Layer 2: instruments and hands.
     ("gate", &["model", "clock"]),
     (
@@ -80,6 +82,7 @@ const MAP: &[(&str, &[&str])] = &[
             "api",
             "config",
             "policy",
+            "simulate",
             "model",
             "clock",
             "telemetry",

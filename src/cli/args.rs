@@ -2,12 +2,14 @@
 //! Whatever cannot be understood is turned away here, with exit code 2.
 
 use std::path::PathBuf;
+use std::str::FromStr;
 
 use clap::{Args, Parser, Subcommand};
 
 use super::client::Server;
 use crate::config::units;
 use crate::model::{Bytes, ModelName};
+use crate::simulate::Eviction;
 
 /// Decides which models are resident in memory.
 #[derive(Debug, Parser)]
@@ -41,6 +43,8 @@ pub(super) enum Command {
     Limit(LimitArgs),
     /// Show what a model's worker printed
     Logs(LogsArgs),
+    /// Play recorded requests under a virtual clock: will these models fit?
+    Simulate(Box<SimulateArgs>),
     /// Print the completions of a shell
     Completions {
         /// Which shell
@@ -220,6 +224,84 @@ pub(super) struct LogsArgs {
     #[command(flatten)]
     pub(super) model: ModelArgs,
 }
+
+/// What `simulate` is told.
+#[derive(Args, Clone, Debug)]
+pub(super) struct SimulateArgs {
+    /// Requests: a CSV file with timestamp_ms, model_id and duration_ms
+    #[arg(long, value_name = "FILE", requires = "models")]
+    pub(super) trace: PathBuf,
+    /// Models: a CSV file with model_id, size_mib and load_cold_ms
+    #[arg(long, value_name = "FILE", requires = "trace")]
+    pub(super) models: PathBuf,
+    /// A limit to play with, as 64GiB; may be repeated
+    #[arg(long, value_name = "SIZE", value_parser = size)]
+    pub(super) limit: Vec<Bytes>,
+    /// Limits from one to another, as limit=4GiB..64GiB, or with a step as limit=4GiB..64GiB/4GiB
+    #[arg(long, value_name = "RANGE")]
+    pub(super) sweep: Option<Sweep>,
+    /// Who chooses the victims; several with commas between
+    #[arg(long, value_name = "POLICY", value_delimiter = ',', default_value = "lru")]
+    pub(super) policy: Vec<Eviction>,
+    /// One request after another, whatever they take: only loads count
+    #[arg(long)]
+    pub(super) serial: bool,
+    /// Which memory is short: on a GPU one model loads at a time
+    #[arg(long, value_enum, default_value_t = Device::Gpu)]
+    pub(super) device: Device,
+    /// How much more memory to look at
+    #[arg(long, value_name = "SIZE", default_value = "16GiB", value_parser = size)]
+    pub(super) more: Bytes,
+    /// Print the figures as JSON
+    #[arg(long)]
+    pub(super) json: bool,
+    /// Draw the figures into an SVG file
+    #[arg(long, value_name = "FILE")]
+    pub(super) plot: Option<PathBuf>,
+}
+
+/// Which memory is short.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub(super) enum Device {
+    /// Host RAM
+    Host,
+    /// One GPU
+    Gpu,
+}
+
+/// Limits from one to another.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Sweep {
+    pub(super) from: Bytes,
+    pub(super) to: Bytes,
+    pub(super) step: Option<Bytes>,
+}
+
+impl FromStr for Sweep {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let fix = "write limit=FROM..TO or limit=FROM..TO/STEP, as limit=4GiB..64GiB/4GiB";
+        let range = text.strip_prefix("limit=").ok_or(fix)?;
+        let (from, rest) = range.split_once("..").ok_or(fix)?;
+        let (to, step) = match rest.split_once('/') {
+            Some((to, step)) => (to, Some(size(step)?)),
+            None => (rest, None),
+        };
+        let (from, to) = (size(from)?, size(to)?);
+        if from > to {
+            return Err(format!("{from} is more than {to}; write the smaller one first"));
+        }
+        let runs = step.map_or(0, |step| (to - from).get() / step.get());
+        if runs > MOST_STEPS {
+            return Err(format!("that is {runs} limits; write a larger step"));
+        }
+        Ok(Self { from, to, step })
+    }
+}
+
+/// Limits of one sweep at most.
+const MOST_STEPS: u64 = 1000;
 
 fn model_name(text: &str) -> Result<ModelName, String> {
     ModelName::new(text).map_err(|error| error.to_string())

@@ -11,6 +11,7 @@ mod models;
 mod output;
 mod ps;
 pub mod serve;
+mod simulate;
 
 use std::process::ExitCode;
 
@@ -51,6 +52,7 @@ fn dispatch(command: Command) -> anyhow::Result<ExitCode> {
     match command {
         Command::Serve(args) => serve::run(&args),
         Command::Check(args) => serve::check(&args),
+        Command::Simulate(args) => simulate::run(&args),
         Command::Completions { shell } => completions(shell),
         asking => block_on(ask(asking)),
     }
@@ -67,7 +69,10 @@ async fn ask(command: Command) -> anyhow::Result<ExitCode> {
         Command::Cleanup(args) => memory::cleanup(args).await,
         Command::Limit(args) => memory::limit(args).await,
         Command::Logs(args) => logs::logs(args).await,
-        Command::Serve(_) | Command::Check(_) | Command::Completions { .. } => Ok(()),
+        Command::Serve(_)
+        | Command::Check(_)
+        | Command::Simulate(_)
+        | Command::Completions { .. } => Ok(()),
     };
     if json
         && let Err(error) = &done
@@ -87,6 +92,7 @@ fn wants_json(command: &Command) -> bool {
         Command::Cleanup(args) => args.client.json,
         Command::Limit(args) => args.client.json,
         Command::Logs(args) => args.model.client.json,
+        Command::Simulate(args) => args.json,
         Command::Serve(_) | Command::Check(_) | Command::Completions { .. } => false,
     }
 }

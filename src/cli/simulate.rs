@@ -1,0 +1,97 @@
+//! `simulate`: recorded requests under a virtual clock, for each policy and
+//! limit that is asked for.
+
+use std::process::ExitCode;
+
+use anyhow::Context;
+
+use super::args::{Device, SimulateArgs};
+use super::output;
+use crate::model::Bytes;
+use crate::simulate::{self, Eviction, Figures, Memory, Mode, Workload};
+
+/// The first columns of the table are words.
+const WORDS: usize = 2;
+
+/// Plays and prints.
+///
+/// # Errors
+/// When a file cannot be read or written.
+pub(super) fn run(args: &SimulateArgs) -> anyhow::Result<ExitCode> {
+    let models = simulate::read_models(&args.models)?;
+    let demands = simulate::read_trace(&args.trace)?;
+    let workload = Workload::new(models, demands)?;
+    let game = Game {
+        memory: match args.device {
+            Device::Host => Memory::Host,
+            Device::Gpu => Memory::Gpu,
+        },
+        mode: match args.serial {
+            true => Mode::Serial,
+            false => Mode::Timed,
+        },
+        workload,
+    };
+    let limits = game.limits(args);
+    let runs = limits
+        .iter()
+        .flat_map(|limit| args.policy.iter().map(move |policy| (*policy, *limit)));
+    let all: Vec<_> = runs.map(|(policy, limit)| game.play(policy, limit)).collect();
+    if let Some(path) = &args.plot {
+        std::fs::write(path, simulate::svg(&all))
+            .with_context(|| format!("write {}", path.display()))?;
+    }
+    if args.json {
+        output::write_text(&serde_json::to_string_pretty(&simulate::json(&all))?)?;
+    } else {
+        output::write_text(&game.page(&all, args.more))?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// What stays the same from run to run.
+struct Game {
+    workload: Workload,
+    memory: Memory,
+    mode: Mode,
+}
+
+impl Game {
+    /// Returns the limits to play with: those that are asked for, else from the
+    /// largest model to all of them together.
+    fn limits(&self, args: &SimulateArgs) -> Vec<Bytes> {
+        let mut limits = args.limit.clone();
+        if let Some(sweep) = args.sweep {
+            limits.extend(simulate::steps(sweep.from, sweep.to, sweep.step));
+        }
+        if limits.is_empty() {
+            let (from, to) = (self.workload.largest(), self.workload.total());
+            limits = simulate::steps(from, to, None);
+        }
+        limits
+    }
+
+    fn play(&self, policy: Eviction, limit: Bytes) -> Figures {
+        simulate::run(&self.workload, self.memory, self.mode, policy, limit)
+    }
+
+    /// Returns the table, the chart when there is something to compare, and the
+    /// answer for the first run.
+    fn page(&self, all: &[Figures], more: Bytes) -> String {
+        let mut parts = vec![output::table(&simulate::rows(all), WORDS)];
+        if all.len() > 1 {
+            parts.push(simulate::chart(all) + "\n");
+        }
+        if let Some(first) = all.first() {
+            let larger = first.limit + more;
+            let same = |figures: &&Figures| {
+                figures.limit == larger && figures.policy == first.policy
+            };
+            let known = all.iter().find(same).cloned();
+            let more = known.unwrap_or_else(|| self.play(first.policy, larger));
+            let answer = simulate::answer(&self.workload, self.memory, first, Some(&more));
+            parts.push(answer);
+        }
+        parts.join("\n")
+    }
+}
