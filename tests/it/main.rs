@@ -9,6 +9,7 @@ mod gpu;
 mod memory;
 mod pressure;
 mod proxy;
+mod simulate;
 mod story;
 mod stub;
 mod support;
