@@ -96,6 +96,9 @@ pub struct SettingArgs {
     /// How much of a body is read to find its model, as 1MiB
     #[arg(long, value_name = "SIZE")]
     pub model_prefix: Option<String>,
+    /// Whether each request is written to access.jsonl in the state folder: true or false
+    #[arg(long, value_name = "BOOL")]
+    pub access_log: Option<String>,
     /// Memory limit of all workers together, as 8GiB
     #[arg(long, value_name = "SIZE")]
     pub limit: Option<String>,
@@ -122,6 +125,7 @@ impl SettingArgs {
             ("server.log_level", &self.log_level),
             ("server.max_body", &self.max_body),
             ("server.model_prefix", &self.model_prefix),
+            ("server.access_log", &self.access_log),
             ("memory.limit", &self.limit),
             ("memory.reserve", &self.reserve),
             ("memory.check_interval", &self.check_interval),
@@ -229,11 +233,23 @@ pub(super) struct LogsArgs {
 #[derive(Args, Clone, Debug)]
 pub(super) struct SimulateArgs {
     /// Requests: a CSV file with timestamp_ms, model_id and duration_ms
-    #[arg(long, value_name = "FILE", requires = "models")]
-    pub(super) trace: PathBuf,
+    #[arg(
+        long,
+        value_name = "FILE",
+        requires = "models",
+        required_unless_present = "log",
+        conflicts_with = "log"
+    )]
+    pub(super) trace: Option<PathBuf>,
     /// Models: a CSV file with model_id, size_mib and load_cold_ms
     #[arg(long, value_name = "FILE", requires = "trace")]
-    pub(super) models: PathBuf,
+    pub(super) models: Option<PathBuf>,
+    /// Requests: residentd's own access log; may be repeated
+    #[arg(long, value_name = "FILE")]
+    pub(super) log: Vec<PathBuf>,
+    /// Models: the configuration, with what was learned of them; may be repeated
+    #[arg(long, value_name = "PATH", requires = "log")]
+    pub(super) config: Vec<PathBuf>,
     /// A limit to play with, as 64GiB; may be repeated
     #[arg(long, value_name = "SIZE", value_parser = size)]
     pub(super) limit: Vec<Bytes>,
@@ -241,14 +257,20 @@ pub(super) struct SimulateArgs {
     #[arg(long, value_name = "RANGE")]
     pub(super) sweep: Option<Sweep>,
     /// Who chooses the victims; several with commas between
-    #[arg(long, value_name = "POLICY", value_delimiter = ',', default_value = "lru")]
+    #[arg(
+        long,
+        value_name = "POLICY",
+        value_delimiter = ',',
+        default_value = "lru"
+    )]
     pub(super) policy: Vec<Eviction>,
     /// One request after another, whatever they take: only loads count
     #[arg(long)]
     pub(super) serial: bool,
-    /// Which memory is short: on a GPU one model loads at a time
-    #[arg(long, value_enum, default_value_t = Device::Gpu)]
-    pub(super) device: Device,
+    /// Which memory is short: on a GPU one model loads at a time. Of a configuration without GPUs
+    /// it is the host's, else a GPU's
+    #[arg(long, value_enum)]
+    pub(super) device: Option<Device>,
     /// How much more memory to look at
     #[arg(long, value_name = "SIZE", default_value = "16GiB", value_parser = size)]
     pub(super) more: Bytes,
@@ -290,7 +312,9 @@ impl FromStr for Sweep {
         };
         let (from, to) = (size(from)?, size(to)?);
         if from > to {
-            return Err(format!("{from} is more than {to}; write the smaller one first"));
+            return Err(format!(
+                "{from} is more than {to}; write the smaller one first"
+            ));
         }
         let runs = step.map_or(0, |step| (to - from).get() / step.get());
         if runs > MOST_STEPS {

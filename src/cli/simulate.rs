@@ -1,12 +1,16 @@
 //! `simulate`: recorded requests under a virtual clock, for each policy and
 //! limit that is asked for.
 
+mod configured;
+
+use std::io::Write;
 use std::process::ExitCode;
 
 use anyhow::Context;
+use configured::ConfiguredError;
 
 use super::args::{Device, SimulateArgs};
-use super::output;
+use super::{output, serve};
 use crate::model::Bytes;
 use crate::simulate::{self, Eviction, Figures, Memory, Mode, Workload};
 
@@ -18,25 +22,26 @@ const WORDS: usize = 2;
 /// # Errors
 /// When a file cannot be read or written.
 pub(super) fn run(args: &SimulateArgs) -> anyhow::Result<ExitCode> {
-    let models = simulate::read_models(&args.models)?;
-    let demands = simulate::read_trace(&args.trace)?;
-    let workload = Workload::new(models, demands)?;
-    let game = Game {
-        memory: match args.device {
-            Device::Host => Memory::Host,
-            Device::Gpu => Memory::Gpu,
-        },
-        mode: match args.serial {
-            true => Mode::Serial,
-            false => Mode::Timed,
-        },
-        workload,
+    let game = match Game::read(args) {
+        Ok(game) => game,
+        Err(error) => {
+            if error.downcast_ref::<ConfiguredError>().is_none() {
+                return Err(error);
+            }
+            output::complain(&error);
+            return Ok(ExitCode::from(serve::WRONG_CONFIG));
+        }
     };
+    for note in &game.notes {
+        writeln!(std::io::stderr().lock(), "residentd: {note}")?;
+    }
     let limits = game.limits(args);
     let runs = limits
         .iter()
         .flat_map(|limit| args.policy.iter().map(move |policy| (*policy, *limit)));
-    let all: Vec<_> = runs.map(|(policy, limit)| game.play(policy, limit)).collect();
+    let all: Vec<_> = runs
+        .map(|(policy, limit)| game.play(policy, limit))
+        .collect();
     if let Some(path) = &args.plot {
         std::fs::write(path, simulate::svg(&all))
             .with_context(|| format!("write {}", path.display()))?;
@@ -54,15 +59,49 @@ struct Game {
     workload: Workload,
     memory: Memory,
     mode: Mode,
+    limit: Option<Bytes>,
+    notes: Vec<String>,
 }
 
 impl Game {
-    /// Returns the limits to play with: those that are asked for, else from the
-    /// largest model to all of them together.
+    fn read(args: &SimulateArgs) -> anyhow::Result<Self> {
+        let memory = args.device.map(|device| match device {
+            Device::Host => Memory::Host,
+            Device::Gpu => Memory::Gpu,
+        });
+        let mode = match args.serial {
+            true => Mode::Serial,
+            false => Mode::Timed,
+        };
+        if let (Some(trace), Some(models)) = (&args.trace, &args.models) {
+            let models = simulate::read_models(models)?;
+            return Ok(Self {
+                workload: Workload::new(models, simulate::read_trace(trace)?)?,
+                memory: memory.unwrap_or(Memory::Gpu),
+                mode,
+                limit: None,
+                notes: Vec::new(),
+            });
+        }
+        let found = configured::read(&args.log, &args.config, memory)?;
+        Ok(Self {
+            workload: found.workload,
+            memory: found.memory,
+            mode,
+            limit: found.limit,
+            notes: found.notes,
+        })
+    }
+
+    /// Returns the limits to play with: those that are asked for, else the
+    /// configured one, else from the largest model to all of them together.
     fn limits(&self, args: &SimulateArgs) -> Vec<Bytes> {
         let mut limits = args.limit.clone();
         if let Some(sweep) = args.sweep {
             limits.extend(simulate::steps(sweep.from, sweep.to, sweep.step));
+        }
+        if limits.is_empty() {
+            limits.extend(self.limit);
         }
         if limits.is_empty() {
             let (from, to) = (self.workload.largest(), self.workload.total());
@@ -84,9 +123,8 @@ impl Game {
         }
         if let Some(first) = all.first() {
             let larger = first.limit + more;
-            let same = |figures: &&Figures| {
-                figures.limit == larger && figures.policy == first.policy
-            };
+            let same =
+                |figures: &&Figures| figures.limit == larger && figures.policy == first.policy;
             let known = all.iter().find(same).cloned();
             let more = known.unwrap_or_else(|| self.play(first.policy, larger));
             let answer = simulate::answer(&self.workload, self.memory, first, Some(&more));

@@ -319,7 +319,9 @@ impl Task {
             return;
         };
         let now = self.clock.now();
-        info!(%worker, %upstream, load_s = now.since(model.since).as_secs_f64(), "worker ready");
+        let took = now.since(model.since);
+        info!(%worker, %upstream, load_s = took.as_secs_f64(), "worker ready");
+        self.store.loaded(&worker.model, took);
         self.next_serial += 1;
         let ready = Arc::new(ReadyWorker {
             id: worker.clone(),

@@ -4,6 +4,7 @@
 //! resolve, admit, forward, account. Bodies pass frame by frame; only what
 //! finding the model needs is read first, with a cap.
 
+mod access;
 mod account;
 mod body;
 mod forward;
@@ -25,12 +26,15 @@ use hyper::body::{Body, Incoming};
 use hyper::{Request, Response};
 use tracing::debug;
 
+pub use self::access::AccessLog;
+use self::access::Line;
 pub use self::body::{ProxyBody, Streamed};
 use self::forward::Passage;
 use self::held::Held;
 use self::pool::Pools;
 use self::resolve::ByPath;
 pub use self::upload::BodyError;
+use crate::clock::Timestamp;
 use crate::control::{Controller, ModelRoute};
 use crate::model::Bytes;
 use crate::reply::Fault;
@@ -56,6 +60,7 @@ pub struct Proxy {
     controller: Controller,
     settings: ProxySettings,
     pools: Arc<Pools>,
+    access: Option<AccessLog>,
 }
 
 impl Proxy {
@@ -66,7 +71,15 @@ impl Proxy {
             controller,
             settings,
             pools: Arc::default(),
+            access: None,
         }
+    }
+
+    /// Writes every request that names a model to this log.
+    #[must_use]
+    pub fn with_access_log(mut self, log: Option<AccessLog>) -> Self {
+        self.access = log;
+        self
     }
 
     /// Returns whether a path is inference, and so ours.
@@ -118,15 +131,38 @@ impl Proxy {
             }
         };
         held.read_whole(REPLAYED).await?;
-        self.pass(Passage {
+        let passage = Passage {
             route,
             head,
             peer,
             target,
             held,
             began,
-        })
-        .await
+        };
+        let passed = self.pass(passage).await;
+        if let Err(fault) = &passed {
+            self.log_refused(route, fault, began);
+        }
+        passed
+    }
+
+    /// Writes down a request that got no worker's answer: it asked for the
+    /// model all the same.
+    fn log_refused(&self, route: &ModelRoute, fault: &Fault, began: Timestamp) {
+        let Some(log) = &self.access else { return };
+        let clock = self.controller.clock();
+        log.write(Line {
+            time: clock.unix(began),
+            model: route.name().to_string(),
+            generation: None,
+            status: fault.status().as_u16(),
+            code: Some(fault.code()),
+            wait_s: clock.now().since(began).as_secs_f64(),
+            duration_s: 0.0,
+            bytes: 0,
+            stream: false,
+            end: "refused",
+        });
     }
 
     fn route(&self, name: Option<String>) -> Result<&Arc<ModelRoute>, Fault> {

@@ -57,6 +57,22 @@ pub enum InputError {
         /// Which model.
         model: String,
     },
+    /// A line of an access log is none.
+    #[error("{path}:{line}: {text:?} is no line of an access log; take it out")]
+    Line {
+        /// Which file.
+        path: PathBuf,
+        /// Which line, from 1.
+        line: u64,
+        /// Its begin.
+        text: String,
+    },
+    /// An access log has no line.
+    #[error("{path}: there are no requests in it; serve some with server.access_log = true")]
+    NoRequests {
+        /// Which file.
+        path: PathBuf,
+    },
     /// There is no row.
     #[error("{path}: there is nothing below its first line")]
     Empty {

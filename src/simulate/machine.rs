@@ -305,12 +305,7 @@ impl Machine {
         }
     }
 
-    fn wish(
-        &mut self,
-        duration: Duration,
-        verb: &'static str,
-        model: Option<&ModelName>,
-    ) -> Wish {
+    fn wish(&mut self, duration: Duration, verb: &'static str, model: Option<&ModelName>) -> Wish {
         let number = u64::try_from(self.wishes.len()).expect("a list fits into memory");
         let wish = Wish(number);
         self.wishes.push(State {

@@ -9,6 +9,7 @@
 //! | --- | --- |
 //! | `table` | the models: name, size, load time, from a CSV table |
 //! | `trace` | the requests: when, for which model, how long, from a CSV table |
+//! | `log` | the same, from residentd's own access log |
 //! | `machine` | the virtual machine: workers, gates, memory, and the queue of what happens when |
 //! | `journal` | what happened in it, a line for each thing |
 //! | `study` | one workload under one policy and limit, and its figures |
@@ -18,6 +19,7 @@
 
 mod input;
 mod journal;
+mod log;
 mod machine;
 mod offline;
 mod plot;
@@ -28,6 +30,7 @@ mod trace;
 
 pub use input::InputError;
 pub use journal::{Entry, What};
+pub use log::read as read_log;
 pub use machine::{Fault, Machine, Outcome, Program, Wish};
 pub use offline::{Plan, plan};
 pub use plot::svg;

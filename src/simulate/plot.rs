@@ -108,7 +108,11 @@ impl Scale {
     }
 
     fn y(&self, value: f64) -> f64 {
-        let part = if self.most > 0.0 { value / self.most } else { 0.0 };
+        let part = if self.most > 0.0 {
+            value / self.most
+        } else {
+            0.0
+        };
         let height = PANEL - TOP - BOTTOM;
         self.top + TOP + (1.0 - part) * height
     }

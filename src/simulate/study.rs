@@ -192,8 +192,8 @@ pub struct Workload {
 pub enum WorkloadError {
     /// Some are asked for and not known.
     #[error(
-        "{} requests ask for {}, which the models do not name; add a row for each, with its size and load time",
-        requests, names.join(", ")
+        "no model is called {}, and {requests} of the requests ask for it; name it, with its size and load time, or leave them out",
+        names.join(" or ")
     )]
     UnknownModels {
         /// How many requests ask for them.

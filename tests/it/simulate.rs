@@ -50,8 +50,11 @@ fn expected() -> Expected {
 fn workload() -> Workload {
     let models = simulate::read_models(&traces().join("servegen-24m-48h-models.csv"));
     let demands = simulate::read_trace(&traces().join("servegen-24m-48h.csv"));
-    Workload::new(models.expect("a good table"), demands.expect("a good trace"))
-        .expect("every model is in the table")
+    Workload::new(
+        models.expect("a good table"),
+        demands.expect("a good trace"),
+    )
+    .expect("every model is in the table")
 }
 
 fn play(workload: &Workload, mode: Mode, policy: Eviction, limit_gib: u64) -> Figures {
@@ -124,13 +127,7 @@ fn a21_timed_loads_agree_with_an_independent_simulation() {
 fn no_serial_run_beats_the_offline_plan() {
     let workload = workload();
     for limit in simulate::steps(Bytes::gib(46), Bytes::gib(200), Some(Bytes::gib(14))) {
-        let figures = simulate::run(
-            &workload,
-            Memory::Gpu,
-            Mode::Serial,
-            Eviction::Lru,
-            limit,
-        );
+        let figures = simulate::run(&workload, Memory::Gpu, Mode::Serial, Eviction::Lru, limit);
         assert!(figures.gap() >= 1.0, "{limit}: {figures:?}");
         assert_eq!(figures.refused, 0, "{limit}: every model fits");
         assert!(figures.loads >= figures.offline.loads, "{limit}");
@@ -198,7 +195,10 @@ fn a_plot_is_an_svg_that_names_every_limit() {
     let (code, _, errors, folder) = run(line);
     assert_eq!((code, errors.as_str()), (0, ""));
     let svg = std::fs::read_to_string(folder.path().join("p.svg")).expect("it was drawn");
-    assert!(svg.starts_with("<svg") && svg.ends_with("</svg>\n"), "{svg}");
+    assert!(
+        svg.starts_with("<svg") && svg.ends_with("</svg>\n"),
+        "{svg}"
+    );
     for limit in ["2 GiB", "3 GiB", "4 GiB"] {
         assert!(svg.contains(limit), "{limit} in {svg}");
     }
@@ -214,7 +214,10 @@ fn mistakes_name_the_file_the_line_and_the_fix() {
         ("--trace trace.csv", 2),
         ("--trace trace.csv --models models.csv --policy cost", 2),
         ("--trace trace.csv --models models.csv --policy mru", 2),
-        ("--trace trace.csv --models models.csv --sweep limit=4GiB..2GiB", 2),
+        (
+            "--trace trace.csv --models models.csv --sweep limit=4GiB..2GiB",
+            2,
+        ),
         ("--trace trace.csv --models models.csv --sweep 2GiB", 2),
     ];
     let mut told = String::new();
@@ -222,7 +225,7 @@ fn mistakes_name_the_file_the_line_and_the_fix() {
         let (code, _, errors, _) = run(line);
         assert_eq!(code, wanted, "{line}: {errors}");
         let first = errors.lines().next().unwrap_or_default();
-        told.push_str(&format!("{line}\n  {first}\n"));
+        told.extend([line, "\n  ", first, "\n"]);
     }
     insta::assert_snapshot!(told);
 }

@@ -9,9 +9,7 @@ use super::super::journal::{Entry, What};
 use super::{ASK_AGAIN, Fault, Happening, Machine, Outcome, State, Wish, Worker};
 use crate::clock::Timestamp;
 use crate::model::{Bytes, Domain, GpuVendor, WorkerId};
-use crate::policy::{
-    Activity, DomainMeasure, Effect, Event, GpuFacts, Measure, Measured, Ticket,
-};
+use crate::policy::{Activity, DomainMeasure, Effect, Event, GpuFacts, Measure, Measured, Ticket};
 
 impl Machine {
     /// Lets the one thing happen that is due at `at`.
@@ -233,7 +231,12 @@ impl Machine {
         &mut self.wishes[index]
     }
 
-    pub(super) fn answer(&mut self, ticket: Ticket, outcome: Outcome, text: impl FnOnce() -> String) {
+    pub(super) fn answer(
+        &mut self,
+        ticket: Ticket,
+        outcome: Outcome,
+        text: impl FnOnce() -> String,
+    ) {
         let wish = Wish(ticket);
         self.write(|| What::Answered { wish, text: text() });
         self.state(ticket).outcome = outcome;
