@@ -99,6 +99,8 @@ struct Worker {
     open: bool,
     /// It was ready once, and holds its bytes.
     holds: bool,
+    /// It was told to end.
+    ending: bool,
     inside: BTreeSet<Ticket>,
     last_left: Timestamp,
 }

@@ -1,5 +1,6 @@
 //! Integration tests: the app with real stub workers.
 
+mod access_log;
 mod adapter;
 mod api;
 mod cli;
@@ -9,6 +10,7 @@ mod gpu;
 mod memory;
 mod pressure;
 mod proxy;
+mod scenarios;
 mod simulate;
 mod story;
 mod stub;

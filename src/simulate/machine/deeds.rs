@@ -112,6 +112,7 @@ impl Machine {
                 gpus,
                 open: false,
                 holds: false,
+                ending: false,
                 inside: BTreeSet::new(),
                 last_left: self.now,
             },
@@ -125,7 +126,10 @@ impl Machine {
 
     fn ready(&mut self, id: &WorkerId) {
         let now = self.now;
-        let Some(worker) = self.worker(id).filter(|worker| !worker.holds) else {
+        let Some(worker) = self
+            .worker(id)
+            .filter(|worker| !worker.holds && !worker.ending)
+        else {
             return;
         };
         worker.holds = true;
@@ -137,7 +141,7 @@ impl Machine {
     }
 
     fn never_ready(&mut self, id: &WorkerId) {
-        if self.worker(id).is_none() {
+        if self.worker(id).is_none_or(|worker| worker.ending) {
             return;
         }
         self.tell(id, || "was never ready".to_owned());
@@ -201,7 +205,10 @@ impl Machine {
 
     /// Closes the gate and ends the worker: after its own time, or at once.
     fn end(&mut self, id: &WorkerId, kill: bool) {
-        self.close(id);
+        if let Some(worker) = self.worker(id) {
+            worker.open = false;
+            worker.ending = true;
+        }
         let stop = match kill {
             true => Duration::ZERO,
             false => self.programs[&id.model].stop,
