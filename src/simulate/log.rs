@@ -7,7 +7,7 @@ use std::time::Duration;
 use serde::Deserialize;
 
 use super::input::InputError;
-use super::study::Demand;
+use super::workload::Demand;
 use crate::clock::Timestamp;
 use crate::model::ModelName;
 

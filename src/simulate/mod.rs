@@ -12,6 +12,7 @@
 //! | `log` | the same, from residentd's own access log |
 //! | `machine` | the virtual machine: workers, gates, memory, and the queue of what happens when |
 //! | `journal` | what happened in it, a line for each thing |
+//! | `workload` | models and the requests for them, put together |
 //! | `study` | one workload under one policy and limit, and its figures |
 //! | `offline` | a plan that knows the future, to compare with |
 //! | `report` | figures as a table, as JSON, as a chart and as a sentence |
@@ -27,6 +28,7 @@ mod report;
 mod study;
 mod table;
 mod trace;
+mod workload;
 
 pub use input::InputError;
 pub use journal::{Entry, What};
@@ -35,9 +37,7 @@ pub use machine::{Fault, Machine, Outcome, Program, Wish};
 pub use offline::{Plan, plan};
 pub use plot::svg;
 pub use report::{answer, chart, json, rows};
-pub use study::{
-    Demand, Eviction, Figures, Memory, Mode, ModelFacts, Request, UnknownPolicy, Waits, Workload,
-    WorkloadError, run, steps,
-};
+pub use study::{Eviction, Figures, Mode, UnknownPolicy, Waits, run, steps};
 pub use table::read as read_models;
 pub use trace::read as read_trace;
+pub use workload::{Demand, Memory, ModelFacts, Request, Workload, WorkloadError};

@@ -2,7 +2,8 @@
 
 use serde::Serialize;
 
-use super::study::{Figures, Memory, Mode, Workload, share};
+use super::study::{Figures, Mode, share};
+use super::workload::{Memory, Workload};
 use crate::model::Bytes;
 
 /// Cells of the longest bar of the chart.

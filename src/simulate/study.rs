@@ -1,14 +1,13 @@
 //! One workload under one policy and limit, and the figures of it.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::str::FromStr;
-use std::sync::Arc;
 use std::time::Duration;
 
-use super::machine::{Fault, Machine, Outcome, Program, Wish};
+use super::machine::{Machine, Outcome, Wish};
 use super::offline;
-use crate::clock::Timestamp;
-use crate::model::{Bytes, DeviceRef, Domain, GpuRequest, ModelName, ModelSpec};
+use super::workload::{FOR_EVER, Memory, ModelFacts, Workload};
+use crate::model::{Bytes, Domain};
 use crate::policy::{Settings, Threshold};
 
 /// Which policy chooses the victims.
@@ -70,208 +69,6 @@ impl Mode {
         match self {
             Self::Timed => "timed",
             Self::Serial => "serial",
-        }
-    }
-}
-
-/// Which memory is short.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Memory {
-    /// Host RAM: what fits may load side by side.
-    Host,
-    /// One GPU: one load or end at a time.
-    Gpu,
-}
-
-impl Memory {
-    fn domain(self) -> Domain {
-        match self {
-            Self::Host => Domain::Host,
-            Self::Gpu => Domain::Gpu(0),
-        }
-    }
-}
-
-/// One model of a workload.
-#[derive(Clone, Debug)]
-pub struct ModelFacts {
-    /// Its name, and what the configuration says of it if there is one.
-    pub spec: Arc<ModelSpec>,
-    /// Memory it holds while it is resident.
-    pub size: Bytes,
-    /// From spawn to ready.
-    pub load: Duration,
-}
-
-impl ModelFacts {
-    /// Returns a model of which nothing is known but these; requests wait for
-    /// it as long as it takes.
-    #[must_use]
-    pub fn new(name: ModelName, size: Bytes, load: Duration) -> Self {
-        let spec = ModelSpec {
-            max_queue: usize::MAX,
-            queue_timeout: FOR_EVER,
-            ..ModelSpec::plain(name, Vec::new())
-        };
-        Self {
-            spec: Arc::new(spec),
-            size,
-            load,
-        }
-    }
-
-    /// Returns the model's name.
-    #[must_use]
-    pub fn name(&self) -> &ModelName {
-        &self.spec.name
-    }
-
-    fn program(&self, memory: Memory, mode: Mode) -> Program {
-        let mut spec = (*self.spec).clone();
-        match memory {
-            Memory::Host => {
-                spec.memory = Some(self.size);
-                spec.gpus = GpuRequest::None;
-            }
-            Memory::Gpu => {
-                spec.memory = Some(Bytes::ZERO);
-                spec.vram = Some(self.size);
-                spec.gpus = GpuRequest::These(vec![DeviceRef::Index(0)]);
-            }
-        }
-        spec.max_memory = None;
-        // Here a load takes what it is known to take.
-        spec.start_timeout = FOR_EVER;
-        Program {
-            spec: Arc::new(spec),
-            holds: BTreeMap::from([(memory.domain(), self.size)]),
-            load: match mode {
-                Mode::Timed => self.load,
-                Mode::Serial => Duration::ZERO,
-            },
-            stop: Duration::ZERO,
-            fault: Fault::None,
-        }
-    }
-}
-
-/// Longer than any trace.
-const FOR_EVER: Duration = Duration::from_secs(100 * 365 * 24 * 3600);
-
-/// One request as it is written down.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Demand {
-    /// When it came.
-    pub at: Timestamp,
-    /// For which model.
-    pub model: ModelName,
-    /// How long it was inside the worker.
-    pub duration: Duration,
-}
-
-/// One request of a workload.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Request {
-    /// When it comes.
-    pub at: Timestamp,
-    /// For which model, by its place in the list of models.
-    pub model: usize,
-    /// How long it is inside the worker.
-    pub duration: Duration,
-}
-
-/// Models and the requests for them, in the order of their times.
-#[derive(Clone, Debug)]
-pub struct Workload {
-    models: Vec<ModelFacts>,
-    requests: Vec<Request>,
-}
-
-/// Why requests and models are no workload.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum WorkloadError {
-    /// Some are asked for and not known.
-    #[error(
-        "no model is called {}, and {requests} of the requests ask for it; name it, with its size and load time, or leave them out",
-        names.join(" or ")
-    )]
-    UnknownModels {
-        /// How many requests ask for them.
-        requests: usize,
-        /// Their names, in order.
-        names: Vec<String>,
-    },
-}
-
-impl Workload {
-    /// Puts requests and models together.
-    ///
-    /// # Errors
-    /// The models that are asked for and are not there.
-    pub fn new(models: Vec<ModelFacts>, demands: Vec<Demand>) -> Result<Self, WorkloadError> {
-        let places: BTreeMap<&str, usize> = (models.iter().enumerate())
-            .flat_map(|(place, facts)| {
-                let names = facts.spec.aliases.iter().chain([facts.name()]);
-                names.map(move |name| (name.as_str(), place))
-            })
-            .collect();
-        let mut unknown = BTreeSet::new();
-        let mut lost = 0;
-        let mut requests = Vec::with_capacity(demands.len());
-        for demand in demands {
-            match places.get(demand.model.as_str()) {
-                Some(model) => requests.push(Request {
-                    at: demand.at,
-                    model: *model,
-                    duration: demand.duration,
-                }),
-                None => {
-                    lost += 1;
-                    unknown.insert(demand.model.to_string());
-                }
-            }
-        }
-        if !unknown.is_empty() {
-            return Err(WorkloadError::UnknownModels {
-                requests: lost,
-                names: unknown.into_iter().collect(),
-            });
-        }
-        requests.sort_by_key(|request| request.at);
-        Ok(Self { models, requests })
-    }
-
-    /// Returns the models.
-    #[must_use]
-    pub fn models(&self) -> &[ModelFacts] {
-        &self.models
-    }
-
-    /// Returns the requests, the earliest first.
-    #[must_use]
-    pub fn requests(&self) -> &[Request] {
-        &self.requests
-    }
-
-    /// Returns the memory of all models together.
-    #[must_use]
-    pub fn total(&self) -> Bytes {
-        self.models.iter().map(|facts| facts.size).sum()
-    }
-
-    /// Returns the memory of the largest model.
-    #[must_use]
-    pub fn largest(&self) -> Bytes {
-        let sizes = self.models.iter().map(|facts| facts.size);
-        sizes.max().unwrap_or_default()
-    }
-
-    /// Returns the time from the first request to the last.
-    #[must_use]
-    pub fn span(&self) -> Duration {
-        match (self.requests.first(), self.requests.last()) {
-            (Some(first), Some(last)) => last.at.since(first.at),
-            _ => Duration::ZERO,
         }
     }
 }
@@ -371,14 +168,14 @@ pub fn run(
     // Only the memory that is asked about is short.
     let there = BTreeMap::from([(Domain::Host, Bytes::MAX), (domain, limit)]);
     let programs = workload
-        .models
+        .models()
         .iter()
         .map(|facts| facts.program(memory, mode));
     let mut machine = Machine::new(settings(policy, limit), there, programs);
-    let mut wishes = Vec::with_capacity(workload.requests.len());
-    for request in &workload.requests {
+    let mut wishes = Vec::with_capacity(workload.requests().len());
+    for request in workload.requests() {
         machine.run_until(request.at);
-        let spec = &workload.models[request.model].spec;
+        let spec = &workload.models()[request.model].spec;
         let duration = match mode {
             Mode::Timed => request.duration,
             Mode::Serial => Duration::ZERO,
@@ -418,7 +215,7 @@ fn settings(policy: Eviction, limit: Bytes) -> Settings {
 fn tally(workload: &Workload, mode: Mode, machine: &Machine, wishes: &[Wish]) -> Figures {
     let mut waits = Vec::with_capacity(wishes.len());
     let (mut hits, mut refused) = (0, 0);
-    for (wish, request) in wishes.iter().zip(&workload.requests) {
+    for (wish, request) in wishes.iter().zip(workload.requests()) {
         match machine.outcome(*wish) {
             Outcome::Served { hit: true, .. } => {
                 hits += 1;
@@ -427,7 +224,7 @@ fn tally(workload: &Workload, mode: Mode, machine: &Machine, wishes: &[Wish]) ->
             Outcome::Served { hit: false, waited } => waits.push(match mode {
                 Mode::Timed => *waited,
                 // Loads take no time on this clock; a request waits for its own.
-                Mode::Serial => workload.models[request.model].load,
+                Mode::Serial => workload.models()[request.model].load,
             }),
             Outcome::Refused(_)
             | Outcome::Waiting
@@ -445,8 +242,8 @@ fn tally(workload: &Workload, mode: Mode, machine: &Machine, wishes: &[Wish]) ->
         requests: wishes.len(),
         refused,
         hits,
-        loads: workload.models.iter().map(loads).sum(),
-        load_seconds: workload.models.iter().map(seconds).sum(),
+        loads: workload.models().iter().map(loads).sum(),
+        load_seconds: workload.models().iter().map(seconds).sum(),
         waits: Waits::of(waits),
         offline: offline::Plan::default(),
     }
@@ -471,4 +268,84 @@ pub fn steps(from: Bytes, to: Bytes, step: Option<Bytes>) -> Vec<Bytes> {
         all.push(to);
     }
     all
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::workload::Demand;
+    use super::*;
+    use crate::clock::Timestamp;
+    use crate::model::ModelName;
+
+    fn model(name: &str, gib: u64, load: u64) -> ModelFacts {
+        let name = ModelName::new(name).expect("a good name");
+        ModelFacts::new(name, Bytes::gib(gib), Duration::from_secs(load))
+    }
+
+    fn demand(at: u64, name: &str, seconds: u64) -> Demand {
+        Demand {
+            at: Timestamp::from_millis(at * 1000),
+            model: ModelName::new(name).expect("a good name"),
+            duration: Duration::from_secs(seconds),
+        }
+    }
+
+    fn timed(memory: Memory, demands: Vec<Demand>, gib: u64) -> Figures {
+        let models = vec![model("a", 4, 10), model("b", 4, 10)];
+        let workload = Workload::new(models, demands).expect("every model is there");
+        run(
+            &workload,
+            memory,
+            Mode::Timed,
+            Eviction::Lru,
+            Bytes::gib(gib),
+        )
+    }
+
+    #[test]
+    fn requests_that_wait_for_one_load_share_it() {
+        let demands = vec![demand(0, "a", 1), demand(4, "a", 1), demand(20, "a", 1)];
+        let figures = timed(Memory::Gpu, demands, 4);
+        assert_eq!((figures.loads, figures.hits), (1, 1));
+        assert!((figures.waits.max - 10.0).abs() < 1e-9);
+        assert!((figures.waits.mean - 16.0 / 3.0).abs() < 1e-9);
+    }
+
+    #[test]
+    fn on_a_gpu_one_model_loads_at_a_time_and_in_host_memory_two_may() {
+        let demands = || vec![demand(0, "a", 1), demand(0, "b", 1)];
+        let (gpu, host) = (
+            timed(Memory::Gpu, demands(), 8),
+            timed(Memory::Host, demands(), 8),
+        );
+        assert!((gpu.waits.max - 20.0).abs() < 1e-9, "{gpu:?}");
+        assert!((host.waits.max - 10.0).abs() < 1e-9, "{host:?}");
+    }
+
+    #[test]
+    fn what_can_never_fit_is_refused_and_no_part_of_the_plan() {
+        let figures = timed(Memory::Host, vec![demand(0, "a", 1)], 3);
+        assert_eq!((figures.refused, figures.loads), (1, 0));
+        assert_eq!(figures.offline.loads, 0);
+        assert!((figures.gap() - 1.0).abs() < 1e-9);
+    }
+
+    #[test]
+    fn steps_are_round_and_end_where_they_should() {
+        let gib = |list: &[u64]| list.iter().map(|n| Bytes::gib(*n)).collect::<Vec<_>>();
+        let (from, to) = (Bytes::gib(4), Bytes::gib(64));
+        let wanted = gib(&[4, 12, 20, 28, 36, 44, 52, 60, 64]);
+        assert_eq!(steps(from, to, None), wanted);
+        let wanted = gib(&[4, 34, 64]);
+        assert_eq!(steps(from, to, Some(Bytes::gib(30))), wanted);
+        assert_eq!(steps(to, to, None), gib(&[64]));
+    }
+
+    #[test]
+    fn the_hundredth_wait_is_no_p99_and_the_ninety_ninth_is() {
+        let all: Vec<_> = (1..=100).map(Duration::from_secs).collect();
+        let waits = Waits::of(all);
+        assert!((waits.p99 - 99.0).abs() < 1e-9 && (waits.max - 100.0).abs() < 1e-9);
+        assert_eq!(Waits::of(Vec::new()), Waits::default());
+    }
 }

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use super::input::{InputError, Table};
-use super::study::ModelFacts;
+use super::workload::ModelFacts;
 use crate::model::{Bytes, ModelName};
 
 /// The columns that are read; others may be there.

@@ -4,7 +4,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use super::input::{InputError, Table};
-use super::study::Demand;
+use super::workload::Demand;
 use crate::clock::Timestamp;
 use crate::model::ModelName;
 

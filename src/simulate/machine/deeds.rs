@@ -79,7 +79,7 @@ impl Machine {
                     self.tell(&worker, || format!("is busy and stays, {inside} inside"));
                     return Some(Event::EvictRefused { worker, inside });
                 }
-                self.tell(&worker, || format!("is evicted to {reason}"));
+                self.tell(&worker, || format!("is evicted: {reason}"));
                 self.end(&worker, kill);
             }
             Effect::Drain { worker, reason } => {
@@ -198,7 +198,14 @@ impl Machine {
             return;
         }
         worker.last_left = now;
-        if worker.inside.is_empty() && self.policy.awaits_idle() {
+        let is_empty = worker.inside.is_empty();
+        if matches!(self.state(ticket).outcome, Outcome::Served { .. }) {
+            self.write(|| What::Answered {
+                wish: Wish(ticket),
+                text: "is answered".to_owned(),
+            });
+        }
+        if is_empty && self.policy.awaits_idle() {
             self.feed(Event::Tick);
         }
     }
