@@ -17,9 +17,8 @@ const MAP: &[(&str, &[&str])] = &[
     ("config", &["model", "template", "telemetry"]),
     ("policy", &["model", "clock"]),
     ("procfs", &["model", "clock"]),
-    // The pure core under a virtual clock.
+    // Layer 2: instruments and hands, and the pure core under a virtual clock.
     ("simulate", &["policy", "model", "clock"]),
-    // Layer 2: instruments and hands.
     ("gate", &["model", "clock"]),
     (
         "worker",

@@ -118,6 +118,7 @@ impl Game {
     /// answer for the first run.
     fn page(&self, all: &[Figures], more: Bytes) -> String {
         let mut parts = vec![output::table(&simulate::rows(all), WORDS)];
+        parts.extend(simulate::remark(all).map(|remark| format!("{remark}\n")));
         if all.len() > 1 {
             parts.push(simulate::chart(all) + "\n");
         }
@@ -128,7 +129,14 @@ impl Game {
             let known = all.iter().find(same).cloned();
             let more = known.unwrap_or_else(|| self.play(first.policy, larger));
             let answer = simulate::answer(&self.workload, self.memory, first, Some(&more));
-            parts.push(answer);
+            let enough = (all.len() > 1).then(|| simulate::enough(all)).flatten();
+            parts.push(
+                [Some(answer), enough]
+                    .into_iter()
+                    .flatten()
+                    .collect::<Vec<_>>()
+                    .join(" "),
+            );
         }
         parts.join("\n")
     }

@@ -1,5 +1,7 @@
 //! The figures as one SVG picture: load time over the limit, and the wait over
 //! the limit, a line for each policy. It needs no other file and no script.
+//! Values go up in powers of ten: the first GiB change them a hundredfold, the
+//! last ones by a tenth, and both are to be seen.
 
 use std::collections::BTreeMap;
 use std::fmt::Write;
@@ -11,13 +13,15 @@ use crate::model::Bytes;
 const WIDTH: f64 = 720.0;
 const PANEL: f64 = 240.0;
 const LEFT: f64 = 80.0;
-const RIGHT: f64 = 24.0;
+const RIGHT: f64 = 36.0;
 const TOP: f64 = 44.0;
 const BOTTOM: f64 = 40.0;
 /// Colours that are told apart by the colour-blind too.
 const COLOURS: [&str; 4] = ["#0072b2", "#d55e00", "#009e73", "#cc79a7"];
-/// Lines across a panel.
-const GRID: u32 = 4;
+/// Powers of ten in a panel at most; what is smaller lies at its bottom.
+const DECADES: i32 = 5;
+/// Width of a letter of the key, about.
+const LETTER: f64 = 7.0;
 
 /// One line of a panel: a name, and a value in seconds for each limit.
 struct Line {
@@ -30,7 +34,10 @@ struct Line {
 pub fn svg(all: &[Figures]) -> String {
     let timed = all.iter().any(|figures| figures.mode == Mode::Timed);
     let mut loads = lines(all, |figures| figures.load_seconds);
-    loads.push(offline(all));
+    if !timed {
+        // Requests that wait share loads, which the plan cannot: it is no bound then.
+        loads.push(offline(all));
+    }
     let mut panels = vec![("time of all loads", loads)];
     if timed {
         panels.push((
@@ -81,7 +88,8 @@ fn offline(all: &[Figures]) -> Line {
 struct Scale {
     top: f64,
     limits: (f64, f64),
-    most: f64,
+    /// The powers of ten at the bottom and at the top.
+    decades: (i32, i32),
 }
 
 impl Scale {
@@ -94,7 +102,7 @@ impl Scale {
                 limits().fold(f64::INFINITY, f64::min),
                 limits().fold(0.0, f64::max),
             ),
-            most: points().map(|(_, value)| *value).fold(0.0, f64::max),
+            decades: decades(points().map(|(_, value)| *value)),
         }
     }
 
@@ -108,14 +116,23 @@ impl Scale {
     }
 
     fn y(&self, value: f64) -> f64 {
-        let part = if self.most > 0.0 {
-            value / self.most
-        } else {
-            0.0
-        };
+        let (least, most) = (f64::from(self.decades.0), f64::from(self.decades.1));
+        let power = value.log10().clamp(least, most);
+        let part = (power - least) / (most - least);
         let height = PANEL - TOP - BOTTOM;
         self.top + TOP + (1.0 - part) * height
     }
+}
+
+/// Returns the powers of ten around these values: one at least.
+fn decades(values: impl Iterator<Item = f64> + Clone) -> (i32, i32) {
+    let seen = || values.clone().filter(|value| *value > 0.0);
+    let powers = -6..10;
+    let over = |power: &i32| seen().all(|value| value <= 10_f64.powi(*power));
+    let most = powers.clone().find(over).unwrap_or(10);
+    let under = |power: &i32| seen().all(|value| value >= 10_f64.powi(*power));
+    let least = powers.rev().find(under).unwrap_or(most - DECADES);
+    (least.clamp(most - DECADES, most - 1), most)
 }
 
 fn panel(out: &mut String, top: f64, title: &str, lines: &[Line]) {
@@ -128,15 +145,15 @@ fn panel(out: &mut String, top: f64, title: &str, lines: &[Line]) {
     put(format_args!(
         "<text x=\"{LEFT}\" y=\"{y}\" font-weight=\"600\">{title}, by limit</text>"
     ));
-    for nth in 0..=GRID {
-        let value = scale.most * f64::from(nth) / f64::from(GRID);
+    for decade in scale.decades.0..=scale.decades.1 {
+        let value = 10_f64.powi(decade);
         let (y, right) = (scale.y(value), WIDTH - RIGHT);
         put(format_args!(
             "<line x1=\"{LEFT}\" x2=\"{right}\" y1=\"{y:.1}\" y2=\"{y:.1}\" stroke=\"#ddd\"/>\
              <text x=\"{:.1}\" y=\"{:.1}\" text-anchor=\"end\" fill=\"#555\">{}</text>",
             LEFT - 6.0,
             y + 4.0,
-            time(value),
+            format_args!("{value} s"),
         ));
     }
     let limits = lines.first().map_or(&[][..], |line| &line.points);
@@ -149,7 +166,7 @@ fn panel(out: &mut String, top: f64, title: &str, lines: &[Line]) {
             short(*limit),
         ));
     }
-    let mut key = LEFT + 190.0;
+    let mut key = LEFT + 230.0;
     for (line, colour) in lines.iter().zip(COLOURS.iter().cycle()) {
         let place = |(limit, value): &(Bytes, f64)| {
             format!("{:.1},{:.1}", scale.x(*limit), scale.y(*value))
@@ -173,6 +190,7 @@ fn panel(out: &mut String, top: f64, title: &str, lines: &[Line]) {
             "<text x=\"{key}\" y=\"{y}\" fill=\"{colour}\">● {}</text>",
             line.name
         ));
-        key += 60.0;
+        let letters = u32::try_from(line.name.len()).unwrap_or(0);
+        key += LETTER * f64::from(letters) + 4.0 * LETTER;
     }
 }

@@ -6,6 +6,8 @@ use super::study::{Figures, Mode, share};
 use super::workload::{Memory, Workload};
 use crate::model::Bytes;
 
+/// Requests hardly ever wait when this share of them finds its model ready.
+const SELDOM: f64 = 0.99;
 /// Cells of the longest bar of the chart.
 const BAR: usize = 40;
 /// Parts of a cell, the emptiest first.
@@ -178,22 +180,50 @@ fn fit(workload: &Workload, memory: Memory, figures: &Figures) -> String {
 
 fn gain(figures: &Figures, more: &Figures) -> String {
     let extra = more.limit - figures.limit;
-    let saved = figures.load_seconds - more.load_seconds;
-    let compare = format!(
-        "{} instead of {} loads, mean wait {} instead of {}",
-        more.loads,
-        figures.loads,
-        time(more.waits.mean),
-        time(figures.waits.mean),
-    );
-    if saved > 0.0 {
-        let part = saved / figures.load_seconds * 100.0;
-        return format!(
-            "Another {extra} would save {} of loading ({part:.0} %): {compare}.",
-            time(saved)
-        );
+    let mut changes = Vec::new();
+    let mut change = |what: &str, new: String, old: String| {
+        if new != old {
+            changes.push(format!("{what} {new} instead of {old}"));
+        }
+    };
+    let waiting = |figures: &Figures| format!("{:.2} %", (1.0 - figures.hit_ratio()) * 100.0);
+    let waits = |figures: &Figures| time(figures.waits.mean);
+    let loads = |figures: &Figures| time(figures.load_seconds);
+    let refused = |figures: &Figures| figures.refused.to_string();
+    change("requests refused", refused(more), refused(figures));
+    change("a mean wait of", waits(more), waits(figures));
+    change("requests that wait", waiting(more), waiting(figures));
+    change("loads", more.loads.to_string(), figures.loads.to_string());
+    change("time of all loads", loads(more), loads(figures));
+    match changes.is_empty() {
+        true => format!("Another {extra} would change nothing."),
+        false => format!("Another {extra} would buy: {}.", changes.join(", ")),
     }
-    format!("Another {extra} would save nothing: {compare}.")
+}
+
+/// Returns what has to be known to read a table: nothing most of the time.
+#[must_use]
+pub fn remark(all: &[Figures]) -> Option<&'static str> {
+    let shared = |figures: &Figures| figures.mode == Mode::Timed && figures.gap() < 1.0;
+    all.iter().any(shared).then_some(
+        "A GAP under 1: requests that wait for one load share it, and whoever is turned away needs none; the plan\n\
+         serves each request at once and in order. --serial compares like with like.",
+    )
+}
+
+/// Names the smallest limit at which requests hardly ever wait.
+#[must_use]
+pub fn enough(all: &[Figures]) -> Option<String> {
+    let seldom = |figures: &&Figures| figures.refused == 0 && figures.hit_ratio() >= SELDOM;
+    let least = all
+        .iter()
+        .filter(seldom)
+        .min_by_key(|figures| figures.limit)?;
+    Some(format!(
+        "Of these limits, {} with {} is the smallest at which fewer than one request in a hundred waits.",
+        least.limit,
+        least.policy.as_str()
+    ))
 }
 
 /// Returns seconds as `0s`, `0.14s`, `75s`, `12m30s` or `3h38m`.

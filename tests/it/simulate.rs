@@ -126,7 +126,7 @@ fn a21_timed_loads_agree_with_an_independent_simulation() {
 #[test]
 fn no_serial_run_beats_the_offline_plan() {
     let workload = workload();
-    for limit in simulate::steps(Bytes::gib(46), Bytes::gib(200), Some(Bytes::gib(14))) {
+    for limit in simulate::steps(Bytes::gib(60), Bytes::gib(200), Some(Bytes::gib(20))) {
         let figures = simulate::run(&workload, Memory::Gpu, Mode::Serial, Eviction::Lru, limit);
         assert!(figures.gap() >= 1.0, "{limit}: {figures:?}");
         assert_eq!(figures.refused, 0, "{limit}: every model fits");
