@@ -10,6 +10,7 @@ mod gpu;
 mod memory;
 mod pressure;
 mod proxy;
+mod replay;
 mod scenarios;
 mod simulate;
 mod story;

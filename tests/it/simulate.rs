@@ -38,7 +38,7 @@ struct TimedRow {
     wait_mean_s: f64,
 }
 
-fn traces() -> PathBuf {
+pub(crate) fn traces() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/traces")
 }
 
