@@ -71,6 +71,19 @@ pub enum StoreError {
     },
 }
 
+impl StoreError {
+    fn opening(path: &Path, source: redb::DatabaseError) -> Self {
+        let path = path.to_owned();
+        match source {
+            redb::DatabaseError::DatabaseAlreadyOpen => Self::Held { path },
+            source => Self::Open {
+                path,
+                source: Box::new(source),
+            },
+        }
+    }
+}
+
 /// The database. Cheap to clone.
 #[derive(Clone, Debug)]
 pub struct Store {
@@ -124,13 +137,8 @@ impl Store {
             source,
         })?;
         let path = folder.join("residentd.redb");
-        let database = Database::create(&path).map_err(|source| match source {
-            redb::DatabaseError::DatabaseAlreadyOpen => StoreError::Held { path: path.clone() },
-            source => StoreError::Open {
-                path: path.clone(),
-                source: Box::new(source),
-            },
-        })?;
+        let database =
+            Database::create(&path).map_err(|source| StoreError::opening(&path, source))?;
         let failed = |source| StoreError::Use {
             path: path.clone(),
             source: Box::new(source),
@@ -160,8 +168,8 @@ impl Store {
         })
     }
 
-    /// Reads what is known of each model and changes nothing; nothing is known
-    /// where there is no database.
+    /// Reads what is known of each model and writes nothing, unless the database
+    /// was not closed and has to be mended; nothing is known where there is none.
     ///
     /// # Errors
     /// When a residentd has it open, or it cannot be read.
@@ -173,13 +181,15 @@ impl Store {
         if !path.exists() {
             return Ok(BTreeMap::new());
         }
-        let database = ReadOnlyDatabase::open(&path).map_err(|source| match source {
-            redb::DatabaseError::DatabaseAlreadyOpen => StoreError::Held { path: path.clone() },
-            source => StoreError::Open {
-                path: path.clone(),
-                source: Box::new(source),
-            },
-        })?;
+        let opened = ReadOnlyDatabase::open(&path).or_else(|error| match error {
+            // It was not closed the last time, which opening it to write mends.
+            redb::DatabaseError::RepairAborted => {
+                drop(Database::open(&path)?);
+                ReadOnlyDatabase::open(&path)
+            }
+            other => Err(other),
+        });
+        let database = opened.map_err(|source| StoreError::opening(&path, source))?;
         let failed = |source| StoreError::Use {
             path: path.clone(),
             source: Box::new(source),
