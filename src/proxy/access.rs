@@ -13,8 +13,15 @@ use std::time::Duration;
 use serde::Serialize;
 use tracing::warn;
 
+use crate::clock::{Clock, Timestamp};
+use crate::model::ModelName;
+use crate::reply::Fault;
+
 /// Lines that wait for the disk at most; one more is dropped.
 const QUEUE: usize = 4096;
+/// The status of a request whose client left before there was an answer, as
+/// other servers write it.
+const LEFT: u16 = 499;
 /// How long an end waits for the disk.
 const FLUSH: Duration = Duration::from_secs(2);
 
@@ -41,6 +48,65 @@ pub(super) struct Line {
     pub(super) stream: bool,
     /// `whole`, `left` (the client), `broke` (the worker), `refused`.
     pub(super) end: &'static str,
+}
+
+/// A request that has no answer yet. It is dropped when its client leaves, and
+/// then it asked for the model all the same.
+#[derive(Debug)]
+pub(super) struct Unanswered {
+    log: Option<AccessLog>,
+    model: ModelName,
+    clock: Clock,
+    began: Timestamp,
+}
+
+impl Unanswered {
+    /// Begins to watch a request for this model, that came at `began`.
+    pub(super) fn new(
+        log: Option<AccessLog>,
+        model: ModelName,
+        clock: Clock,
+        began: Timestamp,
+    ) -> Self {
+        Self {
+            log,
+            model,
+            clock,
+            began,
+        }
+    }
+
+    /// A worker answers: its account tells the rest.
+    pub(super) fn answered(mut self) {
+        self.log = None;
+    }
+
+    /// No worker answers.
+    pub(super) fn refused(mut self, fault: &Fault) {
+        self.write(fault.status().as_u16(), Some(fault.code()), "refused");
+    }
+
+    fn write(&mut self, status: u16, code: Option<&'static str>, end: &'static str) {
+        let Some(log) = self.log.take() else { return };
+        log.write(Line {
+            time: self.clock.unix(self.began),
+            model: self.model.to_string(),
+            generation: None,
+            status,
+            code,
+            wait_s: self.clock.now().since(self.began).as_secs_f64(),
+            duration_s: 0.0,
+            bytes: 0,
+            stream: false,
+            end,
+        });
+    }
+}
+
+impl Drop for Unanswered {
+    fn drop(&mut self) {
+        self.write(LEFT, None, "left");
+    }
 }
 
 enum Message {

@@ -27,14 +27,13 @@ use hyper::{Request, Response};
 use tracing::debug;
 
 pub use self::access::AccessLog;
-use self::access::Line;
+use self::access::Unanswered;
 pub use self::body::{ProxyBody, Streamed};
 use self::forward::Passage;
 use self::held::Held;
 use self::pool::Pools;
 use self::resolve::ByPath;
 pub use self::upload::BodyError;
-use crate::clock::Timestamp;
 use crate::control::{Controller, ModelRoute};
 use crate::model::Bytes;
 use crate::reply::Fault;
@@ -131,6 +130,8 @@ impl Proxy {
             }
         };
         held.read_whole(REPLAYED).await?;
+        let (access, clock) = (self.access.clone(), self.controller.clock());
+        let unanswered = Unanswered::new(access, route.name().clone(), clock, began);
         let passage = Passage {
             route,
             head,
@@ -140,29 +141,11 @@ impl Proxy {
             began,
         };
         let passed = self.pass(passage).await;
-        if let Err(fault) = &passed {
-            self.log_refused(route, fault, began);
+        match &passed {
+            Ok(_) => unanswered.answered(),
+            Err(fault) => unanswered.refused(fault),
         }
         passed
-    }
-
-    /// Writes down a request that got no worker's answer: it asked for the
-    /// model all the same.
-    fn log_refused(&self, route: &ModelRoute, fault: &Fault, began: Timestamp) {
-        let Some(log) = &self.access else { return };
-        let clock = self.controller.clock();
-        log.write(Line {
-            time: clock.unix(began),
-            model: route.name().to_string(),
-            generation: None,
-            status: fault.status().as_u16(),
-            code: Some(fault.code()),
-            wait_s: clock.now().since(began).as_secs_f64(),
-            duration_s: 0.0,
-            bytes: 0,
-            stream: false,
-            end: "refused",
-        });
     }
 
     fn route(&self, name: Option<String>) -> Result<&Arc<ModelRoute>, Fault> {

@@ -1,5 +1,6 @@
 //! The access log, and `simulate` over what was really served.
 
+use std::io::Write;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
@@ -136,6 +137,40 @@ fn a_model_of_unknown_size_is_named() {
     assert_eq!(code, 2, "{errors}");
     let wanted = "how much memory mystery needs; declare models.NAME.memory";
     assert!(errors.contains(wanted), "{errors}");
+}
+
+#[test]
+fn who_leaves_or_is_refused_while_the_model_loads_has_asked_for_it_all_the_same() {
+    let residentd = Residentd::start_with(
+        &format!(
+            "[models.slow]\ncommand = [{STUB:?}, \"--port\", \"${{PORT}}\", \"--ready-after\", \"60s\"]\nmemory = \"32MiB\"\nqueue_timeout = \"300ms\"\n"
+        ),
+        &[("RESIDENTD_ACCESS_LOG", "true")],
+    );
+    let body = r#"{"model":"slow"}"#;
+    let mut client = std::net::TcpStream::connect(residentd.address()).expect("it listens");
+    let head = "POST /v1/completions HTTP/1.1\r\nhost: x\r\n";
+    let length = body.len();
+    write!(client, "{head}content-length: {length}\r\n\r\n{body}").expect("it is sent");
+    residentd.wait_for_phase("slow", "starting");
+    drop(client);
+    assert_eq!(residentd.complete("slow").status, 503);
+    let both = crate::support::wait_until("two lines in the log", || {
+        let lines = lines(&residentd.folder());
+        (lines.len() == 2).then_some(lines)
+    });
+    let told: Vec<_> = both
+        .iter()
+        .map(|line| {
+            (
+                line["end"].as_str(),
+                line["status"].as_u64(),
+                line["code"].as_str(),
+            )
+        })
+        .collect();
+    let refused = (Some("refused"), Some(503), Some("queue_timeout"));
+    assert_eq!(told, [(Some("left"), Some(499), None), refused]);
 }
 
 #[test]
