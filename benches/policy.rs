@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use residentd::clock::Timestamp;
-use residentd::model::{Bytes, Domain, ModelName, ModelSpec, WorkerId};
+use residentd::model::{Bytes, Domain, EvictionPolicy, ModelName, ModelSpec, WorkerId};
 use residentd::policy::{
     Activity, DomainMeasure, Effect, Event, Measure, Measured, Policy, Settings, Setup, Threshold,
 };
@@ -41,6 +41,8 @@ impl World {
             auto_cleanup: true,
             emergency: true,
             drain_timeout: Duration::from_secs(30),
+            eviction: EvictionPolicy::Lru,
+            patience: Duration::from_secs(5),
         };
         let setups = (0..MODELS).map(|index| Setup {
             spec: Arc::new(ModelSpec {

@@ -17,6 +17,7 @@ use hyper::service::service_fn;
 use hyper::{Request, Response};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto;
+use rustix::mm::MlockAllFlags;
 use tokio::net::{TcpListener, UnixListener};
 use tokio_util::sync::CancellationToken;
 use tower::ServiceExt;
@@ -87,8 +88,8 @@ pub enum AppError {
 /// How this residentd differs from another with the same configuration.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Options {
-    /// Reap every orphan, not only those of our workers, and end every child at
-    /// the end. Right when residentd is its own process, wrong when it runs
+    /// Reap every orphan, not only those of our workers, end every child at the
+    /// end, and keep what this process has mapped in memory. Right when residentd is its own process, wrong when it runs
     /// inside a test.
     pub owns_process: bool,
 }
@@ -151,6 +152,9 @@ impl App {
         };
         for (_, listener) in listeners {
             telemetry::spawn("listener", listen(listener, server.clone()));
+        }
+        if options.owns_process {
+            stay_in_memory();
         }
         Ok(app)
     }
@@ -222,6 +226,17 @@ fn access_log(config: &Config) -> Result<Option<AccessLog>, AppError> {
     }
 }
 
+/// Keeps the pages of this process from being dropped, our program's among them.
+/// In a cgroup that is full the kernel would drop those first, and reading one
+/// again may be what its OOM killer comes for when nobody else is left to kill.
+fn stay_in_memory() {
+    // Only what is in use is held, and nothing that is mapped later.
+    let flags = MlockAllFlags::CURRENT | MlockAllFlags::ONFAULT;
+    if let Err(error) = rustix::mm::mlockall(flags) {
+        debug!(%error, "may not lock pages, so the kernel may drop some; raise RLIMIT_MEMLOCK to change that");
+    }
+}
+
 fn start_controller(
     config: &Config,
     store: Store,
@@ -254,6 +269,8 @@ fn start_controller(
         soft: threshold(config.pressure.soft),
         hard: threshold(config.pressure.hard),
         auto_cleanup: config.memory.auto_cleanup,
+        eviction: config.memory.policy,
+        patience: config.memory.patience,
         emergency: config.pressure.emergency,
         drain_timeout: config.server.shutdown_grace,
     };

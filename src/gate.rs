@@ -12,9 +12,11 @@
 //! 31..0            requests inside
 //! ```
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::time::Duration;
 
 use crate::clock::Timestamp;
+use crate::model::{GAP_CLASSES, IdleGaps};
 
 const OPEN: u64 = 1 << 63;
 const WATCHED: u64 = 1 << 62;
@@ -26,6 +28,9 @@ pub struct Gate {
     word: AtomicU64,
     entered: AtomicU64,
     last_left_micros: AtomicU64,
+    /// Idle times between two uses that nobody has taken yet, and how many.
+    gaps: [AtomicU32; GAP_CLASSES],
+    gaps_count: AtomicU32,
 }
 
 /// A copy of a gate's numbers.
@@ -56,12 +61,14 @@ impl Gate {
             word: AtomicU64::new(OPEN),
             entered: AtomicU64::new(0),
             last_left_micros: AtomicU64::new(now.as_micros()),
+            gaps: [const { AtomicU32::new(0) }; GAP_CLASSES],
+            gaps_count: AtomicU32::new(0),
         }
     }
 
-    /// Enters when the gate is open. Returns whether it was.
+    /// Enters when the gate is open, at `now`. Returns whether it was.
     #[must_use]
-    pub fn try_enter(&self) -> bool {
+    pub fn try_enter(&self, now: Timestamp) -> bool {
         let mut word = self.word.load(Ordering::Relaxed);
         loop {
             if word & OPEN == 0 {
@@ -74,11 +81,35 @@ impl Gate {
                 Ordering::Relaxed,
             ) {
                 Ok(_) => break,
-                Err(now) => word = now,
+                Err(other) => word = other,
             }
         }
-        self.entered.fetch_add(1, Ordering::Relaxed);
+        let entered = self.entered.fetch_add(1, Ordering::Relaxed);
+        if word & INSIDE == 0 && entered > 0 {
+            self.note_gap(now);
+        }
         true
+    }
+
+    /// Notes how long nobody was inside.
+    fn note_gap(&self, now: Timestamp) {
+        let gap = now.since(self.last_left());
+        self.gaps[IdleGaps::class(gap)].fetch_add(1, Ordering::Relaxed);
+        self.gaps_count.fetch_add(1, Ordering::Release);
+    }
+
+    /// Takes the idle times since the last call; `None` without any.
+    #[must_use]
+    pub fn take_gaps(&self) -> Option<IdleGaps> {
+        if self.gaps_count.swap(0, Ordering::Acquire) == 0 {
+            return None;
+        }
+        let taken = self.gaps.iter().map(|gap| gap.swap(0, Ordering::Relaxed));
+        let mut gaps = IdleGaps::default();
+        for (class, taken) in gaps.0.iter_mut().zip(taken) {
+            *class = taken;
+        }
+        Some(gaps)
     }
 
     /// Leaves after a successful [`Gate::try_enter`], at `now`.
@@ -145,10 +176,13 @@ impl Gate {
         GateReading {
             inside: inside(word),
             entered: self.entered.load(Ordering::Relaxed),
-            last_left: Timestamp::from_start(std::time::Duration::from_micros(
-                self.last_left_micros.load(Ordering::Acquire),
-            )),
+            last_left: self.last_left(),
         }
+    }
+
+    fn last_left(&self) -> Timestamp {
+        let micros = self.last_left_micros.load(Ordering::Acquire);
+        Timestamp::from_start(Duration::from_micros(micros))
     }
 }
 
@@ -165,11 +199,11 @@ mod tests {
     #[test]
     fn an_empty_gate_closes_and_a_busy_one_does_not() {
         let gate = Gate::open(Timestamp::START);
-        assert!(gate.try_enter());
+        assert!(gate.try_enter(Timestamp::START));
         assert!(!gate.close_if_empty());
         assert_eq!(gate.leave(Timestamp::from_millis(7)), Left::Quiet);
         assert!(gate.close_if_empty());
-        assert!(!gate.try_enter());
+        assert!(!gate.try_enter(Timestamp::START));
         let read = gate.read();
         assert_eq!(
             (read.inside, read.entered, read.last_left),
@@ -180,7 +214,7 @@ mod tests {
     #[test]
     fn the_last_to_leave_a_watched_gate_says_so() {
         let gate = Gate::open(Timestamp::START);
-        assert!(gate.try_enter() && gate.try_enter());
+        assert!(gate.try_enter(Timestamp::START) && gate.try_enter(Timestamp::START));
         assert_eq!(gate.watch(true), 2);
         assert_eq!(gate.leave(Timestamp::START), Left::Quiet);
         assert_eq!(gate.leave(Timestamp::START), Left::LastOfWatched);
@@ -197,7 +231,10 @@ mod tests {
                 .map(|_| {
                     let gate = Arc::clone(&gate);
                     std::thread::spawn(move || {
-                        let enter = || gate.try_enter().then(|| gate.leave(Timestamp::START));
+                        let enter = || {
+                            gate.try_enter(Timestamp::START)
+                                .then(|| gate.leave(Timestamp::START))
+                        };
                         u64::try_from((0..500).map_while(|_| enter()).count()).expect("few")
                     })
                 })
@@ -212,5 +249,23 @@ mod tests {
                 .sum();
             assert_eq!(gate.read().entered, entered);
         }
+    }
+
+    #[test]
+    fn the_time_between_two_uses_is_noted_once_and_that_before_the_first_is_not() {
+        let gate = Gate::open(Timestamp::START);
+        assert!(gate.try_enter(Timestamp::from_millis(9_000)));
+        assert!(gate.try_enter(Timestamp::from_millis(9_000)));
+        gate.leave(Timestamp::from_millis(9_500));
+        assert!(gate.try_enter(Timestamp::from_millis(9_600)));
+        gate.leave(Timestamp::from_millis(10_000));
+        gate.leave(Timestamp::from_millis(10_000));
+        assert_eq!(gate.take_gaps(), None);
+        assert!(gate.try_enter(Timestamp::from_millis(13_000)));
+        assert_eq!(
+            gate.take_gaps(),
+            Some(IdleGaps::one(Duration::from_secs(3)))
+        );
+        assert_eq!(gate.take_gaps(), None);
     }
 }

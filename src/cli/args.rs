@@ -3,13 +3,13 @@
 
 use std::path::PathBuf;
 use std::str::FromStr;
+use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
 
 use super::client::Server;
 use crate::config::units;
-use crate::model::{Bytes, ModelName};
-use crate::simulate::Eviction;
+use crate::model::{Bytes, EvictionPolicy, ModelName};
 
 /// Decides which models are resident in memory.
 #[derive(Debug, Parser)]
@@ -111,6 +111,12 @@ pub struct SettingArgs {
     /// Whether idle models are unloaded under pressure: true or false
     #[arg(long, value_name = "BOOL")]
     pub auto_cleanup: Option<String>,
+    /// Who goes to make room: lru or cost
+    #[arg(long, value_name = "NAME")]
+    pub policy: Option<String>,
+    /// How long a request waits for busy workers before they are drained, as 5s
+    #[arg(long, value_name = "TIME")]
+    pub patience: Option<String>,
 }
 
 impl SettingArgs {
@@ -130,6 +136,8 @@ impl SettingArgs {
             ("memory.reserve", &self.reserve),
             ("memory.check_interval", &self.check_interval),
             ("memory.auto_cleanup", &self.auto_cleanup),
+            ("memory.policy", &self.policy),
+            ("memory.patience", &self.patience),
         ];
         all.into_iter()
             .filter_map(|(key, text)| Some((key, text.as_deref()?)))
@@ -256,14 +264,12 @@ pub(super) struct SimulateArgs {
     /// Limits from one to another, as limit=4GiB..64GiB, or with a step as limit=4GiB..64GiB/4GiB
     #[arg(long, value_name = "RANGE")]
     pub(super) sweep: Option<Sweep>,
-    /// Who chooses the victims; several with commas between
-    #[arg(
-        long,
-        value_name = "POLICY",
-        value_delimiter = ',',
-        default_value = "lru"
-    )]
-    pub(super) policy: Vec<Eviction>,
+    /// Who goes to make room, lru or cost; several with commas between
+    #[arg(long, value_name = "POLICY", value_delimiter = ',', value_parser = policy)]
+    pub(super) policy: Vec<EvictionPolicy>,
+    /// How long a request waits before busy models are drained for it, as 5s
+    #[arg(long, value_name = "TIME", value_parser = time)]
+    pub(super) patience: Option<Duration>,
     /// One request after another, whatever they take: only loads count
     #[arg(long)]
     pub(super) serial: bool,
@@ -322,6 +328,14 @@ impl FromStr for Sweep {
         }
         Ok(Self { from, to, step })
     }
+}
+
+fn policy(text: &str) -> Result<EvictionPolicy, String> {
+    EvictionPolicy::from_name(text).ok_or_else(|| "it is no policy; write lru or cost".to_owned())
+}
+
+fn time(text: &str) -> Result<Duration, String> {
+    units::duration(text).map_err(|complaint| complaint.to_string())
 }
 
 /// Limits of one sweep at most.

@@ -5,17 +5,21 @@ mod configured;
 
 use std::io::Write;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use anyhow::Context;
 use configured::ConfiguredError;
 
 use super::args::{Device, SimulateArgs};
 use super::{output, serve};
-use crate::model::Bytes;
-use crate::simulate::{self, Eviction, Figures, Memory, Mode, Workload};
+use crate::model::{Bytes, EvictionPolicy};
+use crate::simulate::{self, Figures, Memory, Mode, Rules, Workload};
 
 /// The first columns of the table are words.
 const WORDS: usize = 2;
+
+/// What the configuration's default is.
+const PATIENCE: Duration = Duration::from_secs(5);
 
 /// Plays and prints.
 ///
@@ -38,7 +42,7 @@ pub(super) fn run(args: &SimulateArgs) -> anyhow::Result<ExitCode> {
     let limits = game.limits(args);
     let runs = limits
         .iter()
-        .flat_map(|limit| args.policy.iter().map(move |policy| (*policy, *limit)));
+        .flat_map(|limit| game.policies.iter().map(move |policy| (*policy, *limit)));
     let all: Vec<_> = runs
         .map(|(policy, limit)| game.play(policy, limit))
         .collect();
@@ -59,6 +63,8 @@ struct Game {
     workload: Workload,
     memory: Memory,
     mode: Mode,
+    policies: Vec<EvictionPolicy>,
+    patience: Duration,
     limit: Option<Bytes>,
     notes: Vec<String>,
 }
@@ -79,6 +85,8 @@ impl Game {
                 workload: Workload::new(models, simulate::read_trace(trace)?)?,
                 memory: memory.unwrap_or(Memory::Gpu),
                 mode,
+                policies: policies(args, EvictionPolicy::Lru),
+                patience: args.patience.unwrap_or(PATIENCE),
                 limit: None,
                 notes: Vec::new(),
             });
@@ -88,6 +96,8 @@ impl Game {
             workload: found.workload,
             memory: found.memory,
             mode,
+            policies: policies(args, found.rules.eviction),
+            patience: args.patience.or(found.rules.patience).unwrap_or(PATIENCE),
             limit: found.limit,
             notes: found.notes,
         })
@@ -110,8 +120,12 @@ impl Game {
         limits
     }
 
-    fn play(&self, policy: Eviction, limit: Bytes) -> Figures {
-        simulate::run(&self.workload, self.memory, self.mode, policy, limit)
+    fn play(&self, eviction: EvictionPolicy, limit: Bytes) -> Figures {
+        let rules = Rules {
+            eviction,
+            patience: Some(self.patience),
+        };
+        simulate::run(&self.workload, self.memory, self.mode, rules, limit)
     }
 
     /// Returns the table, the chart when there is something to compare, and the
@@ -139,5 +153,13 @@ impl Game {
             );
         }
         parts.join("\n")
+    }
+}
+
+/// The policies that are asked for, else this one.
+fn policies(args: &SimulateArgs, usual: EvictionPolicy) -> Vec<EvictionPolicy> {
+    match args.policy.is_empty() {
+        true => vec![usual],
+        false => args.policy.clone(),
     }
 }

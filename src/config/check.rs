@@ -94,6 +94,8 @@ fn memory(raw: RawMemory, context: &Context<'_>) -> Memory {
         reserve: raw.reserve.map(|reserve| reserve.value),
         check_interval: given(raw.check_interval),
         auto_cleanup: given(raw.auto_cleanup),
+        policy: given(raw.policy),
+        patience: given(raw.patience),
         nvml_library: raw
             .nvml_library
             .map(|path| context.working_dir.join(path.value)),

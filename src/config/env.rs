@@ -87,7 +87,7 @@ const fn variable(name: &'static str, table: Table, key: &'static str) -> Variab
     }
 }
 
-const VARIABLES: [Variable; 15] = [
+const VARIABLES: [Variable; 17] = [
     variable("RESIDENTD_LISTEN", Table::Server, "listen"),
     variable("RESIDENTD_STATE_DIR", Table::Server, "state_dir"),
     variable("RESIDENTD_SHUTDOWN_GRACE", Table::Server, "shutdown_grace"),
@@ -100,6 +100,8 @@ const VARIABLES: [Variable; 15] = [
     variable("RESIDENTD_RESERVE", Table::Memory, "reserve"),
     variable("RESIDENTD_CHECK_INTERVAL", Table::Memory, "check_interval"),
     variable("RESIDENTD_AUTO_CLEANUP", Table::Memory, "auto_cleanup"),
+    variable("RESIDENTD_POLICY", Table::Memory, "policy"),
+    variable("RESIDENTD_PATIENCE", Table::Memory, "patience"),
     variable("MAX_MEMORY_USAGE", Table::Memory, "limit"),
     Variable {
         name: "MEMORY_CHECK_INTERVAL",

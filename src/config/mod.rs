@@ -40,7 +40,7 @@ pub use env::{Environment, Sources};
 pub use files::DEFAULTS;
 pub use problem::{Complaint, Problem, Problems, Severity};
 
-use crate::model::{Bytes, DeviceRef, ModelSpec};
+use crate::model::{Bytes, DeviceRef, EvictionPolicy, ModelSpec};
 
 /// A valid configuration.
 #[derive(Clone, Debug)]
@@ -121,6 +121,10 @@ pub struct Memory {
     pub check_interval: Duration,
     /// Whether soft pressure evicts by itself.
     pub auto_cleanup: bool,
+    /// Who goes to make room.
+    pub policy: EvictionPolicy,
+    /// How long a request waits for busy workers before they are drained.
+    pub patience: Duration,
     /// The NVIDIA driver's library; absent: the system's own.
     pub nvml_library: Option<PathBuf>,
     /// Where the host's `/proc` is mounted, when GPU drivers list processes as

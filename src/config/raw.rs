@@ -12,12 +12,11 @@ use super::problem::{Complaint, Origin, Place, Problems};
 use super::section::{Section, Setting, Text};
 use super::value::{NAME_FIX, Value};
 use super::{Listen, LogFormat, Threshold, gpus, ready};
-use crate::model::{Bytes, DeviceRef, GpuRequest, ModelName, ReadyCheck};
+use crate::model::{Bytes, DeviceRef, EvictionPolicy, GpuRequest, ModelName, ReadyCheck};
 
 /// Tables and keys of the documentation that this version has no feature for.
 const LATER: [&str; 3] = ["admin", "auth", "tls"];
 const LATER_SERVER: [&str; 1] = ["adopt"];
-const LATER_MEMORY: [&str; 2] = ["policy", "patience"];
 const LATER_MODEL: [&str; 7] = [
     "stop_command",
     "concurrency",
@@ -59,6 +58,8 @@ pub(super) struct RawMemory {
     pub(super) reserve: Option<Setting<Bytes>>,
     pub(super) check_interval: Option<Setting<Duration>>,
     pub(super) auto_cleanup: Option<Setting<bool>>,
+    pub(super) policy: Option<Setting<EvictionPolicy>>,
+    pub(super) patience: Option<Setting<Duration>>,
     pub(super) nvml_library: Option<Setting<PathBuf>>,
     pub(super) host_proc: Option<Setting<PathBuf>>,
 }
@@ -220,10 +221,12 @@ impl RawMemory {
             reserve: s.get("reserve", Value::size, problems),
             check_interval: s.get("check_interval", Value::duration_over_zero, problems),
             auto_cleanup: s.get("auto_cleanup", Value::flag, problems),
+            policy: s.get("policy", Value::eviction_policy, problems),
+            patience: s.get("patience", Value::duration, problems),
             nvml_library: s.get("nvml_library", Value::path, problems),
             host_proc: s.get("host_proc", Value::path, problems),
         };
-        section.finish(&LATER_MEMORY, problems);
+        section.finish(&[], problems);
         raw
     }
 
@@ -233,6 +236,8 @@ impl RawMemory {
             reserve: self.reserve.or(weaker.reserve),
             check_interval: self.check_interval.or(weaker.check_interval),
             auto_cleanup: self.auto_cleanup.or(weaker.auto_cleanup),
+            policy: self.policy.or(weaker.policy),
+            patience: self.patience.or(weaker.patience),
             nvml_library: self.nvml_library.or(weaker.nvml_library),
             host_proc: self.host_proc.or(weaker.host_proc),
         }

@@ -15,7 +15,7 @@ use tracing_subscriber::filter::LevelFilter;
 
 use super::problem::Complaint;
 use super::{Listen, LogFormat, Threshold, units};
-use crate::model::{Bytes, ModelName};
+use crate::model::{Bytes, EvictionPolicy, ModelName};
 
 /// A value as it was written.
 #[derive(Clone, Debug)]
@@ -200,6 +200,11 @@ impl<'a> Value<'a> {
             Some("json") => Ok(LogFormat::Json),
             _ => Err(self.is_not("a log format", r#"write "text" or "json""#)),
         }
+    }
+
+    pub(super) fn eviction_policy(&self) -> Result<EvictionPolicy, Complaint> {
+        let known = self.as_text().and_then(EvictionPolicy::from_name);
+        known.ok_or_else(|| self.is_not("a policy", r#"write "lru" or "cost""#))
     }
 
     /// Reads a level, or a filter of levels by module.

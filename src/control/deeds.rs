@@ -63,6 +63,7 @@ impl Task {
                 ready.gate.close();
                 self.withdraw(&worker);
             }
+            Effect::Resume { worker } => self.resume(&worker),
             Effect::Terminate {
                 worker,
                 reason,
@@ -127,6 +128,16 @@ impl Task {
         self.granted_late += u64::from(late);
         // A lease that cannot be delivered drops, and so is given back.
         let _ = reply.send(Ok(lease));
+    }
+
+    /// The worker takes requests again.
+    fn resume(&self, worker: &WorkerId) {
+        info!(%worker, "nobody needs its memory any more: the worker stays");
+        let ready = self.workers.get(worker).and_then(|live| live.ready.clone());
+        if let (Some(ready), Some(route)) = (ready, self.routes.get(worker.model.as_str())) {
+            ready.gate.reopen();
+            route.set_ready(Some(ready));
+        }
     }
 
     pub(super) fn reject(&mut self, ticket: Ticket, refusal: Refusal) {

@@ -142,7 +142,7 @@ impl Lease {
         clock: Clock,
         signals: mpsc::UnboundedSender<Signal>,
     ) -> Option<Self> {
-        worker.gate.try_enter().then(|| Self {
+        worker.gate.try_enter(clock.now()).then(|| Self {
             worker,
             clock,
             signals,

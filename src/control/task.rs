@@ -347,21 +347,7 @@ impl Task {
     pub(super) fn feed(&mut self, event: Event) {
         let mut todo = VecDeque::from([event]);
         while let Some(event) = todo.pop_front() {
-            let gates: Vec<_> = self
-                .workers
-                .iter()
-                .filter_map(|(id, live)| Some((id, live.ready.as_ref()?.gate.read())))
-                .map(|(id, read)| {
-                    (
-                        id,
-                        Activity {
-                            inside: read.inside,
-                            last_left: read.last_left,
-                        },
-                    )
-                })
-                .collect();
-            self.policy.observe(gates);
+            self.read_gates();
             let effects = self.policy.step(self.clock.now(), event);
             for effect in effects {
                 todo.extend(self.carry_out(effect));
@@ -380,6 +366,22 @@ impl Task {
         if pace != self.pace {
             self.pace = pace;
             self.memory.pace(pace);
+        }
+    }
+
+    /// Tells the policy how the gates stand and what went through them.
+    fn read_gates(&mut self) {
+        for (id, live) in &self.workers {
+            let Some(ready) = &live.ready else { continue };
+            let read = ready.gate.read();
+            let activity = Activity {
+                inside: read.inside,
+                last_left: read.last_left,
+            };
+            self.policy.observe([(id, activity)]);
+            if let Some(gaps) = ready.gate.take_gaps() {
+                self.policy.learn_gaps(&id.model, &gaps);
+            }
         }
     }
 

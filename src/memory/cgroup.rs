@@ -6,8 +6,12 @@
 //! visible below the mount counts; limits are read anew each time, because
 //! they change while we run.
 
+mod levels;
+
 use std::path::{Component, Path, PathBuf};
 use std::{fs, iter};
+
+pub(super) use levels::Levels;
 
 use super::CgroupReading;
 use crate::model::Bytes;
@@ -57,15 +61,6 @@ impl Cgroup {
         })
     }
 
-    /// Reads every level from our own cgroup up to the mount point. Returns
-    /// the one that limits us most and its margin; `None` without any limit.
-    pub(super) fn read(&self) -> Option<(CgroupReading, Bytes)> {
-        self.below
-            .ancestors()
-            .filter_map(|level| self.read_level(level))
-            .min_by_key(|(_, margin)| *margin)
-    }
-
     /// Returns how many processes of our own cgroup the kernel has ended for
     /// want of memory.
     pub(super) fn oom_kills(&self) -> Option<u64> {
@@ -81,36 +76,16 @@ impl Cgroup {
     pub(super) fn own(&self) -> PathBuf {
         self.mount.join(&self.below)
     }
-
-    fn read_level(&self, level: &Path) -> Option<(CgroupReading, Bytes)> {
-        let folder = self.mount.join(level);
-        // Over `memory.high` nobody is ended, but whoever takes more is slowed
-        // down until it hardly moves: what lies above is of no use.
-        let (limit_files, current_file, version): (&[_], _, _) = match self.version {
-            Version::One => (&["memory.limit_in_bytes"], "memory.usage_in_bytes", 1),
-            Version::Two => (&["memory.max", "memory.high"], "memory.current", 2),
-        };
-        let limit = limit_files
-            .iter()
-            .filter_map(|file| read_number(&folder.join(file)))
-            .filter(|limit| *limit < NO_LIMIT)
-            .min()?;
-        let current = Bytes(read_number(&folder.join(current_file))?);
-        let stat = fs::read_to_string(folder.join("memory.stat")).unwrap_or_default();
-        let working_set = current - self.version.droppable(&stat);
-        let limit = Bytes(limit);
-        let reading = CgroupReading {
-            version,
-            path: Path::new("/").join(level).display().to_string(),
-            limit: Some(limit),
-            current,
-            working_set,
-        };
-        Some((reading, limit - working_set))
-    }
 }
 
 impl Version {
+    fn number(self) -> u8 {
+        match self {
+            Self::One => 1,
+            Self::Two => 2,
+        }
+    }
+
     /// Returns what the kernel can drop at once: active and inactive file
     /// pages that need no writing first, and reclaimable slab. Locked pages
     /// are on neither of these lists.
@@ -171,10 +146,6 @@ pub(super) fn number(text: &str, key: &str) -> Option<u64> {
             .ok()
     };
     text.lines().find_map(of_key)
-}
-
-fn read_number(path: &Path) -> Option<u64> {
-    fs::read_to_string(path).ok()?.trim().parse().ok()
 }
 
 /// One line of `/proc/self/mountinfo`.
@@ -247,7 +218,7 @@ mod tests {
     }
 
     fn read(root: &TempDir) -> Option<(CgroupReading, Bytes)> {
-        Cgroup::locate(root.path()).and_then(|cgroup| cgroup.read())
+        Levels::of(Cgroup::locate(root.path())?).read()
     }
 
     const V2_MOUNT: (&str, &str) = (
@@ -380,7 +351,7 @@ mod tests {
             ("sys/fs/cgroup/memory.max", "10000\n"),
             ("sys/fs/cgroup/memory.current", "1000\n"),
         ]);
-        let cgroup = Cgroup::locate(root.path()).expect("a cgroup");
+        let mut cgroup = Levels::of(Cgroup::locate(root.path()).expect("a cgroup"));
         assert_eq!(cgroup.read().expect("a limit").1, Bytes(9_000));
         fs::write(root.path().join("sys/fs/cgroup/memory.max"), "3000\n").expect("a file");
         assert_eq!(cgroup.read().expect("a limit").1, Bytes(2_000));

@@ -1,24 +1,28 @@
 //! The host's memory and the cgroups above us: what physics still gives.
 
-use std::fs;
 use std::path::{Path, PathBuf};
 
 use sysinfo::System;
 
-use super::cgroup::Cgroup;
+use super::cgroup::{Cgroup, Levels};
+use super::kept::KeptFile;
 use super::oom::OomCounters;
 use super::usage::kib_line;
-use super::{HostReading, psi};
+use super::{HostReading, PsiReading, psi};
 use crate::model::Bytes;
 
-/// Reads the host. Owns no more than file names and sysinfo's figures.
+/// Reads the host. Owns the files it reads, and sysinfo's figures.
 #[derive(Debug)]
 pub(super) struct Host {
     root: PathBuf,
     /// The real host's totals; `None` when another root was given.
     system: Option<System>,
-    cgroup: Option<Cgroup>,
+    meminfo: KeptFile,
+    pressure: KeptFile,
+    cgroup: Option<Levels>,
     oom: OomCounters,
+    psi: Option<PsiReading>,
+    text: Vec<u8>,
 }
 
 /// `/proc/meminfo`, as far as it is needed.
@@ -36,29 +40,46 @@ impl Host {
         let system = (root == Path::new("/"))
             .then(System::new)
             .and_then(Result::ok);
-        let cgroup = Cgroup::locate(&root);
-        Self {
-            root,
+        let mut host = Self {
             system,
-            cgroup,
+            meminfo: KeptFile::new(root.join("proc/meminfo")),
+            pressure: KeptFile::new(root.join("proc/pressure/memory")),
+            root,
+            cgroup: None,
             oom: OomCounters::default(),
+            psi: None,
+            text: Vec::new(),
+        };
+        host.relocate();
+        host
+    }
+
+    /// Looks again for what hardly ever changes: our cgroup, since someone may
+    /// have moved us, and how much memory there is at all.
+    pub(super) fn relocate(&mut self) {
+        let place = Cgroup::locate(&self.root);
+        if self.place() != place.as_ref() {
+            self.cgroup = place.map(Levels::of);
+        }
+        if let Some(system) = &mut self.system {
+            system.refresh_memory();
         }
     }
 
-    /// Looks again for our cgroup: someone may have moved us.
-    pub(super) fn relocate(&mut self) {
-        self.cgroup = Cgroup::locate(&self.root);
+    fn place(&self) -> Option<&Cgroup> {
+        self.cgroup.as_ref().map(Levels::place)
     }
 
-    /// Reads everything; the kernel's counts of its kills only when they are
-    /// wanted anew, since that file is long. What cannot be read is zero or
-    /// absent.
-    pub(super) fn read(&mut self, kills: bool) -> HostReading {
-        if kills {
-            self.oom = OomCounters::read(&self.root, self.cgroup.as_ref());
+    /// Reads everything; what explains and does not decide only when `all` is
+    /// wanted: the kernel's counts of its kills and its averages of pressure.
+    /// What cannot be read is zero or absent.
+    pub(super) fn read(&mut self, all: bool) -> HostReading {
+        if all {
+            self.oom = OomCounters::read(&self.root, self.place());
+            self.psi = self.pressure.read(&mut self.text).and_then(psi::parse);
         }
         let totals = self.totals();
-        let cgroup = self.cgroup.as_ref().and_then(Cgroup::read);
+        let cgroup = self.cgroup.as_mut().and_then(Levels::read);
         let headroom = cgroup.as_ref().map_or(totals.available, |(_, margin)| {
             totals.available.min(*margin)
         });
@@ -69,23 +90,19 @@ impl Host {
             swap_free: totals.swap_free,
             headroom,
             cgroup: cgroup.map(|(reading, _)| reading),
-            psi: psi::read(&self.root),
+            psi: self.psi,
             oom: self.oom,
         }
     }
 
     fn totals(&mut self) -> Totals {
-        if let Some(system) = &mut self.system {
-            system.refresh_memory();
-            return Totals {
-                total: Bytes(system.total_memory()),
-                available: Bytes(system.available_memory()),
-                swap_total: Bytes(system.total_swap()),
-                swap_free: Bytes(system.free_swap()),
-            };
-        }
-        let text = fs::read(self.root.join("proc/meminfo")).unwrap_or_default();
-        Totals::parse(&text)
+        let text = self.meminfo.read(&mut self.text).unwrap_or_default();
+        let read = Totals::parse(text.as_bytes());
+        self.system.as_ref().map_or(read, |system| Totals {
+            total: Bytes(system.total_memory()),
+            swap_total: Bytes(system.total_swap()),
+            ..read
+        })
     }
 }
 
@@ -97,7 +114,10 @@ impl Totals {
                 "MemTotal" => totals.total = bytes,
                 "MemAvailable" => totals.available = bytes,
                 "SwapTotal" => totals.swap_total = bytes,
-                "SwapFree" => totals.swap_free = bytes,
+                "SwapFree" => {
+                    totals.swap_free = bytes;
+                    break;
+                }
                 _ => {}
             }
         }
@@ -107,6 +127,8 @@ impl Totals {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
 
     const MEMINFO: &str = "MemTotal:       1000 kB\nMemFree:         10 kB\n\

@@ -6,7 +6,7 @@
 //!
 //! ```text
 //! sampler ── thread: pace, publishing ── wake (thread): pressure, events
-//!    └ observer ── one pass ─┬ host ── cgroup, psi, oom
+//!    └ observer ── one pass ─┬ host ── cgroup, psi, oom ── kept (files)
 //!                            ├ usage      statm and status of each process
 //!                            ├ sharing ── walker (thread) ── maps
 //!                            ├ vram ───── nvml   (thread), drm
@@ -17,6 +17,7 @@ mod attribution;
 mod cgroup;
 mod drm;
 mod host;
+mod kept;
 mod maps;
 mod nvml;
 mod observer;

@@ -29,9 +29,10 @@ pub(super) enum Depth {
     Host,
     /// The sizes of processes that are known; all parts when they moved much.
     Sizes,
-    /// All parts, and who is new.
+    /// All parts of what changed, and who is new.
     Parts,
-    /// Also whether we moved to another cgroup, and who shares what, again.
+    /// All parts of everyone, whether we moved to another cgroup, and who shares
+    /// what, again.
     Full,
 }
 
@@ -49,9 +50,9 @@ pub(super) struct Observer {
     sharing: Sharing,
     attribution: Attribution,
     host_proc: Option<PathBuf>,
+    /// What the newest look at `/proc` showed.
+    table: ProcessTable,
     trees: BTreeMap<WorkerId, Tree>,
-    /// Open files of sizes: reading one anew each time costs twice as much.
-    files: BTreeMap<ProcessKey, File>,
     most_files: usize,
     /// What was made of the processes at the last pass.
     last: Summary,
@@ -66,7 +67,7 @@ pub(super) struct Observer {
 /// that a fork shares.
 #[derive(Clone, Debug, Default)]
 struct Summary {
-    members: Vec<(ProcessKey, ProcessMemory, Option<u64>)>,
+    members: Vec<Member>,
     usages: BTreeMap<WorkerId, Usage>,
     counted_twice: Bytes,
 }
@@ -74,9 +75,28 @@ struct Summary {
 /// One worker's processes.
 #[derive(Debug, Default)]
 struct Tree {
-    members: BTreeMap<ProcessKey, ProcessMemory>,
+    members: BTreeMap<ProcessKey, Process>,
     /// Resident when all parts were last read.
     rss: Bytes,
+}
+
+/// One process, and how to see cheaply whether it changed.
+#[derive(Debug)]
+struct Process {
+    memory: ProcessMemory,
+    /// Its sizes when all its parts were last read.
+    sizes: Option<Sizes>,
+    /// Its file of sizes: opening one anew each time costs twice as much.
+    file: Option<File>,
+}
+
+/// What a look at the sizes of all known processes showed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Change {
+    None,
+    Some,
+    /// A process is gone or a tree moved much: all parts must be read.
+    Much,
 }
 
 impl Observer {
@@ -98,8 +118,8 @@ impl Observer {
             sharing: Sharing::default(),
             attribution: Attribution::default(),
             host_proc,
+            table: ProcessTable::default(),
             trees: BTreeMap::new(),
-            files: BTreeMap::new(),
             most_files: most_files(),
             last: Summary::default(),
             wanted: BTreeSet::new(),
@@ -122,36 +142,31 @@ impl Observer {
         }
         self.trees.retain(|worker, _| followed.contains_key(worker));
         let unknown = followed.len() > self.trees.len();
-        let grown = depth == Depth::Sizes && self.read_sizes();
-        let depth = if depth <= Depth::Sizes && (unknown || grown) {
-            Depth::Parts
+        let change = match depth {
+            Depth::Sizes => self.read_sizes(),
+            Depth::Host => Change::None,
+            Depth::Parts | Depth::Full => Change::Much,
+        };
+        let depth = if unknown || change == Change::Much {
+            depth.max(Depth::Parts)
         } else {
             depth
         };
         if depth > Depth::Sizes {
-            self.read_parts(followed);
+            self.read_parts(followed, depth);
         }
-        let members = self.members();
         if depth > Depth::Host {
-            self.summarise(at, &members, depth);
-            self.sweep_gpus(at, &members, depth);
+            self.summarise(at, depth, change);
+            self.sweep_gpus(at, depth);
         } else {
-            let followed = |worker: &WorkerId, _: &mut Usage| self.trees.contains_key(worker);
+            let trees = &self.trees;
+            let followed = |worker: &WorkerId, _: &mut Usage| trees.contains_key(worker);
             self.last.usages.retain(followed);
         }
         let sweep = self.sweep.clone();
-        let known: BTreeSet<i32> = members.iter().map(|m| m.process.pid).collect();
-        let host_proc = self.host_proc.clone();
-        let vram = Vram::new(&sweep.rows, |pid| {
-            vram::identify(pid, &known, host_proc.as_deref())
-        });
         self.seq += 1;
         let mut workers = self.last.usages.clone();
-        for tree in members.chunk_by(|a, b| a.worker == b.worker) {
-            if let Some(usage) = workers.get_mut(&tree[0].worker) {
-                usage.vram = vram.of_tree(tree.iter().map(|member| member.process.pid));
-            }
-        }
+        self.list_vram(&sweep, &mut workers);
         self.attribute(at, &sweep.devices, followed, &mut workers);
         // After the workers: what they took in between counts twice rather than
         // not at all.
@@ -171,7 +186,7 @@ impl Observer {
     /// Reads all GPUs: NVIDIA's first, then those of the kernel's own drivers.
     /// Whose memory is whose takes looking at every open file there, so that is
     /// done with the parts only.
-    fn sweep_gpus(&mut self, at: Timestamp, members: &[Member], depth: Depth) {
+    fn sweep_gpus(&mut self, at: Timestamp, depth: Depth) {
         let mut sweep = self.gpus.sweep(at);
         if depth == Depth::Full {
             self.drm.relocate();
@@ -179,13 +194,31 @@ impl Observer {
         if !self.drm.is_empty() {
             let first = u32::try_from(sweep.devices.len()).unwrap_or(u32::MAX);
             if depth >= Depth::Parts {
-                let pids = members.iter().map(|m| m.process.pid).collect();
+                let members = self.last.members.iter();
+                let pids = members.map(|m| m.process.pid).collect();
                 self.drm_rows = self.drm.rows(first, &pids);
             }
             sweep.devices.extend(self.drm.devices(first));
             sweep.rows.extend(&self.drm_rows);
         }
         self.sweep = sweep;
+    }
+
+    /// Fills in what the drivers list by process.
+    fn list_vram(&self, sweep: &Sweep, workers: &mut BTreeMap<WorkerId, Usage>) {
+        if sweep.rows.is_empty() {
+            return;
+        }
+        let members = &self.last.members;
+        let known: BTreeSet<i32> = members.iter().map(|m| m.process.pid).collect();
+        let vram = Vram::new(&sweep.rows, |pid| {
+            vram::identify(pid, &known, self.host_proc.as_deref())
+        });
+        for tree in members.chunk_by(|a, b| a.worker == b.worker) {
+            if let Some(usage) = workers.get_mut(&tree[0].worker) {
+                usage.vram = vram.of_tree(tree.iter().map(|member| member.process.pid));
+            }
+        }
     }
 
     /// Fills in what processes do not tell of GPUs.
@@ -196,12 +229,15 @@ impl Observer {
         followed: &Followed,
         workers: &mut BTreeMap<WorkerId, Usage>,
     ) {
+        // Most machines without a GPU have many workers and nobody to ask about.
         let claims = followed.iter().filter_map(|(worker, subject)| {
-            Some(Claim {
+            let told = workers.get(worker)?.vram.clone();
+            let is_on_gpus = !subject.gpus.is_empty() || !told.is_empty();
+            is_on_gpus.then_some(Claim {
                 worker,
                 gpus: &subject.gpus,
                 loading: subject.loading,
-                told: workers.get(worker)?.vram.clone(),
+                told,
                 report: subject.report.as_deref(),
             })
         });
@@ -219,40 +255,39 @@ impl Observer {
         }
     }
 
-    /// Brings the sizes of known processes up to date. Returns whether all
-    /// parts must be read: a process is gone or a tree moved much.
-    fn read_sizes(&mut self) -> bool {
+    /// Brings the sizes of known processes up to date.
+    fn read_sizes(&mut self) -> Change {
+        let mut change = Change::None;
         for tree in self.trees.values_mut() {
-            for (process, memory) in &mut tree.members {
-                let sizes = match self.files.get(process) {
-                    Some(file) => Sizes::read(file),
-                    None => Sizes::open(process.pid).and_then(|file| {
-                        let sizes = Sizes::read(&file);
-                        if self.files.len() < self.most_files {
-                            self.files.insert(*process, file);
-                        }
-                        sizes
-                    }),
+            for (key, process) in &mut tree.members {
+                let Some(sizes) = process.read_sizes(key.pid) else {
+                    return Change::Much;
                 };
-                match sizes {
-                    Some(sizes) => *memory = memory.with_sizes(sizes),
-                    None => return true,
+                let memory = process.memory.with_sizes(sizes);
+                if memory != process.memory {
+                    process.memory = memory;
+                    change = Change::Some;
                 }
             }
-            if usage::moved_much(tree.rss, tree.rss_now()) {
-                return true;
+            if change != Change::None && usage::moved_much(tree.rss, tree.rss_now()) {
+                return Change::Much;
             }
         }
-        false
+        change
     }
 
-    /// Looks for new processes and reads all parts of each.
-    fn read_parts(&mut self, followed: &Followed) {
+    /// Looks for new processes and reads the parts of each that may have moved;
+    /// at a full check those of all.
+    fn read_parts(&mut self, followed: &Followed, depth: Depth) {
         if followed.is_empty() {
             return;
         }
-        let table = match ProcessTable::scan() {
-            Ok(table) => table,
+        let table = match depth {
+            Depth::Full => ProcessTable::scan(),
+            Depth::Host | Depth::Sizes | Depth::Parts => self.table.rescan(),
+        };
+        match table {
+            Ok(table) => self.table = table,
             Err(error) => {
                 if !self.proc_failed {
                     tracing::error!(%error, "cannot list processes; keeping the last figures");
@@ -260,38 +295,42 @@ impl Observer {
                 self.proc_failed = true;
                 return;
             }
-        };
+        }
         self.proc_failed = false;
+        let open = self.trees.values().flat_map(|tree| tree.members.values());
+        let open = open.filter(|process| process.file.is_some()).count();
+        let mut may_open = self.most_files.saturating_sub(open);
         for (worker, subject) in followed {
-            let members = subject
-                .tree
-                .refresh(&table)
-                .into_iter()
-                .filter_map(|process| Some((process, ProcessMemory::read(process.pid)?)))
-                .collect();
+            let mut known = self.trees.remove(worker).unwrap_or_default();
+            let all = depth == Depth::Full || subject.loading;
+            let members = subject.tree.refresh(&self.table).into_iter();
+            let read = members.filter_map(|key| {
+                let process = match known.members.remove(&key) {
+                    Some(process) => process.look_again(key.pid, all)?,
+                    None => Process::find(key.pid, &mut may_open)?,
+                };
+                Some((key, process))
+            });
             let mut tree = Tree {
-                members,
+                members: read.collect(),
                 rss: Bytes::ZERO,
             };
             tree.rss = tree.rss_now();
             self.trees.insert(worker.clone(), tree);
         }
-        let trees = self.trees.values();
-        let living: BTreeSet<_> = trees.flat_map(|tree| tree.members.keys()).collect();
-        self.files.retain(|process, _| living.contains(process));
     }
 
     /// Returns every process, the ones of a worker side by side.
     fn members(&self) -> Vec<Member> {
         let mut members = Vec::new();
         for (worker, tree) in &self.trees {
-            members.extend(tree.members.iter().map(|(process, memory)| {
+            members.extend(tree.members.iter().map(|(key, process)| {
                 Member {
                     worker: worker.clone(),
-                    process: *process,
-                    memory: *memory,
-                    faults: (self.sharing.watches_faults(process))
-                        .then(|| usage::minor_faults(process.pid))
+                    process: *key,
+                    memory: process.memory,
+                    faults: (self.sharing.watches_faults(key))
+                        .then(|| usage::minor_faults(key.pid))
                         .flatten(),
                 }
             }));
@@ -300,25 +339,34 @@ impl Observer {
     }
 
     /// Brings the summary up to date, and lets the walker look for what is
-    /// shared. Nothing of that can have changed while no size did.
-    fn summarise(&mut self, at: Timestamp, members: &[Member], depth: Depth) {
+    /// shared. Nothing of that can have changed while no size did and nobody
+    /// writes to pages that a fork shares.
+    fn summarise(&mut self, at: Timestamp, depth: Depth, change: Change) {
         let finds = self.walker.collect();
-        let sizes = || members.iter().map(|m| (m.process, m.memory, m.faults));
-        let unchanged = finds.is_empty() && self.last.members.iter().copied().eq(sizes());
-        if unchanged && depth == Depth::Sizes && self.wanted.is_empty() {
+        let known = |tree: &[Member]| self.trees.contains_key(&tree[0].worker);
+        let mut trees = self.last.members.chunk_by(|a, b| a.worker == b.worker);
+        let unchanged = change == Change::None
+            && depth == Depth::Sizes
+            && finds.is_empty()
+            && self.wanted.is_empty()
+            && self.last.usages.len() == self.trees.len()
+            && trees.all(known)
+            && !self.last.members.iter().any(|m| m.faults.is_some());
+        if unchanged {
             return;
         }
-        self.sharing.learn(at, members, finds);
+        let members = self.members();
+        self.sharing.learn(at, &members, finds);
         if self.walker.is_idle() {
             let recheck = depth == Depth::Full;
-            let list = self.sharing.plan(at, members, recheck, &self.wanted);
+            let list = self.sharing.plan(at, &members, recheck, &self.wanted);
             self.walker.look(list);
             self.wanted.clear();
         }
         self.last = Summary {
-            members: sizes().collect(),
-            usages: self.usages(members),
-            counted_twice: self.sharing.counted_twice(members),
+            usages: self.usages(&members),
+            counted_twice: self.sharing.counted_twice(&members),
+            members,
         };
     }
 
@@ -347,6 +395,44 @@ fn most_files() -> usize {
 
 impl Tree {
     fn rss_now(&self) -> Bytes {
-        self.members.values().map(ProcessMemory::rss).sum()
+        let members = self.members.values();
+        members.map(|process| process.memory.rss()).sum()
+    }
+}
+
+impl Process {
+    /// Reads a process that was not known; `None` when it is gone already.
+    fn find(pid: i32, may_open: &mut usize) -> Option<Self> {
+        let mut process = Self {
+            memory: ProcessMemory::default(),
+            sizes: None,
+            file: None,
+        };
+        if *may_open > 0 {
+            process.file = Sizes::open(pid);
+            *may_open -= 1;
+        }
+        process.look_again(pid, true)
+    }
+
+    /// Reads all parts, but for those of a process whose sizes are what they
+    /// were: then nothing moved, unless it holds what sizes do not show.
+    /// `None` when the process is gone.
+    fn look_again(mut self, pid: i32, all: bool) -> Option<Self> {
+        // Before the parts: what moves in between is then seen the next time.
+        let sizes = self.read_sizes(pid);
+        let hidden = self.memory.hugetlb + self.memory.locked > Bytes::ZERO;
+        if all || hidden || sizes.is_none() || sizes != self.sizes {
+            self.memory = ProcessMemory::read(pid)?;
+            self.sizes = sizes;
+        }
+        Some(self)
+    }
+
+    fn read_sizes(&self, pid: i32) -> Option<Sizes> {
+        match &self.file {
+            Some(file) => Sizes::read(file),
+            None => Sizes::read(&Sizes::open(pid)?),
+        }
     }
 }

@@ -4,8 +4,8 @@
 //! | --- | --- | --- | --- |
 //! | host, cgroup | each second | every 100 ms | every 100 ms |
 //! | GPUs, sizes of known processes | each second | each second | every 100 ms |
-//! | all parts of each process, new descendants | every 5 s, and when a size moved much | likewise | every 100 ms |
-//! | full check: our cgroup's place, who maps what | each `check_interval` | likewise | likewise |
+//! | new descendants, all parts of processes that changed or load | every 5 s, and when a size moved much | likewise | every 100 ms |
+//! | full check: all parts of each process, our cgroup's place, who maps what | each `check_interval` | likewise | likewise |
 //!
 //! A `check_interval` below 5 s makes the second row as frequent, one below a
 //! second the first. A pass that takes long is followed by a rest of four times

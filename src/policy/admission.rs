@@ -7,37 +7,12 @@
 
 use super::Policy;
 use super::event::{Effect, Ticket};
-use super::eviction::{self, Candidate};
-use super::ledger::{self, Constraint, Need};
+use super::ledger::{self, Need};
 use super::lifecycle::{ModelState, Waiter};
-use super::words::{EvictReason, Expected, ExpectedSource, Phase, Refusal};
+use super::verdict::{Verdict, least};
+use super::words::{Expected, Phase, Refusal};
 use crate::clock::Timestamp;
-use crate::model::{Bytes, Domain, ModelName, WorkerId};
-
-/// The least room an unknown model is started in: a quarter of the limit, at
-/// most this.
-const UNKNOWN_ROOM: Bytes = Bytes::mib(512);
-
-/// What admission says of one model.
-enum Verdict {
-    /// There is room: spawn with this promise, on these GPUs.
-    Spawn(Expected, Vec<u32>),
-    /// Bytes are on their way back that will suffice.
-    Wait(Need),
-    /// End these, then wait.
-    Evict(Vec<Candidate>, Need, Shortage),
-    /// Busy workers have to become idle first.
-    Blocked,
-    /// It cannot be, however long it waits.
-    Refuse(Refusal),
-}
-
-/// Where most is missing for a load.
-struct Shortage {
-    domain: Domain,
-    need: Bytes,
-    room: Bytes,
-}
+use crate::model::{Domain, IdleGaps, ModelName, WorkerId};
 
 impl Policy {
     pub(super) fn acquire(
@@ -84,7 +59,12 @@ impl Policy {
                 if matches!(model.phase, Phase::Backoff | Phase::Failed) {
                     model.enter(Phase::Stopped, now);
                 }
+                let is_first = model.phase == Phase::Stopped && model.queue.is_empty();
                 model.queue.push_back(waiter);
+                if let Some(used_at) = model.used_at.filter(|_| is_first) {
+                    let gap = IdleGaps::one(now.since(used_at));
+                    self.learn_gaps(name, &gap);
+                }
             }
         }
     }
@@ -108,7 +88,9 @@ impl Policy {
         let Some(model) = self.current(worker).filter(|m| m.phase == Phase::Starting) else {
             return;
         };
-        model.history.last_load = Some(now.since(model.since));
+        let took = now.since(model.since);
+        model.history.last_load = Some(took);
+        model.reuse.loaded(took);
         model.served = true;
         model.history.loads += 1;
         if std::mem::take(&mut model.history.evicted) {
@@ -117,6 +99,14 @@ impl Policy {
         model.failures.last = None;
         model.activity.last_left = now;
         model.enter(Phase::Ready, now);
+        self.grant_waiters(worker, out);
+    }
+
+    /// Answers whoever waits for a ready worker.
+    pub(super) fn grant_waiters(&mut self, worker: &WorkerId, out: &mut Vec<Effect>) {
+        let Some(model) = self.current(worker) else {
+            return;
+        };
         while let Some(waiter) = model.queue.pop_front() {
             out.push(grant(model, waiter));
         }
@@ -179,23 +169,30 @@ impl Policy {
     pub(super) fn plan(&mut self, now: Timestamp, out: &mut Vec<Effect>) {
         let mut claims = Need::new();
         self.blocked = false;
+        self.patience_at = None;
         for name in self.wanted_in_order(now) {
             match self.admit(&name, &claims) {
                 Verdict::Spawn(expected, gpus) => self.spawn(now, &name, expected, gpus, out),
                 Verdict::Wait(need) => ledger::add(&mut claims, &need),
                 Verdict::Evict(victims, need, short) => {
                     for victim in victims {
-                        let reason = EvictReason::MakeRoom {
-                            for_model: name.clone(),
-                            domain: short.domain,
-                            need: short.need,
-                            room: short.room,
-                        };
-                        self.evict(now, &victim.worker, reason, false, out);
+                        self.evict(now, &victim.worker, short.reason(&name), false, out);
                     }
                     ledger::add(&mut claims, &need);
                 }
-                Verdict::Blocked => self.blocked = true,
+                Verdict::Blocked(need) => {
+                    self.blocked = true;
+                    match self.patience_ends(&name) {
+                        Some(ends) if ends > now => {
+                            let next = self.patience_at.map_or(ends, |at| at.min(ends));
+                            self.patience_at = Some(next);
+                        }
+                        Some(_) if self.drain_for(now, &name, &claims, out) => {
+                            ledger::add(&mut claims, &need);
+                        }
+                        Some(_) | None => {}
+                    }
+                }
                 Verdict::Refuse(refusal) => self.refuse_all(&name, &refusal, out),
             }
         }
@@ -219,179 +216,6 @@ impl Policy {
             .collect();
         wanted.sort();
         wanted.into_iter().map(|(_, _, name)| name).collect()
-    }
-
-    fn admit(&self, name: &ModelName, claims: &Need) -> Verdict {
-        let model = &self.models[name];
-        let gpus = match self.place(model, claims) {
-            Ok(gpus) => gpus,
-            Err(refusal) => return Verdict::Refuse(refusal),
-        };
-        let expected = self.expected_on(model, &gpus);
-        if expected
-            .domains()
-            .any(|domain| self.must_load_alone(&expected, domain))
-        {
-            return Verdict::Wait(Need::new());
-        }
-        if let Some(refusal) = self.never(model, &expected) {
-            return Verdict::Refuse(refusal);
-        }
-        let need = self.need(&expected);
-        let (now_there, later) = self.rooms(expected.domains(), claims);
-        if missing(&need, &later).is_empty() {
-            let still = expected.domains().all(|domain| self.is_still(domain));
-            if missing(&need, &now_there).is_empty() && still {
-                return Verdict::Spawn(promise(expected, &now_there), gpus);
-            }
-            return Verdict::Wait(need);
-        }
-        if model.queue.is_empty() {
-            // Only the configuration wants it: nobody is ended for that.
-            return Verdict::Blocked;
-        }
-        if gpus
-            .iter()
-            .any(|index| self.is_loading(Domain::Gpu(*index)))
-        {
-            // One transition at a time; what loads there may be idle then.
-            return Verdict::Wait(need);
-        }
-        match eviction::choose_victims(self.candidates(), &missing(&need, &later)) {
-            Some(victims) => {
-                let shortage = self.shortage(&expected, &missing(&need, &later));
-                Verdict::Evict(victims, need, shortage)
-            }
-            None => Verdict::Blocked,
-        }
-    }
-
-    /// Returns where most is missing, what is needed and what is there.
-    fn shortage(&self, expected: &Expected, missing: &Need) -> Shortage {
-        let tightest = missing.iter().max_by_key(|(_, bytes)| **bytes);
-        let domain = tightest.map_or(Domain::Host, |((domain, _), _)| *domain);
-        let mut floors = self.floors(expected);
-        let need = floors.find(|(of, _)| *of == domain);
-        Shortage {
-            domain,
-            need: need.map_or(Bytes::ZERO, |(_, bytes)| bytes),
-            room: least(&self.ledger.room(&self.models, domain)),
-        }
-    }
-
-    /// Returns idle unpinned workers with what their end would give back.
-    pub(super) fn candidates(&self) -> Vec<Candidate> {
-        let idle = self.models.values().filter(|m| m.is_candidate());
-        idle.map(|m| Candidate {
-            worker: m.worker(),
-            idle_since: m.idle_since(),
-            gives: self.ledger.gives(m),
-        })
-        .collect()
-    }
-
-    /// Returns the room in these domains now, and the room when everything on
-    /// its way back is there, less what others claim of that.
-    pub(super) fn rooms(
-        &self,
-        domains: impl Iterator<Item = Domain>,
-        claims: &Need,
-    ) -> (Need, Need) {
-        let mut now_there = Need::new();
-        let mut later = Need::new();
-        for domain in domains {
-            let room = self.ledger.room(&self.models, domain);
-            let incoming = self.ledger.incoming(&self.models, domain);
-            ledger::add(&mut now_there, &room);
-            ledger::add(&mut later, &room);
-            ledger::add(&mut later, &incoming);
-        }
-        for (key, bytes) in claims {
-            if let Some(total) = later.get_mut(key) {
-                *total -= bytes;
-            }
-        }
-        (now_there, later)
-    }
-
-    /// Who loads without a known need has all the room of the domain, and is
-    /// waited for: what it takes is only known when it is ready.
-    fn must_load_alone(&self, expected: &Expected, domain: Domain) -> bool {
-        let alone = |m: &ModelState| m.reservation.is_unknown(domain);
-        let loads = |m: &ModelState| m.phase == Phase::Starting && m.domains().contains(&domain);
-        let mut loading = self.models.values().filter(|m| loads(m));
-        loading.any(|m| expected.is_unknown(domain) || alone(m))
-    }
-
-    /// Returns whether a worker loads in this domain.
-    pub(super) fn is_loading(&self, domain: Domain) -> bool {
-        let loads = |m: &ModelState| m.phase == Phase::Starting && m.is_moving(domain);
-        self.models.values().any(loads)
-    }
-
-    /// Returns whether a load may start in this domain: bytes of reaped workers
-    /// are back, and on a GPU nothing else loads or dies, since its memory is
-    /// only known between such transitions.
-    pub(super) fn is_still(&self, domain: Domain) -> bool {
-        let moving = || self.models.values().any(|m| m.is_moving(domain));
-        !self.ledger.is_settling(domain) && (domain == Domain::Host || !moving())
-    }
-
-    /// Returns the bytes a load must find in each domain: what it is expected
-    /// to need, or the least an unknown one is started in.
-    pub(super) fn floors<'a>(
-        &'a self,
-        expected: &'a Expected,
-    ) -> impl Iterator<Item = (Domain, Bytes)> + 'a {
-        expected.domains().map(|domain| {
-            let known = expected.known(domain);
-            (domain, known.unwrap_or_else(|| self.unknown_floor(domain)))
-        })
-    }
-
-    /// The same, for every constraint.
-    pub(super) fn need(&self, expected: &Expected) -> Need {
-        self.floors(expected)
-            .flat_map(|(domain, bytes)| {
-                [Constraint::Limit, Constraint::Physics]
-                    .map(|constraint| ((domain, constraint), ledger::signed(bytes)))
-            })
-            .collect()
-    }
-
-    /// Why the model can never be: larger than its budget, or than what is
-    /// left when everything that is not pinned is gone.
-    fn never(&self, model: &ModelState, expected: &Expected) -> Option<Refusal> {
-        for (domain, need) in self.floors(expected) {
-            let budget = self.ledger.domains.get(&domain)?.budget();
-            if !expected.is_unknown(domain) && need > budget {
-                return Some(Refusal::TooLarge {
-                    model: model.name().clone(),
-                    domain,
-                    need,
-                    budget,
-                });
-            }
-            let room = least(&self.ledger.possible(&self.models, domain));
-            if need > room {
-                return Some(Refusal::NoRoom {
-                    model: model.name().clone(),
-                    domain,
-                    need,
-                    room,
-                });
-            }
-        }
-        None
-    }
-
-    fn unknown_floor(&self, domain: Domain) -> Bytes {
-        let budget = self
-            .ledger
-            .domains
-            .get(&domain)
-            .map_or(Bytes::ZERO, |b| b.budget());
-        Bytes(budget.get() / 4).min(UNKNOWN_ROOM)
     }
 
     fn spawn(
@@ -447,30 +271,4 @@ fn grant(model: &mut ModelState, waiter: Waiter) -> Effect {
         ticket: waiter.ticket,
         worker: model.worker(),
     }
-}
-
-/// What is promised to a worker: its expected need; all the room there is in a
-/// domain where that is unknown.
-fn promise(mut expected: Expected, room: &Need) -> Expected {
-    for (domain, need) in &mut expected.0 {
-        if need.source == ExpectedSource::Unknown {
-            let here = room.iter().filter(|((of, _), _)| of == domain);
-            let least = here.map(|(_, bytes)| *bytes).min();
-            need.bytes = ledger::unsigned(least.unwrap_or(0));
-        }
-    }
-    expected
-}
-
-/// What is missing of `need` in `room`, where anything is.
-pub(super) fn missing(need: &Need, room: &Need) -> Need {
-    need.iter()
-        .map(|(key, bytes)| (*key, bytes - room.get(key).copied().unwrap_or(0)))
-        .filter(|(_, short)| *short > 0)
-        .collect()
-}
-
-/// The smallest room of all constraints, as bytes.
-fn least(room: &Need) -> Bytes {
-    ledger::unsigned(room.values().copied().min().unwrap_or(0))
 }

@@ -82,7 +82,8 @@ impl Policy {
         out: &mut Vec<Effect>,
     ) {
         self.leave(now, worker, (Phase::Draining, false), &reason);
-        let until = now + self.settings.drain_timeout;
+        let makes_room = matches!(reason, EvictReason::MakeRoom { .. });
+        let until = (!makes_room).then(|| now + self.settings.drain_timeout);
         if let Some(model) = self.current(worker) {
             model.drain_until = until;
         }
@@ -156,7 +157,15 @@ impl Policy {
                 model.unloading.push(ticket);
                 self.drain(now, &worker, EvictReason::Unload, out);
             }
-            Phase::Draining | Phase::Stopping => model.unloading.push(ticket),
+            Phase::Draining => {
+                model.unloading.push(ticket);
+                if model.drains_for().is_some() {
+                    // From now on it goes whoever else finds room.
+                    model.leaving = Some(EvictReason::Unload);
+                    model.drain_until = Some(now + self.settings.drain_timeout);
+                }
+            }
+            Phase::Stopping => model.unloading.push(ticket),
         }
     }
 
@@ -166,7 +175,7 @@ impl Policy {
             .models
             .values()
             .filter(|m| m.phase == Phase::Draining)
-            .filter(|m| m.activity.inside == 0 || m.drain_until <= now)
+            .filter(|m| m.activity.inside == 0 || m.drain_until.is_some_and(|at| at <= now))
             .filter_map(|m| Some((m.worker(), m.leaving.clone()?)))
             .collect();
         for (worker, reason) in done {
@@ -245,6 +254,7 @@ impl Policy {
                 let refusal = failed(&worker.model, cause, last_lines);
                 self.refuse_all(&worker.model, &refusal, out);
                 self.want_preload(&worker.model);
+                self.restore_victims(now, &worker.model);
             }
             Phase::Ready => {
                 model.history.crashes += 1;
@@ -271,6 +281,7 @@ impl Policy {
                     let refusal = failed(&worker.model, cause, last_lines);
                     self.refuse_all(&worker.model, &refusal, out);
                     self.want_preload(&worker.model);
+                    self.restore_victims(now, &worker.model);
                 }
             },
             Phase::Stopped | Phase::Backoff | Phase::Failed => {}

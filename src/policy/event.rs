@@ -165,6 +165,11 @@ pub enum Effect {
         /// Why.
         reason: EvictReason,
     },
+    /// Open the gate of a draining worker again: nobody needs its bytes any more.
+    Resume {
+        /// Which.
+        worker: WorkerId,
+    },
     /// End the worker, whoever is inside.
     Terminate {
         /// Which.

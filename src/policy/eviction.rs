@@ -1,47 +1,73 @@
 //! Who goes: whole sets of victims, planned before anyone is touched.
+//!
+//! By `lru`, the workers that were used longest ago; by `cost`, those whose
+//! reloads are expected to cost least together. Either way the whole set covers
+//! what is missing in every constraint, and nobody unneeded is in it.
 
+mod cheapest;
+
+use std::cmp::Reverse;
 use std::collections::BTreeMap;
 
 use super::ledger::Need;
+use super::reuse::Worth;
 use crate::clock::Timestamp;
-use crate::model::WorkerId;
+use crate::model::{EvictionPolicy, WorkerId};
 
-/// An idle worker that may be ended to make room.
+/// A worker that may be ended to make room.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Candidate {
     /// Which.
     pub worker: WorkerId,
+    /// Requests are inside: it can only be drained, after all that are idle.
+    pub busy: bool,
     /// When it was last used, or became ready.
     pub idle_since: Timestamp,
+    /// What its end is expected to cost.
+    pub worth: Worth,
     /// What its end gives back, by constraint.
     pub gives: Need,
 }
 
-/// Chooses the smallest coldest set of candidates whose ends together cover
-/// `missing` in every constraint, oldest first; `None` when all of them
-/// together do not suffice, so that nobody is ended for nothing.
-///
-/// Candidates are taken oldest first until the set covers; then, warmest
-/// first, each one that the rest can do without is taken off again.
+impl Candidate {
+    /// Who goes first by recency.
+    fn age(&self) -> impl Ord + use<> {
+        (self.busy, self.idle_since, self.worker.clone())
+    }
+}
+
+/// Chooses a set of candidates whose ends together cover `missing` in every
+/// constraint, oldest first; `None` when all of them together do not suffice,
+/// so that nobody is ended for nothing.
 #[must_use]
 pub(super) fn choose_victims(
+    policy: EvictionPolicy,
     mut candidates: Vec<Candidate>,
     missing: &Need,
 ) -> Option<Vec<Candidate>> {
-    candidates.sort_by(|a, b| {
-        a.idle_since
-            .cmp(&b.idle_since)
-            .then_with(|| a.worker.cmp(&b.worker))
-    });
-    let covers = |given: &Need| {
-        missing
-            .iter()
-            .all(|(key, bytes)| given.get(key).copied().unwrap_or(0) >= *bytes)
-    };
+    candidates.sort_by_cached_key(Candidate::age);
+    match policy {
+        EvictionPolicy::Lru => {
+            let chosen = take_until_covered(candidates, missing)?;
+            // The warmest are spared first.
+            Some(spare(chosen, missing, |index, _| index))
+        }
+        EvictionPolicy::Cost => {
+            let chosen = cheapest::choose(candidates, missing)?;
+            let mut chosen = spare(chosen, missing, |_, candidate| candidate.worth);
+            chosen.sort_by_cached_key(Candidate::age);
+            Some(chosen)
+        }
+    }
+}
+
+/// Takes candidates in their order until the set covers; `None` when it never
+/// does.
+fn take_until_covered(candidates: Vec<Candidate>, missing: &Need) -> Option<Vec<Candidate>> {
     let mut given: Need = BTreeMap::new();
     let mut chosen = Vec::new();
     for candidate in candidates {
-        if covers(&given) {
+        if covers(&given, missing) {
             break;
         }
         // Whoever gives nothing where something is missing helps nobody.
@@ -54,18 +80,40 @@ pub(super) fn choose_victims(
             chosen.push(candidate);
         }
     }
-    if !covers(&given) {
-        return None;
+    covers(&given, missing).then_some(chosen)
+}
+
+/// Takes off each candidate that the rest can do without, the most precious
+/// first.
+fn spare<K: Ord>(
+    chosen: Vec<Candidate>,
+    missing: &Need,
+    precious: impl Fn(usize, &Candidate) -> K,
+) -> Vec<Candidate> {
+    let mut given: Need = BTreeMap::new();
+    for candidate in &chosen {
+        add(&mut given, &candidate.gives, 1);
     }
-    for index in (0..chosen.len()).rev() {
+    let mut order: Vec<usize> = (0..chosen.len()).collect();
+    order.sort_by_key(|index| Reverse((precious(*index, &chosen[*index]), *index)));
+    let mut spared = vec![false; chosen.len()];
+    for index in order {
         let mut without = given.clone();
         add(&mut without, &chosen[index].gives, -1);
-        if covers(&without) {
+        if covers(&without, missing) {
             given = without;
-            chosen.remove(index);
+            spared[index] = true;
         }
     }
-    Some(chosen)
+    let kept = chosen.into_iter().zip(spared);
+    kept.filter_map(|(candidate, spared)| (!spared).then_some(candidate))
+        .collect()
+}
+
+fn covers(given: &Need, missing: &Need) -> bool {
+    missing
+        .iter()
+        .all(|(key, bytes)| given.get(key).copied().unwrap_or(0) >= *bytes)
 }
 
 fn add(total: &mut Need, part: &Need, sign: i128) {
@@ -89,9 +137,15 @@ mod tests {
                 model: ModelName::new(name).expect("a good name"),
                 generation: 1,
             },
+            busy: false,
             idle_since: Timestamp::from_millis(idle_since),
+            worth: 1,
             gives: BTreeMap::from([(LIMIT, limit), (GPU, gpu)]),
         }
+    }
+
+    fn choose_victims(candidates: Vec<Candidate>, missing: &Need) -> Option<Vec<Candidate>> {
+        super::choose_victims(EvictionPolicy::Lru, candidates, missing)
     }
 
     fn names(victims: Option<Vec<Candidate>>) -> Option<Vec<String>> {
@@ -150,5 +204,15 @@ mod tests {
             choose_victims(vec![candidate("a", 1, 3, 0)], &Need::new()),
             Some(Vec::new())
         );
+    }
+
+    #[test]
+    fn busy_ones_go_after_all_that_are_idle() {
+        let mut busy = candidate("busy", 1, 5, 0);
+        busy.busy = true;
+        let all = vec![busy, candidate("idle", 9, 5, 0)];
+        let names = |bytes| names(choose_victims(all.clone(), &Need::from([(LIMIT, bytes)])));
+        assert_eq!(names(5), Some(vec!["idle".into()]));
+        assert_eq!(names(6), Some(vec!["idle".into(), "busy".into()]));
     }
 }

@@ -3,8 +3,9 @@
 //! ```text
 //! Stopped    spawn → Starting
 //! Starting   ready → Ready; exit → Backoff; never ready, or unload → Stopping
-//! Ready      evict or idle (no leases) → Stopping; unload → Draining; exit → Backoff
-//! Draining   last lease, or deadline → Stopping; exit → Stopped
+//! Ready      evict or idle (no leases) → Stopping; unload, or room for a patient
+//!            waiter → Draining; exit → Backoff
+//! Draining   last lease, or deadline → Stopping; exit → Stopped; not needed any more → Ready
 //! Stopping   reaped → Stopped, or Backoff if it was never ready
 //! Backoff    delay over → Stopped, and from there as any; too many → Failed; unload → Stopped
 //! Failed     operator loads, or ten minutes over → Starting
@@ -16,6 +17,7 @@ use std::time::Duration;
 
 use super::event::{Activity, Measure, Ticket};
 use super::footprint::{self, Known, Lesson};
+use super::reuse::Reuse;
 use super::words::{EvictReason, Expected, Phase, Protection, Refusal};
 use crate::clock::Timestamp;
 use crate::model::{Bytes, Domain, Footprint, ModelName, ModelSpec, WorkerId};
@@ -53,8 +55,9 @@ pub struct ModelState {
     pub leaving: Option<EvictReason>,
     /// Told to go without grace.
     pub killed: bool,
-    /// When a drain is over, whoever is inside.
-    pub drain_until: Timestamp,
+    /// When a drain is over, whoever is inside; one that makes room lasts as long
+    /// as there is somebody to make it for.
+    pub drain_until: Option<Timestamp>,
     /// Bytes promised to the worker, from spawn to reap.
     pub reservation: Expected,
     /// Measured, while a worker lives.
@@ -73,6 +76,10 @@ pub struct ModelState {
     pub failures: Failures,
     /// What happened to it.
     pub history: History,
+    /// When a request last left one of its workers.
+    pub used_at: Option<Timestamp>,
+    /// How soon it is asked for again, and how long a load takes.
+    pub(super) reuse: Reuse,
 }
 
 /// Who waits for a model.
@@ -139,7 +146,7 @@ impl ModelState {
             queue: VecDeque::new(),
             leaving: None,
             killed: false,
-            drain_until: Timestamp::START,
+            drain_until: None,
             reservation: Expected::default(),
             usage: BTreeMap::new(),
             activity: Activity::default(),
@@ -149,6 +156,8 @@ impl ModelState {
             served: false,
             failures: Failures::default(),
             history: History::default(),
+            used_at: None,
+            reuse: Reuse::default(),
         }
     }
 

@@ -8,11 +8,14 @@
 //! | file | decides |
 //! | --- | --- |
 //! | `admission` | who waits, who is granted, who is turned away, what is loaded next |
+//! | `verdict` | whether one model may start, must wait, or takes others' place |
 //! | `lifecycle` | one model's phases, backoff and breaker |
 //! | `ledger` | is there room, and when are bytes back |
 //! | `footprint` | what a load is expected to need |
 //! | `placement` | which GPUs a model goes to |
-//! | `eviction` | who goes to make room |
+//! | `eviction` | who goes to make room, by `lru` or by `cost` |
+//! | `reuse` | what it would cost that a worker goes |
+//! | `patience` | when busy workers are drained to make room |
 //! | `pressure` | how tight memory is |
 //! | `relief` | who goes for idleness, pressure, or an operator's cleanup |
 //! | `departure` | unload, drain, exit, shutdown |
@@ -26,9 +29,12 @@ mod eviction;
 mod footprint;
 mod ledger;
 mod lifecycle;
+mod patience;
 mod placement;
 mod pressure;
 mod relief;
+mod reuse;
+mod verdict;
 mod words;
 
 use std::collections::BTreeMap;
@@ -46,13 +52,16 @@ pub use lifecycle::{History, ModelState};
 pub use pressure::Threshold;
 use pressure::{Levels, Look, Thresholds};
 use relief::Cleanup;
+use reuse::{Common, Worth};
 pub use words::{
     EvictReason, Expectation, Expected, ExpectedSource, Phase, PressureLevel, Protection, Refusal,
     Skip,
 };
 
 use crate::clock::Timestamp;
-use crate::model::{Bytes, DeviceRef, Domain, Footprint, ModelName, ModelSpec, WorkerId};
+use crate::model::{
+    Bytes, DeviceRef, Domain, EvictionPolicy, Footprint, IdleGaps, ModelName, ModelSpec, WorkerId,
+};
 
 /// What the configuration says of the policy as a whole.
 #[derive(Clone, Debug)]
@@ -71,6 +80,11 @@ pub struct Settings {
     pub auto_cleanup: bool,
     /// End workers at once under hard pressure.
     pub emergency: bool,
+    /// Who goes to make room.
+    pub eviction: EvictionPolicy,
+    /// How long a request waits for busy workers before the least valuable of
+    /// them are drained for it.
+    pub patience: Duration,
     /// How long a drain may take.
     pub drain_timeout: Duration,
 }
@@ -97,6 +111,12 @@ pub struct Policy {
     shutdown: Option<Timestamp>,
     finished: bool,
     blocked: bool,
+    /// When the next waiter loses patience with busy workers.
+    patience_at: Option<Timestamp>,
+    /// When the step began that is being made.
+    now: Timestamp,
+    /// Idle times of all models.
+    common: Common,
 }
 
 impl Policy {
@@ -125,12 +145,16 @@ impl Policy {
             shutdown: None,
             finished: false,
             blocked: false,
+            patience_at: None,
+            now: Timestamp::START,
+            common: Common::default(),
         }
     }
 
     /// Takes in one event and returns what is to be done, in order.
     pub fn step(&mut self, now: Timestamp, event: Event) -> Vec<Effect> {
         let mut out = Vec::new();
+        self.now = now;
         match event {
             Event::Tick => {}
             Event::Acquire {
@@ -194,7 +218,31 @@ impl Policy {
     pub fn observe<'a>(&mut self, gates: impl IntoIterator<Item = (&'a WorkerId, Activity)>) {
         for (worker, activity) in gates {
             if let Some(model) = self.current(worker) {
+                if activity.last_left > model.activity.last_left {
+                    model.used_at = Some(activity.last_left);
+                }
                 model.activity = activity;
+            }
+        }
+    }
+
+    /// Takes in how long a model's worker lay idle between uses.
+    pub fn learn_gaps(&mut self, model: &ModelName, gaps: &IdleGaps) {
+        if let Some(model) = self.models.get_mut(model) {
+            model.reuse.learn(gaps);
+            self.common.learn(gaps);
+        }
+    }
+
+    /// Returns what it is expected to cost that a model's worker goes; by `lru`
+    /// nobody asks.
+    fn worth(&self, model: &ModelState) -> Worth {
+        match self.settings.eviction {
+            EvictionPolicy::Lru => 0,
+            EvictionPolicy::Cost => {
+                let busy = model.activity.inside > 0;
+                let since = if busy { self.now } else { model.idle_since() };
+                model.reuse.worth(self.now.since(since), &self.common)
             }
         }
     }
@@ -213,7 +261,12 @@ impl Policy {
         self.hold_ceilings(now, out);
         self.relieve(now, out);
         self.end_rests(now);
+        self.call_off_drains(now, out);
         self.plan(now, out);
+        // Who was started found room without those that still drain for it.
+        if self.call_off_drains(now, out) {
+            self.plan(now, out);
+        }
     }
 
     /// Ends the rest of failed models that are wanted: from here on they wait
@@ -232,7 +285,7 @@ impl Policy {
     pub fn next_wake(&self) -> Option<Timestamp> {
         let of_models = self.models.values().flat_map(|m| {
             let waiters = m.queue.iter().map(|w| w.deadline);
-            let drain = (m.phase == Phase::Draining).then_some(m.drain_until);
+            let drain = m.drain_until.filter(|_| m.phase == Phase::Draining);
             let idle = self.idle_deadline(m);
             let retry = (m.wanted && matches!(m.phase, Phase::Backoff | Phase::Failed))
                 .then_some(m.failures.retry_at);
@@ -241,6 +294,7 @@ impl Policy {
         of_models
             .chain(self.cleanups.iter().map(|c| c.deadline))
             .chain(self.ledger.next_deadline())
+            .chain(self.patience_at)
             .chain(
                 self.shutdown
                     .filter(|_| self.models.values().any(ModelState::is_live)),

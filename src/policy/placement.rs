@@ -6,10 +6,10 @@
 //! way back; else those on which room is made most cheaply. All of them are
 //! needed at once: admission then looks at every domain together.
 
-use super::admission::missing;
 use super::event::GpuFacts;
 use super::ledger::{Constraint, Need};
 use super::lifecycle::ModelState;
+use super::verdict::missing;
 use super::words::{Expected, ExpectedSource, Refusal};
 use super::{Policy, eviction};
 use crate::clock::Timestamp;
@@ -171,7 +171,7 @@ impl Policy {
                 false => Fit::Soon(left(&later)),
             };
         }
-        match eviction::choose_victims(self.candidates(), &short) {
+        match eviction::choose_victims(self.settings.eviction, self.candidates(), &short) {
             Some(victims) => {
                 let used = victims.iter().map(|victim| victim.idle_since).max();
                 Fit::Evict(victims.len(), used.unwrap_or_default())

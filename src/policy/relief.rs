@@ -139,8 +139,15 @@ impl Policy {
     #[must_use]
     pub fn candidates_in_order(&self) -> Vec<&ModelState> {
         let mut all: Vec<_> = self.models.values().filter(|m| m.is_candidate()).collect();
-        all.sort_by_key(|m| (m.idle_since(), m.worker()));
+        all.sort_by_cached_key(|m| (self.worth_per_byte(m), m.idle_since(), m.worker()));
         all
+    }
+
+    /// What a worker is worth for each MiB that its end gives back; by `lru`
+    /// nothing, so that recency alone decides.
+    fn worth_per_byte(&self, model: &ModelState) -> u64 {
+        let bytes: Bytes = model.domains().iter().map(|d| model.charge(*d)).sum();
+        self.worth(model) / (bytes.get() >> 20).max(1)
     }
 
     /// The same, of those that have bytes in a domain.

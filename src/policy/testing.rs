@@ -15,7 +15,7 @@ use super::{
     Threshold, Ticket,
 };
 use crate::clock::Timestamp;
-use crate::model::{Bytes, Domain, GpuVendor, ModelName, ModelSpec, WorkerId};
+use crate::model::{Bytes, Domain, EvictionPolicy, GpuVendor, ModelName, ModelSpec, WorkerId};
 
 pub(crate) fn name(text: &str) -> ModelName {
     ModelName::new(text).expect("a good name")
@@ -77,6 +77,8 @@ impl World {
             auto_cleanup: true,
             emergency: true,
             drain_timeout: Duration::from_secs(30),
+            eviction: EvictionPolicy::Lru,
+            patience: Duration::from_secs(5),
         };
         let setups = specs.into_iter().map(|spec| Setup {
             spec: Arc::new(spec),
@@ -129,6 +131,7 @@ impl World {
                 | Effect::Reject { .. }
                 | Effect::CleanedUp { .. }
                 | Effect::Drain { .. }
+                | Effect::Resume { .. }
                 | Effect::ReclaimShortfall { .. }
                 | Effect::Learn { .. }
                 | Effect::Finished => {}

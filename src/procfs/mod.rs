@@ -10,6 +10,7 @@ pub mod tree;
 
 use std::collections::BTreeMap;
 use std::io::Read;
+use std::os::unix::fs::DirEntryExt;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::{fs, io};
@@ -100,7 +101,7 @@ impl ProcessStat {
 /// Every process that could be read, by pid, at one pass over `/proc`.
 #[derive(Clone, Debug, Default)]
 pub struct ProcessTable {
-    processes: BTreeMap<i32, ProcessStat>,
+    processes: BTreeMap<i32, Entry>,
     /// Who is next to whom: pids by parent, by group and by session, so that a
     /// tree is found without a look at every process.
     by_parent: BTreeMap<i32, Vec<i32>>,
@@ -111,6 +112,16 @@ pub struct ProcessTable {
     order: u64,
 }
 
+/// One process, and the number of its folder.
+#[derive(Clone, Copy, Debug)]
+struct Entry {
+    stat: ProcessStat,
+    folder: u64,
+}
+
+/// What the kernel says when it cannot number a folder.
+const NO_FOLDER: u64 = 1;
+
 /// Counts the scans of this process.
 static SCANS: AtomicU64 = AtomicU64::new(1);
 
@@ -120,33 +131,46 @@ impl ProcessTable {
     /// # Errors
     /// When `/proc` itself cannot be listed.
     pub fn scan() -> io::Result<Self> {
-        // Taken first: what another scan saw earlier is older.
-        let order = SCANS.fetch_add(1, Ordering::Relaxed);
-        let mut stats = Vec::new();
-        for entry in fs::read_dir(Path::new("/proc"))? {
-            let Some(pid) = entry?
-                .file_name()
-                .to_str()
-                .and_then(|name| name.parse::<i32>().ok())
-            else {
-                continue;
-            };
-            stats.extend(ProcessStat::read(pid));
-        }
-        Ok(Self::with(stats, order))
+        Self::default().rescan()
     }
 
-    fn with(stats: impl IntoIterator<Item = ProcessStat>, order: u64) -> Self {
+    /// Lists who runs, and reads `stat` only of processes that are not in this
+    /// table: what it says of the others may be old, but for their being there.
+    /// The kernel numbers the folder of each process anew, so that a pid that
+    /// was given away is noticed.
+    ///
+    /// # Errors
+    /// When `/proc` itself cannot be listed.
+    pub fn rescan(&self) -> io::Result<Self> {
+        // Taken first: what another scan saw earlier is older.
+        let order = SCANS.fetch_add(1, Ordering::Relaxed);
+        let mut found = Vec::new();
+        for entry in fs::read_dir(Path::new("/proc"))? {
+            let entry = entry?;
+            let name = entry.file_name();
+            let Some(pid) = name.to_str().and_then(|name| name.parse::<i32>().ok()) else {
+                continue;
+            };
+            let folder = entry.ino();
+            let known = self.processes.get(&pid);
+            let known = known.filter(|known| known.folder == folder && folder > NO_FOLDER);
+            let stat = known.map_or_else(|| ProcessStat::read(pid), |known| Some(known.stat));
+            found.extend(stat.map(|stat| Entry { stat, folder }));
+        }
+        Ok(Self::with(found, order))
+    }
+
+    fn with(entries: impl IntoIterator<Item = Entry>, order: u64) -> Self {
         let mut table = Self {
             order,
             ..Self::default()
         };
-        for stat in stats {
-            let pid = stat.key.pid;
+        for entry in entries {
+            let (stat, pid) = (entry.stat, entry.stat.key.pid);
             table.by_parent.entry(stat.ppid).or_default().push(pid);
             table.by_group.entry(stat.pgrp).or_default().push(pid);
             table.by_session.entry(stat.session).or_default().push(pid);
-            table.processes.insert(pid, stat);
+            table.processes.insert(pid, entry);
         }
         table
     }
@@ -168,18 +192,19 @@ impl ProcessTable {
 
     /// Returns the processes by pid.
     pub fn iter(&self) -> impl Iterator<Item = &ProcessStat> {
-        self.processes.values()
+        self.processes.values().map(|entry| &entry.stat)
     }
 
     /// Returns the process with this pid.
     #[must_use]
     pub fn get(&self, pid: i32) -> Option<&ProcessStat> {
-        self.processes.get(&pid)
+        self.processes.get(&pid).map(|entry| &entry.stat)
     }
 
     #[cfg(test)]
     pub(crate) fn of(stats: impl IntoIterator<Item = ProcessStat>) -> Self {
-        Self::with(stats, SCANS.fetch_add(1, Ordering::Relaxed))
+        let entries = stats.into_iter().map(|stat| Entry { stat, folder: 0 });
+        Self::with(entries, SCANS.fetch_add(1, Ordering::Relaxed))
     }
 }
 
@@ -216,5 +241,31 @@ mod tests {
         let me = i32::try_from(std::process::id()).expect("a pid fits");
         let stat = table.get(me).expect("this process runs");
         assert!(stat.rss_pages > 0 && !stat.is_zombie());
+    }
+
+    #[test]
+    fn a_second_look_reads_who_is_new_and_forgets_who_is_gone() {
+        let table = ProcessTable::scan().expect("/proc can be listed");
+        let mut child = std::process::Command::new("sleep")
+            .arg("60")
+            .spawn()
+            .expect("sleep can be spawned");
+        let pid = i32::try_from(child.id()).expect("a pid fits");
+        let with_child = table.rescan().expect("/proc can be listed");
+        let found = with_child.get(pid).copied();
+        child.kill().expect("it runs");
+        child.wait().expect("it ends");
+        assert_eq!(table.get(pid), None);
+        let found = found.expect("it ran");
+        let me = i32::try_from(std::process::id()).expect("a pid fits");
+        assert_eq!((found.ppid, found.key.pid), (me, pid));
+        assert!(with_child.children(me).any(|child| child == pid));
+        let later = with_child.rescan().expect("/proc can be listed");
+        assert_eq!(later.get(pid), None);
+        assert!(later.order > with_child.order && with_child.order > table.order);
+        assert_eq!(
+            later.get(me).map(|stat| stat.key),
+            table.get(me).map(|stat| stat.key)
+        );
     }
 }

@@ -18,7 +18,7 @@ use std::time::Duration;
 
 use super::journal::{Entry, What};
 use crate::clock::Timestamp;
-use crate::model::{Bytes, Domain, ModelName, ModelSpec, WorkerId};
+use crate::model::{Bytes, Domain, IdleGaps, ModelName, ModelSpec, WorkerId};
 use crate::policy::{CleanupOrder, Event, Policy, Refusal, Settings, Setup, Ticket};
 
 /// How soon the policy is asked again when a deadline of its own has passed and
@@ -103,6 +103,10 @@ struct Worker {
     ending: bool,
     inside: BTreeSet<Ticket>,
     last_left: Timestamp,
+    /// Somebody was inside once.
+    used: bool,
+    /// Idle times between two uses that the policy was not told yet.
+    gaps: Option<IdleGaps>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -215,6 +219,16 @@ impl Machine {
             let Some(due) = self.next_due() else { return };
             self.proceed(due);
         }
+    }
+
+    /// Lets things happen until a wish is answered or nothing is due, and all
+    /// that is due at that moment.
+    pub fn run_until_answered(&mut self, wish: Wish) {
+        while *self.outcome(wish) == Outcome::Waiting {
+            let Some(due) = self.next_due() else { return };
+            self.proceed(due);
+        }
+        self.run_until(self.now);
     }
 
     /// A request for a model comes, that will stay `duration` in its worker and

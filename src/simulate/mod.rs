@@ -37,7 +37,7 @@ pub use machine::{Fault, Machine, Outcome, Program, Wish};
 pub use offline::{Plan, plan};
 pub use plot::svg;
 pub use report::{answer, chart, enough, json, remark, rows};
-pub use study::{Eviction, Figures, Mode, UnknownPolicy, Waits, run, steps};
+pub use study::{Figures, Mode, Rules, Waits, run, steps};
 pub use table::read as read_models;
 pub use trace::read as read_trace;
 pub use workload::{Demand, Memory, ModelFacts, Request, Workload, WorkloadError};

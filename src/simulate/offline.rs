@@ -164,11 +164,16 @@ mod tests {
 
     use proptest::prelude::*;
 
-    use super::super::study::{Eviction, Mode, run};
+    use super::super::study::{Mode, Rules, run};
     use super::super::workload::{Demand, Memory, ModelFacts};
     use super::*;
     use crate::clock::Timestamp;
-    use crate::model::ModelName;
+    use crate::model::{EvictionPolicy, ModelName};
+
+    const LRU: Rules = Rules {
+        eviction: EvictionPolicy::Lru,
+        patience: None,
+    };
 
     /// Models by size in GiB and load time in seconds, asked for in this order,
     /// a second between.
@@ -223,7 +228,7 @@ mod tests {
         let asked = [0, 1, 2, 0, 1, 2, 0, 1, 2];
         let circle = workload(&[(1, 10), (1, 10), (1, 10)], &asked);
         let limit = Bytes::gib(2);
-        let lru = run(&circle, Memory::Gpu, Mode::Serial, Eviction::Lru, limit);
+        let lru = run(&circle, Memory::Gpu, Mode::Serial, LRU, limit);
         assert_eq!((lru.loads, lru.offline.loads), (9, 6));
     }
 
@@ -238,7 +243,7 @@ mod tests {
             let workload = workload(&models, &asked);
             let limit_bytes = Bytes::gib(limit);
             let ours = plan(&workload, limit_bytes).load_seconds;
-            let lru = run(&workload, Memory::Gpu, Mode::Serial, Eviction::Lru, limit_bytes);
+            let lru = run(&workload, Memory::Gpu, Mode::Serial, LRU, limit_bytes);
             prop_assert!(ours <= lru.load_seconds, "{ours} against {}", lru.load_seconds);
             let best = Bytes(best(&models, &asked, limit)).as_f64();
             prop_assert!(ours >= best, "{ours} against {best}");

@@ -1,54 +1,22 @@
 //! One workload under one policy and limit, and the figures of it.
 
 use std::collections::BTreeMap;
-use std::str::FromStr;
 use std::time::Duration;
 
 use super::machine::{Machine, Outcome, Wish};
 use super::offline;
 use super::workload::{FOR_EVER, Memory, ModelFacts, Workload};
-use crate::model::{Bytes, Domain};
+use crate::model::{Bytes, Domain, EvictionPolicy};
 use crate::policy::{Settings, Threshold};
 
-/// Which policy chooses the victims.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Eviction {
-    /// Whoever was used the longest time ago.
-    #[default]
-    Lru,
-}
-
-/// A policy that is none, or that this build has not.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum UnknownPolicy {
-    /// A name of the documentation that is not built in.
-    #[error("the policy {0} is not supported by this build; it has lru")]
-    NotBuiltIn(String),
-    /// No such policy.
-    #[error("{0:?} is no policy; write lru")]
-    NoSuch(String),
-}
-
-impl Eviction {
-    /// Returns the word used in the configuration.
-    #[must_use]
-    pub const fn as_str(self) -> &'static str {
-        match self {
-            Self::Lru => "lru",
-        }
-    }
-}
-
-impl FromStr for Eviction {
-    type Err = UnknownPolicy;
-
-    fn from_str(text: &str) -> Result<Self, UnknownPolicy> {
-        match text {
-            "lru" => Ok(Self::Lru),
-            "cost" => Err(UnknownPolicy::NotBuiltIn(text.to_owned())),
-            _ => Err(UnknownPolicy::NoSuch(text.to_owned())),
-        }
-    }
+/// How the policy is set, beside the limit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Rules {
+    /// Who goes to make room.
+    pub eviction: EvictionPolicy,
+    /// How long a request waits before busy workers are drained for it; `None`:
+    /// they never are.
+    pub patience: Option<Duration>,
 }
 
 /// How time passes.
@@ -106,7 +74,7 @@ impl Waits {
 #[derive(Clone, Debug, PartialEq)]
 pub struct Figures {
     /// Who chose the victims.
-    pub policy: Eviction,
+    pub policy: EvictionPolicy,
     /// The limit on memory.
     pub limit: Bytes,
     /// How time passed.
@@ -157,37 +125,33 @@ pub(super) fn share(part: usize, whole: usize) -> f64 {
 
 /// Plays a workload under a policy and a limit.
 #[must_use]
-pub fn run(
-    workload: &Workload,
-    memory: Memory,
-    mode: Mode,
-    policy: Eviction,
-    limit: Bytes,
-) -> Figures {
+pub fn run(workload: &Workload, memory: Memory, mode: Mode, rules: Rules, limit: Bytes) -> Figures {
     let domain = memory.domain();
     // Only the memory that is asked about is short.
     let there = BTreeMap::from([(Domain::Host, Bytes::MAX), (domain, limit)]);
-    let programs = workload
-        .models()
-        .iter()
-        .map(|facts| facts.program(memory, mode));
-    let mut machine = Machine::new(settings(policy, limit), there, programs);
+    let programs = workload.models().iter().map(|facts| facts.program(memory));
+    let mut machine = Machine::new(settings(rules, limit), there, programs);
     let mut wishes = Vec::with_capacity(workload.requests().len());
+    // In serial runs, how much later it is than the requests say.
+    let mut behind = Duration::ZERO;
     for request in workload.requests() {
-        machine.run_until(request.at);
+        let at = request.at + behind;
+        machine.run_until(at);
         let spec = &workload.models()[request.model].spec;
         let duration = match mode {
             Mode::Timed => request.duration,
             Mode::Serial => Duration::ZERO,
         };
-        wishes.push(machine.request(&spec.name, duration, spec.queue_timeout));
+        let wish = machine.request(&spec.name, duration, spec.queue_timeout);
         if mode == Mode::Serial {
-            machine.run_until(request.at);
+            machine.run_until_answered(wish);
+            behind += machine.now().since(at);
         }
+        wishes.push(wish);
     }
     machine.run_out();
     let mut figures = tally(workload, mode, &machine, &wishes);
-    figures.policy = policy;
+    figures.policy = rules.eviction;
     figures.limit = limit;
     figures.offline = offline::plan(workload, limit);
     figures
@@ -195,12 +159,10 @@ pub fn run(
 
 /// What the policy is told: the limit, and nothing else that would make anyone
 /// go. The one place that knows how a policy is chosen.
-fn settings(policy: Eviction, limit: Bytes) -> Settings {
-    match policy {
-        // The only one there is, so nothing has to be said.
-        Eviction::Lru => {}
-    }
+fn settings(rules: Rules, limit: Bytes) -> Settings {
     Settings {
+        eviction: rules.eviction,
+        patience: rules.patience.unwrap_or(FOR_EVER),
         limit,
         reserve: Bytes::ZERO,
         gpu_limits: BTreeMap::new(),
@@ -215,17 +177,13 @@ fn settings(policy: Eviction, limit: Bytes) -> Settings {
 fn tally(workload: &Workload, mode: Mode, machine: &Machine, wishes: &[Wish]) -> Figures {
     let mut waits = Vec::with_capacity(wishes.len());
     let (mut hits, mut refused) = (0, 0);
-    for (wish, request) in wishes.iter().zip(workload.requests()) {
+    for wish in wishes {
         match machine.outcome(*wish) {
             Outcome::Served { hit: true, .. } => {
                 hits += 1;
                 waits.push(Duration::ZERO);
             }
-            Outcome::Served { hit: false, waited } => waits.push(match mode {
-                Mode::Timed => *waited,
-                // Loads take no time on this clock; a request waits for its own.
-                Mode::Serial => workload.models()[request.model].load,
-            }),
+            Outcome::Served { hit: false, waited } => waits.push(*waited),
             Outcome::Refused(_)
             | Outcome::Waiting
             | Outcome::Cut
@@ -236,7 +194,7 @@ fn tally(workload: &Workload, mode: Mode, machine: &Machine, wishes: &[Wish]) ->
     let loads = |facts: &ModelFacts| machine.spawned().get(facts.name()).copied().unwrap_or(0);
     let seconds = |facts: &ModelFacts| Bytes(loads(facts)).as_f64() * facts.load.as_secs_f64();
     Figures {
-        policy: Eviction::default(),
+        policy: EvictionPolicy::default(),
         limit: Bytes::ZERO,
         mode,
         requests: wishes.len(),
@@ -277,6 +235,11 @@ mod tests {
     use crate::clock::Timestamp;
     use crate::model::ModelName;
 
+    const LRU: Rules = Rules {
+        eviction: EvictionPolicy::Lru,
+        patience: None,
+    };
+
     fn model(name: &str, gib: u64, load: u64) -> ModelFacts {
         let name = ModelName::new(name).expect("a good name");
         ModelFacts::new(name, Bytes::gib(gib), Duration::from_secs(load))
@@ -293,13 +256,7 @@ mod tests {
     fn timed(memory: Memory, demands: Vec<Demand>, gib: u64) -> Figures {
         let models = vec![model("a", 4, 10), model("b", 4, 10)];
         let workload = Workload::new(models, demands).expect("every model is there");
-        run(
-            &workload,
-            memory,
-            Mode::Timed,
-            Eviction::Lru,
-            Bytes::gib(gib),
-        )
+        run(&workload, memory, Mode::Timed, LRU, Bytes::gib(gib))
     }
 
     #[test]

@@ -5,7 +5,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::machine::{Fault, Program};
-use super::study::Mode;
 use crate::clock::Timestamp;
 use crate::model::{Bytes, DeviceRef, Domain, GpuRequest, ModelName, ModelSpec};
 
@@ -61,7 +60,7 @@ impl ModelFacts {
         &self.spec.name
     }
 
-    pub(super) fn program(&self, memory: Memory, mode: Mode) -> Program {
+    pub(super) fn program(&self, memory: Memory) -> Program {
         let mut spec = (*self.spec).clone();
         match memory {
             Memory::Host => {
@@ -80,10 +79,7 @@ impl ModelFacts {
         Program {
             spec: Arc::new(spec),
             holds: BTreeMap::from([(memory.domain(), self.size)]),
-            load: match mode {
-                Mode::Timed => self.load,
-                Mode::Serial => Duration::ZERO,
-            },
+            load: self.load,
             stop: Duration::ZERO,
             fault: Fault::None,
         }

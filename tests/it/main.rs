@@ -8,6 +8,7 @@ mod config;
 mod failures;
 mod gpu;
 mod memory;
+mod patience;
 mod pressure;
 mod proxy;
 mod replay;

@@ -344,3 +344,15 @@ fn a_model_over_its_own_ceiling_is_recycled_between_two_requests() {
     assert_eq!(residentd.eviction("leaky"), "max_memory");
     assert_ne!(residentd.complete("leaky").worker_pid(), first);
 }
+
+#[test]
+fn the_kernel_does_not_drop_the_pages_of_residentd_where_it_may_lock_them() {
+    let model = format!("[models.a]\ncommand = [{STUB:?}, \"--port\", \"${{PORT}}\"]\n");
+    let residentd = Residentd::start(&model);
+    let status = std::fs::read_to_string(format!("/proc/{}/status", residentd.pid()));
+    let status = status.expect("residentd runs");
+    let locked = status.lines().find_map(|line| line.strip_prefix("VmLck:"));
+    let locked = locked.expect("a line on locked pages").trim();
+    let may_lock = nix::unistd::geteuid().is_root();
+    assert_eq!(locked != "0 kB", may_lock, "{locked}");
+}

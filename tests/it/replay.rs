@@ -5,8 +5,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use residentd::clock::Timestamp;
-use residentd::model::Bytes;
-use residentd::simulate::{self, Demand, Eviction, Memory, Mode, ModelFacts, Workload};
+use residentd::model::{Bytes, EvictionPolicy};
+use residentd::simulate::{self, Demand, Memory, Mode, ModelFacts, Rules, Workload};
 use serde_json::json;
 
 use crate::simulate::traces;
@@ -44,7 +44,7 @@ fn slice() -> (Vec<ModelFacts>, Vec<Demand>) {
 
 fn config(models: &[ModelFacts]) -> String {
     let mut config = format!(
-        "[memory]\nlimit = \"{}B\"\nreserve = \"16MiB\"\n",
+        "[memory]\nlimit = \"{}B\"\nreserve = \"16MiB\"\npatience = \"100ms\"\n",
         LIMIT.get()
     );
     for facts in models {
@@ -100,8 +100,11 @@ fn simulate(mut models: Vec<ModelFacts>, demands: Vec<Demand>, shared: Bytes) ->
     }
     let workload = Workload::new(models, demands).expect("every model is there");
     let limit = LIMIT - shared - shared;
-    let (memory, mode, policy) = (Memory::Host, Mode::Timed, Eviction::Lru);
-    simulate::run(&workload, memory, mode, policy, limit).loads
+    let rules = Rules {
+        eviction: EvictionPolicy::Lru,
+        patience: Some(Duration::from_millis(100)),
+    };
+    simulate::run(&workload, Memory::Host, Mode::Timed, rules, limit).loads
 }
 
 fn ask(address: &str, demand: &Demand) {

@@ -7,7 +7,9 @@ use std::time::Duration;
 
 use residentd::clock::Timestamp;
 use residentd::config::units;
-use residentd::model::{Bytes, DeviceRef, Domain, GpuRequest, ModelName, ModelSpec};
+use residentd::model::{
+    Bytes, DeviceRef, Domain, EvictionPolicy, GpuRequest, ModelName, ModelSpec,
+};
 use residentd::policy::{Phase, Settings, Threshold};
 use residentd::simulate::{Fault, Machine, Outcome, Program, Wish};
 use serde::{Deserialize, Deserializer};
@@ -18,6 +20,8 @@ struct Story {
     title: String,
     #[serde(deserialize_with = "size")]
     limit: Bytes,
+    #[serde(default = "lru")]
+    policy: String,
     #[serde(default)]
     gpu: bool,
     #[serde(default, deserialize_with = "some_time")]
@@ -81,6 +85,10 @@ struct Expect {
     ready: BTreeSet<String>,
 }
 
+fn lru() -> String {
+    "lru".into()
+}
+
 fn time<'de, D: Deserializer<'de>>(from: D) -> Result<Duration, D::Error> {
     let text = String::deserialize(from)?;
     units::duration(&text).map_err(serde::de::Error::custom)
@@ -126,6 +134,8 @@ impl Story {
             hard: Threshold::Size(Bytes::ZERO),
             auto_cleanup: true,
             emergency: true,
+            eviction: EvictionPolicy::from_name(&self.policy).expect("a policy"),
+            patience: Duration::from_secs(5),
             drain_timeout: Duration::from_secs(30),
         };
         let memory = BTreeMap::from([(Domain::Host, Bytes::MAX), (self.domain(), self.limit)]);

@@ -2,14 +2,12 @@
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::time::Duration;
 
-use residentd::model::Bytes;
-use residentd::simulate::{self, Eviction, Figures, Memory, Mode, Workload};
+use residentd::model::{Bytes, EvictionPolicy};
+use residentd::simulate::{self, Figures, Memory, Mode, Rules, Workload};
 use serde::Deserialize;
 
-/// What the policy does now: nobody busy is drained to make room. Rows of
-/// `expected.toml` with another patience are of a policy that has one.
-const PATIENCE: &str = "none";
 /// Largest difference between two simulations' loads, in hundredths.
 const TOLERANCE_PERCENT: u64 = 2;
 
@@ -57,9 +55,19 @@ fn workload() -> Workload {
     .expect("every model is in the table")
 }
 
-fn play(workload: &Workload, mode: Mode, policy: Eviction, limit_gib: u64) -> Figures {
-    let limit = Bytes::gib(limit_gib);
-    simulate::run(workload, Memory::Gpu, mode, policy, limit)
+fn play(workload: &Workload, mode: Mode, rules: Rules, limit_gib: u64) -> Figures {
+    simulate::run(workload, Memory::Gpu, mode, rules, Bytes::gib(limit_gib))
+}
+
+fn rules(policy: &str, patience: &str) -> Rules {
+    Rules {
+        eviction: EvictionPolicy::from_name(policy).expect("a policy"),
+        patience: match patience {
+            "none" => None,
+            "5s" => Some(Duration::from_secs(5)),
+            other => panic!("no such patience: {other}"),
+        },
+    }
 }
 
 fn agrees(ours: u64, theirs: u64) -> bool {
@@ -71,10 +79,8 @@ fn a21_serial_loads_agree_with_an_independent_simulation_within_2_percent() {
     let workload = workload();
     let mut compared = 0;
     for row in expected().serial {
-        let Ok(policy) = row.policy.parse::<Eviction>() else {
-            continue;
-        };
-        let ours = play(&workload, Mode::Serial, policy, row.limit_gib);
+        let rules = rules(&row.policy, "none");
+        let ours = play(&workload, Mode::Serial, rules, row.limit_gib);
         let what = format!("{} at {} GiB", row.policy, row.limit_gib);
         assert!(
             agrees(ours.loads, row.loads),
@@ -97,13 +103,8 @@ fn a21_timed_loads_agree_with_an_independent_simulation() {
     let workload = workload();
     let mut compared = 0;
     for row in expected().timed {
-        let Ok(policy) = row.policy.parse::<Eviction>() else {
-            continue;
-        };
-        if row.patience != PATIENCE {
-            continue;
-        }
-        let ours = play(&workload, Mode::Timed, policy, row.limit_gib);
+        let rules = rules(&row.policy, &row.patience);
+        let ours = play(&workload, Mode::Timed, rules, row.limit_gib);
         let what = format!("{} at {} GiB, {}", row.policy, row.limit_gib, row.variant);
         assert!(
             agrees(ours.loads, row.loads),
@@ -127,7 +128,13 @@ fn a21_timed_loads_agree_with_an_independent_simulation() {
 fn no_serial_run_beats_the_offline_plan() {
     let workload = workload();
     for limit in simulate::steps(Bytes::gib(60), Bytes::gib(200), Some(Bytes::gib(20))) {
-        let figures = simulate::run(&workload, Memory::Gpu, Mode::Serial, Eviction::Lru, limit);
+        let figures = simulate::run(
+            &workload,
+            Memory::Gpu,
+            Mode::Serial,
+            rules("lru", "none"),
+            limit,
+        );
         assert!(figures.gap() >= 1.0, "{limit}: {figures:?}");
         assert_eq!(figures.refused, 0, "{limit}: every model fits");
         assert!(figures.loads >= figures.offline.loads, "{limit}");
@@ -137,7 +144,7 @@ fn no_serial_run_beats_the_offline_plan() {
 #[test]
 fn with_room_for_all_each_model_is_loaded_once() {
     let workload = workload();
-    let figures = play(&workload, Mode::Timed, Eviction::Lru, 367);
+    let figures = play(&workload, Mode::Timed, rules("lru", "5s"), 367);
     assert_eq!(figures.loads, 24);
     assert_eq!(figures.offline.loads, 24);
     assert_eq!(figures.requests, 95_928);
@@ -212,7 +219,7 @@ fn mistakes_name_the_file_the_line_and_the_fix() {
         ("--trace models.csv --models models.csv", 1),
         ("--trace none.csv --models models.csv", 1),
         ("--trace trace.csv", 2),
-        ("--trace trace.csv --models models.csv --policy cost", 2),
+        ("--trace trace.csv --models models.csv --policy most", 2),
         ("--trace trace.csv --models models.csv --policy mru", 2),
         (
             "--trace trace.csv --models models.csv --sweep limit=4GiB..2GiB",

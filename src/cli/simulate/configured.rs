@@ -11,7 +11,7 @@ use crate::cli::serve::sources;
 use crate::config::{self, Config, Problems};
 use crate::model::{Bytes, Domain, ModelSpec};
 use crate::policy;
-use crate::simulate::{self, Memory, ModelFacts, Workload};
+use crate::simulate::{self, Memory, ModelFacts, Rules, Workload};
 
 /// An engine's own start, where no load of the model was seen.
 const ENGINE_START: Duration = Duration::from_millis(1500);
@@ -42,6 +42,8 @@ pub(super) enum ConfiguredError {
 pub(super) struct Configured {
     pub(super) workload: Workload,
     pub(super) memory: Memory,
+    /// The policy and patience in the configuration.
+    pub(super) rules: Rules,
     /// The limit in the configuration.
     pub(super) limit: Option<Bytes>,
     /// What is estimated or left out.
@@ -111,6 +113,10 @@ pub(super) fn read(
     Ok(Configured {
         workload: Workload::new(models, demands)?,
         memory,
+        rules: Rules {
+            eviction: config.memory.policy,
+            patience: Some(config.memory.patience),
+        },
         limit: match memory {
             Memory::Host => config.memory.limit.map(|(limit, _)| limit),
             Memory::Gpu => config.gpu_limits.values().copied().reduce(|a, b| a + b),

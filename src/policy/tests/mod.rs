@@ -3,3 +3,4 @@
 mod admission;
 mod ceilings;
 mod leaving;
+mod patience;

@@ -8,7 +8,7 @@ use std::time::Duration;
 use super::super::journal::{Entry, What};
 use super::{ASK_AGAIN, Fault, Happening, Machine, Outcome, State, Wish, Worker};
 use crate::clock::Timestamp;
-use crate::model::{Bytes, Domain, GpuVendor, WorkerId};
+use crate::model::{Bytes, Domain, GpuVendor, IdleGaps, WorkerId};
 use crate::policy::{Activity, DomainMeasure, Effect, Event, GpuFacts, Measure, Measured, Ticket};
 
 impl Machine {
@@ -41,6 +41,11 @@ impl Machine {
     pub(super) fn feed(&mut self, event: Event) {
         let mut todo = VecDeque::from([event]);
         while let Some(event) = todo.pop_front() {
+            for worker in self.workers.values_mut() {
+                if let Some(gaps) = worker.gaps.take() {
+                    self.policy.learn_gaps(&worker.id.model, &gaps);
+                }
+            }
             let ready = self.workers.values().filter(|worker| worker.holds);
             self.policy
                 .observe(ready.map(|worker| (&worker.id, worker.activity())));
@@ -86,6 +91,12 @@ impl Machine {
                 self.tell(&worker, || format!("drains: {reason}"));
                 self.close(&worker);
             }
+            Effect::Resume { worker } => {
+                self.tell(&worker, || "stays after all".to_owned());
+                if let Some(worker) = self.worker(&worker) {
+                    worker.open = true;
+                }
+            }
             Effect::Terminate {
                 worker,
                 reason,
@@ -115,6 +126,8 @@ impl Machine {
                 ending: false,
                 inside: BTreeSet::new(),
                 last_left: self.now,
+                used: false,
+                gaps: None,
             },
         );
         match fault {
@@ -185,6 +198,11 @@ impl Machine {
         state.outcome = Outcome::Served { waited, hit };
         let duration = state.duration;
         let worker = self.worker(id).expect("leases are on live workers");
+        if worker.used && worker.inside.is_empty() {
+            let class = IdleGaps::class(now.since(worker.last_left));
+            worker.gaps.get_or_insert_default().0[class] += 1;
+        }
+        worker.used = true;
         worker.inside.insert(ticket);
         self.after(duration, Happening::Leaves(id.clone(), ticket));
     }

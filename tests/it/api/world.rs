@@ -178,7 +178,7 @@ fn gemma() -> ModelView {
     let spec = spec("gemma", "llm", &["gpt-4o-mini"]);
     let gate = Gate::open(at(10));
     for _ in 0..4 {
-        assert!(gate.try_enter());
+        assert!(gate.try_enter(Timestamp::START));
     }
     for second in [20, 30, 40] {
         gate.leave(at(second));

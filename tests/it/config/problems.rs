@@ -24,7 +24,7 @@ limit = "8GiB"
 reserve = -1
 check_interval = 60
 auto_cleanup = "true"
-policy = "lru"
+policy = "fifo"
 
 [pressure]
 soft = "5%"

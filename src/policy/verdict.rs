@@ -1,0 +1,270 @@
+//! What admission says of one model: start, wait, evict, or never.
+
+use super::Policy;
+use super::eviction::{self, Candidate};
+use super::ledger::{self, Constraint, Need};
+use super::lifecycle::ModelState;
+use super::words::{EvictReason, Expected, ExpectedSource, Phase, Refusal};
+use crate::model::{Bytes, Domain, ModelName};
+
+/// The least room an unknown model is started in: a quarter of the limit, at
+/// most this.
+const UNKNOWN_ROOM: Bytes = Bytes::mib(512);
+
+/// What admission says of one model.
+pub(super) enum Verdict {
+    /// There is room: spawn with this promise, on these GPUs.
+    Spawn(Expected, Vec<u32>),
+    /// Bytes are on their way back that will suffice.
+    Wait(Need),
+    /// End these, then wait.
+    Evict(Vec<Candidate>, Need, Shortage),
+    /// Busy workers have to become idle first, for this need.
+    Blocked(Need),
+    /// It cannot be, however long it waits.
+    Refuse(Refusal),
+}
+
+/// Where most is missing for a load.
+pub(super) struct Shortage {
+    domain: Domain,
+    need: Bytes,
+    room: Bytes,
+}
+
+impl Shortage {
+    /// Why a worker goes for this model.
+    pub(super) fn reason(&self, for_model: &ModelName) -> EvictReason {
+        EvictReason::MakeRoom {
+            for_model: for_model.clone(),
+            domain: self.domain,
+            need: self.need,
+            room: self.room,
+        }
+    }
+}
+
+impl Policy {
+    pub(super) fn admit(&self, name: &ModelName, claims: &Need) -> Verdict {
+        let model = &self.models[name];
+        let gpus = match self.place(model, claims) {
+            Ok(gpus) => gpus,
+            Err(refusal) => return Verdict::Refuse(refusal),
+        };
+        let expected = self.expected_on(model, &gpus);
+        if expected
+            .domains()
+            .any(|domain| self.must_load_alone(&expected, domain))
+        {
+            return Verdict::Wait(Need::new());
+        }
+        if let Some(refusal) = self.never(model, &expected) {
+            return Verdict::Refuse(refusal);
+        }
+        let need = self.need(&expected);
+        let (now_there, later) = self.rooms(expected.domains(), claims);
+        let still = expected.domains().all(|domain| self.is_still(domain));
+        let fits = missing(&need, &now_there).is_empty();
+        if fits && still && missing(&need, &later).is_empty() {
+            return Verdict::Spawn(promise(expected, &now_there), gpus);
+        }
+        // Whoever drains may take long, and stays when it is not needed: idle
+        // workers are the better victims as soon as there are enough of them.
+        let mut sure = later.clone();
+        for (key, bytes) in self.draining_for_room() {
+            sure.entry(key).and_modify(|room| *room -= bytes);
+        }
+        let short = missing(&need, &sure);
+        if short.is_empty() {
+            return Verdict::Wait(need);
+        }
+        if model.queue.is_empty() {
+            // Only the configuration wants it: nobody is ended for that.
+            return Verdict::Blocked(need);
+        }
+        if gpus
+            .iter()
+            .any(|index| self.is_loading(Domain::Gpu(*index)))
+        {
+            // One transition at a time; what loads there may be idle then.
+            return Verdict::Wait(need);
+        }
+        let policy = self.settings.eviction;
+        match eviction::choose_victims(policy, self.candidates(), &short) {
+            Some(victims) => {
+                let shortage = self.shortage(&expected, &short);
+                Verdict::Evict(victims, need, shortage)
+            }
+            None if missing(&need, &later).is_empty() => Verdict::Wait(need),
+            None => Verdict::Blocked(need),
+        }
+    }
+
+    /// Returns what a load of the model would take, and what it must find.
+    pub(super) fn planned_need(&self, name: &ModelName, claims: &Need) -> Option<(Expected, Need)> {
+        let model = &self.models[name];
+        let gpus = self.place(model, claims).ok()?;
+        let expected = self.expected_on(model, &gpus);
+        let need = self.need(&expected);
+        Some((expected, need))
+    }
+
+    /// Returns where most is missing, what is needed and what is there.
+    pub(super) fn shortage(&self, expected: &Expected, missing: &Need) -> Shortage {
+        let tightest = missing.iter().max_by_key(|(_, bytes)| **bytes);
+        let domain = tightest.map_or(Domain::Host, |((domain, _), _)| *domain);
+        let mut floors = self.floors(expected);
+        let need = floors.find(|(of, _)| *of == domain);
+        Shortage {
+            domain,
+            need: need.map_or(Bytes::ZERO, |(_, bytes)| bytes),
+            room: least(&self.ledger.room(&self.models, domain)),
+        }
+    }
+
+    /// Returns idle unpinned workers with what their end would give back.
+    pub(super) fn candidates(&self) -> Vec<Candidate> {
+        let idle = self.models.values().filter(|m| m.is_candidate());
+        idle.map(|m| self.candidate(m)).collect()
+    }
+
+    pub(super) fn candidate(&self, model: &ModelState) -> Candidate {
+        Candidate {
+            worker: model.worker(),
+            busy: model.activity.inside > 0,
+            idle_since: model.idle_since(),
+            worth: self.worth(model),
+            gives: self.ledger.gives(model),
+        }
+    }
+
+    /// Returns the room in these domains now, and the room when everything on
+    /// its way back is there, less what others claim of that.
+    pub(super) fn rooms(
+        &self,
+        domains: impl Iterator<Item = Domain>,
+        claims: &Need,
+    ) -> (Need, Need) {
+        let mut now_there = Need::new();
+        let mut later = Need::new();
+        for domain in domains {
+            let room = self.ledger.room(&self.models, domain);
+            let incoming = self.ledger.incoming(&self.models, domain);
+            ledger::add(&mut now_there, &room);
+            ledger::add(&mut later, &room);
+            ledger::add(&mut later, &incoming);
+        }
+        for (key, bytes) in claims {
+            if let Some(total) = later.get_mut(key) {
+                *total -= bytes;
+            }
+        }
+        (now_there, later)
+    }
+
+    /// Who loads without a known need has all the room of the domain, and is
+    /// waited for: what it takes is only known when it is ready.
+    fn must_load_alone(&self, expected: &Expected, domain: Domain) -> bool {
+        let alone = |m: &ModelState| m.reservation.is_unknown(domain);
+        let loads = |m: &ModelState| m.phase == Phase::Starting && m.domains().contains(&domain);
+        let mut loading = self.models.values().filter(|m| loads(m));
+        loading.any(|m| expected.is_unknown(domain) || alone(m))
+    }
+
+    /// Returns whether a worker loads in this domain.
+    pub(super) fn is_loading(&self, domain: Domain) -> bool {
+        let loads = |m: &ModelState| m.phase == Phase::Starting && m.is_moving(domain);
+        self.models.values().any(loads)
+    }
+
+    /// Returns whether a load may start in this domain: bytes of reaped workers
+    /// are back, and on a GPU nothing else loads or dies, since its memory is
+    /// only known between such transitions.
+    pub(super) fn is_still(&self, domain: Domain) -> bool {
+        let moving = || self.models.values().any(|m| m.is_moving(domain));
+        !self.ledger.is_settling(domain) && (domain == Domain::Host || !moving())
+    }
+
+    /// Returns the bytes a load must find in each domain: what it is expected
+    /// to need, or the least an unknown one is started in.
+    pub(super) fn floors<'a>(
+        &'a self,
+        expected: &'a Expected,
+    ) -> impl Iterator<Item = (Domain, Bytes)> + 'a {
+        expected.domains().map(|domain| {
+            let known = expected.known(domain);
+            (domain, known.unwrap_or_else(|| self.unknown_floor(domain)))
+        })
+    }
+
+    /// The same, for every constraint.
+    pub(super) fn need(&self, expected: &Expected) -> Need {
+        self.floors(expected)
+            .flat_map(|(domain, bytes)| {
+                [Constraint::Limit, Constraint::Physics]
+                    .map(|constraint| ((domain, constraint), ledger::signed(bytes)))
+            })
+            .collect()
+    }
+
+    /// Why the model can never be: larger than its budget, or than what is
+    /// left when everything that is not pinned is gone.
+    fn never(&self, model: &ModelState, expected: &Expected) -> Option<Refusal> {
+        for (domain, need) in self.floors(expected) {
+            let budget = self.ledger.domains.get(&domain)?.budget();
+            if !expected.is_unknown(domain) && need > budget {
+                return Some(Refusal::TooLarge {
+                    model: model.name().clone(),
+                    domain,
+                    need,
+                    budget,
+                });
+            }
+            let room = least(&self.ledger.possible(&self.models, domain));
+            if need > room {
+                return Some(Refusal::NoRoom {
+                    model: model.name().clone(),
+                    domain,
+                    need,
+                    room,
+                });
+            }
+        }
+        None
+    }
+
+    fn unknown_floor(&self, domain: Domain) -> Bytes {
+        let budget = self
+            .ledger
+            .domains
+            .get(&domain)
+            .map_or(Bytes::ZERO, |b| b.budget());
+        Bytes(budget.get() / 4).min(UNKNOWN_ROOM)
+    }
+}
+
+/// What is promised to a worker: its expected need; all the room there is in a
+/// domain where that is unknown.
+fn promise(mut expected: Expected, room: &Need) -> Expected {
+    for (domain, need) in &mut expected.0 {
+        if need.source == ExpectedSource::Unknown {
+            let here = room.iter().filter(|((of, _), _)| of == domain);
+            let least = here.map(|(_, bytes)| *bytes).min();
+            need.bytes = ledger::unsigned(least.unwrap_or(0));
+        }
+    }
+    expected
+}
+
+/// What is missing of `need` in `room`, where anything is.
+pub(super) fn missing(need: &Need, room: &Need) -> Need {
+    need.iter()
+        .map(|(key, bytes)| (*key, bytes - room.get(key).copied().unwrap_or(0)))
+        .filter(|(_, short)| *short > 0)
+        .collect()
+}
+
+/// The smallest room of all constraints, as bytes.
+pub(super) fn least(room: &Need) -> Bytes {
+    ledger::unsigned(room.values().copied().min().unwrap_or(0))
+}
