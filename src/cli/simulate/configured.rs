@@ -152,15 +152,12 @@ fn leave_out(
     demands
 }
 
-/// What a model holds while it is resident: what its lives used, else what is
-/// declared, else an estimate by its weight files.
+/// What a model is charged while it is resident: the larger of what its lives
+/// used and what is declared, else an estimate by its weight files.
 fn size(spec: &ModelSpec, memory: Memory, past: &Learned) -> Option<Bytes> {
     let of = |domain: &Domain| (*domain == Domain::Host) == (memory == Memory::Host);
     let learned = past.footprint.iter().filter(|(domain, _)| of(domain));
     let learned: Bytes = learned.map(|(_, footprint)| footprint.peak).sum();
-    if learned > Bytes::ZERO {
-        return Some(learned);
-    }
     let weights = config::weights::total(&spec.weights);
     let count = spec.gpus.count();
     let copies = |each: Bytes| std::iter::repeat_n(each, count).sum::<Bytes>();
@@ -171,5 +168,8 @@ fn size(spec: &ModelSpec, memory: Memory, past: &Learned) -> Option<Bytes> {
             copies(policy::from_weights_on_gpus(weights, count)),
         ),
     };
-    declared.or((weights > Bytes::ZERO).then_some(estimate))
+    let known = (learned > Bytes::ZERO).then_some(learned);
+    let estimate = (weights > Bytes::ZERO).then_some(estimate);
+    // A worker is charged the larger of what was promised to it and what it holds.
+    known.max(declared).or(estimate)
 }
