@@ -231,9 +231,10 @@ pub(super) fn time(seconds: f64) -> String {
     match seconds {
         none if none < 0.0005 => "0s".to_owned(),
         short if short < 10.0 => format!("{short:.2}s"),
-        some if some < 120.0 => format!("{some:.0}s"),
+        some if some < 119.5 => format!("{some:.0}s"),
         minutes if minutes < 7200.0 => {
-            format!("{:.0}m{:02.0}s", (minutes / 60.0).floor(), minutes % 60.0)
+            let whole = minutes.round();
+            format!("{:.0}m{:02.0}s", (whole / 60.0).floor(), whole % 60.0)
         }
         hours => format!(
             "{:.0}h{:02.0}m",
@@ -247,4 +248,31 @@ pub(super) fn time(seconds: f64) -> String {
 /// GiB most of the time.
 pub(super) fn short(limit: Bytes) -> String {
     limit.to_string().replace(".00 ", " ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn times_are_told_in_units_that_carry() {
+        for (seconds, text) in [
+            (0.0, "0s"),
+            (0.144, "0.14s"),
+            (75.4, "75s"),
+            (119.6, "2m00s"),
+            (4499.7, "75m00s"),
+            (13_080.0, "3h38m"),
+        ] {
+            assert_eq!(time(seconds), text);
+        }
+    }
+
+    #[test]
+    fn a_bar_is_as_long_as_its_part() {
+        assert_eq!(bar_of(1.0), "█".repeat(BAR));
+        assert_eq!(bar_of(0.5), "█".repeat(BAR / 2));
+        assert_eq!(bar_of(1.0 / 320.0), "▏");
+        assert_eq!(bar_of(0.0), "");
+    }
 }
