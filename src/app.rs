@@ -27,10 +27,11 @@ use crate::clock::Clock;
 use crate::config::{Config, LimitOrigin, Listen};
 use crate::control::{self, Controller, LimitSource, Routes};
 use crate::memory::{self, HostReading, MemorySource, Sampler, SamplerSettings};
-use crate::model::{Bytes, DeviceRef, Domain};
+use crate::model::{Bytes, DeviceRef, Domain, ModelName};
 use crate::policy::{Policy, Settings, Setup, Threshold};
 use crate::procfs::mark::Owner;
-use crate::proxy::{Proxy, ProxyBody, ProxySettings};
+use crate::proxy::{AccessLog, Proxy, ProxyBody, ProxySettings};
+pub use crate::store::Learned;
 use crate::store::{Store, StoreError};
 use crate::telemetry;
 use crate::worker::{self, ProcessSpawner, WorkerSettings};
@@ -44,6 +45,8 @@ const RESERVE_PERCENT: u64 = 5;
 const LEAST_RESERVE: Bytes = Bytes::mib(512);
 /// Longest time for a client to send a request's head.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(30);
+/// The access log is this long at most, and one as long is kept beside it.
+const ACCESS_LOG: u64 = 64 << 20;
 /// How long open connections may take to end after the last worker is gone.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
 /// Wait after an accept that failed, as it does when descriptors run out.
@@ -68,6 +71,14 @@ pub enum AppError {
         /// Why.
         source: std::io::Error,
     },
+    /// The access log could not be opened.
+    #[error("open the access log {path}")]
+    AccessLog {
+        /// Which file.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
     /// The state could not be opened.
     #[error("open state")]
     Store(#[from] StoreError),
@@ -87,6 +98,7 @@ pub struct Options {
 pub struct App {
     controller: Controller,
     store: Store,
+    access: Option<AccessLog>,
     clock: Clock,
     options: Options,
     addresses: Vec<Listen>,
@@ -108,6 +120,7 @@ impl App {
         }
         let addresses = listeners.iter().map(|(listen, _)| listen.clone()).collect();
         let store = Store::open(&config.server.state_dir, &config.models)?;
+        let access = access_log(&config)?;
         let owner = Owner::this_process(store.name().to_owned());
         // The state is held by us now: whoever held it before is no more.
         worker::end_left_behind(&owner, clock).await;
@@ -118,7 +131,8 @@ impl App {
                 max_body: config.server.max_body,
                 model_prefix: config.server.model_prefix,
             },
-        );
+        )
+        .with_access_log(access.clone());
         let server = Server {
             proxy: proxy.clone(),
             api: api::router(ApiState::new(controller.clone())),
@@ -128,6 +142,7 @@ impl App {
         let app = Self {
             controller,
             store,
+            access,
             clock,
             options,
             addresses,
@@ -166,9 +181,13 @@ impl App {
         if self.options.owns_process {
             worker::end_orphans(self.clock).await;
         }
-        let store = self.store.clone();
+        let (store, access) = (self.store.clone(), self.access.clone());
         // Only a panic of it could fail, which has been told.
-        let _ = tokio::task::spawn_blocking(move || store.flush()).await;
+        let _ = tokio::task::spawn_blocking(move || {
+            access.as_ref().map(AccessLog::flush);
+            store.flush();
+        })
+        .await;
         self.closing.cancel();
         self.connections.close();
         if tokio::time::timeout(CLOSE_TIMEOUT, self.connections.wait())
@@ -186,6 +205,25 @@ impl App {
                 let _ = std::fs::remove_file(path);
             }
         }
+    }
+}
+
+/// Returns what past lives taught of each configured model.
+///
+/// # Errors
+/// When a residentd that runs has the state open, or it cannot be read.
+pub fn learned(config: &Config) -> Result<BTreeMap<ModelName, Learned>, AppError> {
+    Ok(Store::peek(&config.server.state_dir, &config.models)?)
+}
+
+fn access_log(config: &Config) -> Result<Option<AccessLog>, AppError> {
+    if !config.server.access_log {
+        return Ok(None);
+    }
+    let path = config.server.state_dir.join("access.jsonl");
+    match AccessLog::open(&path, ACCESS_LOG) {
+        Ok(log) => Ok(Some(log)),
+        Err(source) => Err(AppError::AccessLog { path, source }),
     }
 }
 

@@ -13,6 +13,7 @@ pub mod policy;
 pub mod procfs;
 pub mod proxy;
 pub mod reply;
+pub mod simulate;
 pub mod store;
 pub mod telemetry;
 pub mod template;

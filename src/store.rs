@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, mpsc as std_mpsc};
 use std::time::Duration;
 
-use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition};
+use redb::{Database, ReadOnlyDatabase, ReadableDatabase, ReadableTable, TableDefinition};
 use tracing::warn;
 
 use crate::model::{Bytes, Domain, Footprint, ModelName, ModelSpec};
@@ -19,6 +19,8 @@ use crate::telemetry;
 /// Peak bytes by `model ␟ fingerprint ␟ domain`, and settled bytes by the same
 /// with [`SETTLED`] behind.
 const FOOTPRINTS: TableDefinition<&str, u64> = TableDefinition::new("footprints_v1");
+/// Milliseconds of the last load by `model ␟ fingerprint ␟`.
+const LOADS: TableDefinition<&str, u64> = TableDefinition::new("loads_v1");
 /// Limits in bytes by domain.
 const LIMITS: TableDefinition<&str, u64> = TableDefinition::new("limits_v1");
 /// Facts about the database itself.
@@ -69,6 +71,19 @@ pub enum StoreError {
     },
 }
 
+impl StoreError {
+    fn opening(path: &Path, source: redb::DatabaseError) -> Self {
+        let path = path.to_owned();
+        match source {
+            redb::DatabaseError::DatabaseAlreadyOpen => Self::Held { path },
+            source => Self::Open {
+                path,
+                source: Box::new(source),
+            },
+        }
+    }
+}
+
 /// The database. Cheap to clone.
 #[derive(Clone, Debug)]
 pub struct Store {
@@ -89,8 +104,23 @@ enum Write {
         key: String,
         bytes: u64,
     },
+    /// How long the last load of a model took.
+    Load {
+        model: String,
+        key: String,
+        millis: u64,
+    },
     /// Tells when all that was sent before is on the disk.
     Flush(std_mpsc::Sender<()>),
+}
+
+/// What is known of one model from its past lives.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Learned {
+    /// What its lives used, by domain.
+    pub footprint: BTreeMap<Domain, Footprint>,
+    /// How long its last load took.
+    pub load: Option<Duration>,
 }
 
 /// How long an end waits for the disk.
@@ -107,13 +137,8 @@ impl Store {
             source,
         })?;
         let path = folder.join("residentd.redb");
-        let database = Database::create(&path).map_err(|source| match source {
-            redb::DatabaseError::DatabaseAlreadyOpen => StoreError::Held { path: path.clone() },
-            source => StoreError::Open {
-                path: path.clone(),
-                source: Box::new(source),
-            },
-        })?;
+        let database =
+            Database::create(&path).map_err(|source| StoreError::opening(&path, source))?;
         let failed = |source| StoreError::Use {
             path: path.clone(),
             source: Box::new(source),
@@ -143,6 +168,45 @@ impl Store {
         })
     }
 
+    /// Reads what is known of each model and writes nothing, unless the database
+    /// was not closed and has to be mended; nothing is known where there is none.
+    ///
+    /// # Errors
+    /// When a residentd has it open, or it cannot be read.
+    pub fn peek(
+        folder: &Path,
+        models: &[Arc<ModelSpec>],
+    ) -> Result<BTreeMap<ModelName, Learned>, StoreError> {
+        let path = folder.join("residentd.redb");
+        if !path.exists() {
+            return Ok(BTreeMap::new());
+        }
+        let opened = ReadOnlyDatabase::open(&path).or_else(|error| match error {
+            // It was not closed the last time, which opening it to write mends.
+            redb::DatabaseError::RepairAborted => {
+                drop(Database::open(&path)?);
+                ReadOnlyDatabase::open(&path)
+            }
+            other => Err(other),
+        });
+        let database = opened.map_err(|source| StoreError::opening(&path, source))?;
+        let failed = |source| StoreError::Use {
+            path: path.clone(),
+            source: Box::new(source),
+        };
+        let footprints = read_all(&database, FOOTPRINTS).map_err(failed)?;
+        let loads = read_all(&database, LOADS).map_err(failed)?;
+        let learned = |spec: &Arc<ModelSpec>| {
+            let prefix = prefix(&spec.name, &fingerprint(spec));
+            let learned = Learned {
+                footprint: footprint(&footprints, &prefix),
+                load: loads.get(&prefix).copied().map(Duration::from_millis),
+            };
+            (spec.name.clone(), learned)
+        };
+        Ok(models.iter().map(learned).collect())
+    }
+
     /// Returns the name that the database was given when it was made: no other
     /// has it, and only one residentd at a time can have this one open.
     #[must_use]
@@ -154,27 +218,10 @@ impl Store {
     /// weight files are what they were.
     #[must_use]
     pub fn footprint(&self, model: &ModelName) -> BTreeMap<Domain, Footprint> {
-        let Some(prefix) = self.prefix(model) else {
-            return BTreeMap::new();
-        };
-        let mut found = BTreeMap::<Domain, Footprint>::new();
-        let of_this = self.footprints.range(prefix.clone()..);
-        for (key, bytes) in of_this.take_while(|(key, _)| key.starts_with(&prefix)) {
-            let key = &key[prefix.len()..];
-            let (domain, is_settled) = match key.strip_suffix(SETTLED) {
-                Some(domain) => (domain, true),
-                None => (key, false),
-            };
-            let Some(domain) = parse_domain(domain) else {
-                continue;
-            };
-            let footprint = found.entry(domain).or_default();
-            match is_settled {
-                true => footprint.settled = Bytes(*bytes),
-                false => footprint.peak = Bytes(*bytes),
-            }
+        match self.prefix(model) {
+            Some(prefix) => footprint(&self.footprints, &prefix),
+            None => BTreeMap::new(),
         }
-        found
     }
 
     /// Returns the limit that an operator set to persist.
@@ -214,6 +261,18 @@ impl Store {
         });
     }
 
+    /// Keeps how long a load took.
+    pub fn loaded(&self, model: &ModelName, took: Duration) {
+        let Some(key) = self.prefix(model) else {
+            return;
+        };
+        self.write(Write::Load {
+            model: format!("{model}{SEPARATOR}"),
+            key,
+            millis: u64::try_from(took.as_millis()).unwrap_or(u64::MAX),
+        });
+    }
+
     /// Keeps a limit.
     pub fn keep_limit(&self, domain: Domain, limit: Bytes) {
         self.write(Write::Limit {
@@ -232,8 +291,7 @@ impl Store {
     }
 
     fn prefix(&self, model: &ModelName) -> Option<String> {
-        let fingerprint = self.fingerprints.get(model)?;
-        Some(format!("{model}{SEPARATOR}{fingerprint}{SEPARATOR}"))
+        Some(prefix(model, self.fingerprints.get(model)?))
     }
 
     fn write(&self, write: Write) {
@@ -241,6 +299,32 @@ impl Store {
             warn!("the state database does not keep up; a write is dropped");
         }
     }
+}
+
+fn prefix(model: &ModelName, fingerprint: &str) -> String {
+    format!("{model}{SEPARATOR}{fingerprint}{SEPARATOR}")
+}
+
+/// Reads one model's footprint out of all.
+fn footprint(all: &BTreeMap<String, u64>, prefix: &str) -> BTreeMap<Domain, Footprint> {
+    let mut found = BTreeMap::<Domain, Footprint>::new();
+    let of_this = all.range(prefix.to_owned()..);
+    for (key, bytes) in of_this.take_while(|(key, _)| key.starts_with(prefix)) {
+        let key = &key[prefix.len()..];
+        let (domain, is_settled) = match key.strip_suffix(SETTLED) {
+            Some(domain) => (domain, true),
+            None => (key, false),
+        };
+        let Some(domain) = parse_domain(domain) else {
+            continue;
+        };
+        let footprint = found.entry(domain).or_default();
+        match is_settled {
+            true => footprint.settled = Bytes(*bytes),
+            false => footprint.peak = Bytes(*bytes),
+        }
+    }
+    found
 }
 
 fn parse_domain(text: &str) -> Option<Domain> {
@@ -279,7 +363,7 @@ fn fingerprint(spec: &ModelSpec) -> String {
 }
 
 fn read_all(
-    database: &Database,
+    database: &impl ReadableDatabase,
     table: TableDefinition<&str, u64>,
 ) -> Result<BTreeMap<String, u64>, redb::Error> {
     let read = database.begin_read()?;
@@ -336,6 +420,7 @@ fn commit(database: &Database, batch: &[Write]) -> Result<(), redb::Error> {
     {
         let mut footprints = transaction.open_table(FOOTPRINTS)?;
         let mut limits = transaction.open_table(LIMITS)?;
+        let mut loads = transaction.open_table(LOADS)?;
         for write in batch {
             match write {
                 Write::Footprint { model, entries } => {
@@ -346,6 +431,10 @@ fn commit(database: &Database, batch: &[Write]) -> Result<(), redb::Error> {
                 }
                 Write::Limit { key, bytes } => {
                     limits.insert(key.as_str(), bytes)?;
+                }
+                Write::Load { model, key, millis } => {
+                    loads.retain(|key, _| !key.starts_with(model.as_str()))?;
+                    loads.insert(key.as_str(), millis)?;
                 }
                 Write::Flush(_) => {}
             }

@@ -17,7 +17,8 @@ const MAP: &[(&str, &[&str])] = &[
     ("config", &["model", "template", "telemetry"]),
     ("policy", &["model", "clock"]),
     ("procfs", &["model", "clock"]),
-    // Layer 2: instruments and hands.
+    // Layer 2: instruments and hands, and the pure core under a virtual clock.
+    ("simulate", &["policy", "model", "clock"]),
     ("gate", &["model", "clock"]),
     (
         "worker",
@@ -80,6 +81,7 @@ const MAP: &[(&str, &[&str])] = &[
             "api",
             "config",
             "policy",
+            "simulate",
             "model",
             "clock",
             "telemetry",

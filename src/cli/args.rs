@@ -2,12 +2,14 @@
 //! Whatever cannot be understood is turned away here, with exit code 2.
 
 use std::path::PathBuf;
+use std::str::FromStr;
+use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
 
 use super::client::Server;
 use crate::config::units;
-use crate::model::{Bytes, ModelName};
+use crate::model::{Bytes, EvictionPolicy, ModelName};
 
 /// Decides which models are resident in memory.
 #[derive(Debug, Parser)]
@@ -43,6 +45,8 @@ pub(super) enum Command {
     Logs(LogsArgs),
     /// Show what was decided, and why
     Events(EventsArgs),
+    /// Play recorded requests under a virtual clock: will these models fit?
+    Simulate(Box<SimulateArgs>),
     /// Print the completions of a shell
     Completions {
         /// Which shell
@@ -94,6 +98,9 @@ pub struct SettingArgs {
     /// How much of a body is read to find its model, as 1MiB
     #[arg(long, value_name = "SIZE")]
     pub model_prefix: Option<String>,
+    /// Whether each request is written to access.jsonl in the state folder: true or false
+    #[arg(long, value_name = "BOOL")]
+    pub access_log: Option<String>,
     /// Memory limit of all workers together, as 8GiB
     #[arg(long, value_name = "SIZE")]
     pub limit: Option<String>,
@@ -126,6 +133,7 @@ impl SettingArgs {
             ("server.log_level", &self.log_level),
             ("server.max_body", &self.max_body),
             ("server.model_prefix", &self.model_prefix),
+            ("server.access_log", &self.access_log),
             ("memory.limit", &self.limit),
             ("memory.reserve", &self.reserve),
             ("memory.check_interval", &self.check_interval),
@@ -253,6 +261,110 @@ pub(super) struct EventsArgs {
     #[command(flatten)]
     pub(super) client: ClientArgs,
 }
+
+/// What `simulate` is told.
+#[derive(Args, Clone, Debug)]
+pub(super) struct SimulateArgs {
+    /// Requests: a CSV file with timestamp_ms, model_id and duration_ms
+    #[arg(
+        long,
+        value_name = "FILE",
+        requires = "models",
+        required_unless_present = "log",
+        conflicts_with = "log"
+    )]
+    pub(super) trace: Option<PathBuf>,
+    /// Models: a CSV file with model_id, size_mib and load_cold_ms
+    #[arg(long, value_name = "FILE", requires = "trace")]
+    pub(super) models: Option<PathBuf>,
+    /// Requests: residentd's own access log; may be repeated
+    #[arg(long, value_name = "FILE")]
+    pub(super) log: Vec<PathBuf>,
+    /// Models: the configuration, with what was learned of them; may be repeated
+    #[arg(long, value_name = "PATH", requires = "log")]
+    pub(super) config: Vec<PathBuf>,
+    /// A limit to play with, as 64GiB; may be repeated
+    #[arg(long, value_name = "SIZE", value_parser = size)]
+    pub(super) limit: Vec<Bytes>,
+    /// Limits from one to another, as limit=4GiB..64GiB, or with a step as limit=4GiB..64GiB/4GiB
+    #[arg(long, value_name = "RANGE")]
+    pub(super) sweep: Option<Sweep>,
+    /// Who goes to make room, lru or cost; several with commas between
+    #[arg(long, value_name = "POLICY", value_delimiter = ',', value_parser = policy)]
+    pub(super) policy: Vec<EvictionPolicy>,
+    /// How long a request waits before busy models are drained for it, as 5s
+    #[arg(long, value_name = "TIME", value_parser = time)]
+    pub(super) patience: Option<Duration>,
+    /// One request after another, whatever they take: only loads count
+    #[arg(long)]
+    pub(super) serial: bool,
+    /// Which memory is short: on a GPU one model loads at a time. Of a configuration without GPUs
+    /// it is the host's, else a GPU's
+    #[arg(long, value_enum)]
+    pub(super) device: Option<Device>,
+    /// How much more memory to look at
+    #[arg(long, value_name = "SIZE", default_value = "16GiB", value_parser = size)]
+    pub(super) more: Bytes,
+    /// Print the figures as JSON
+    #[arg(long)]
+    pub(super) json: bool,
+    /// Draw the figures into an SVG file
+    #[arg(long, value_name = "FILE")]
+    pub(super) plot: Option<PathBuf>,
+}
+
+/// Which memory is short.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub(super) enum Device {
+    /// Host RAM
+    Host,
+    /// One GPU
+    Gpu,
+}
+
+/// Limits from one to another.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Sweep {
+    pub(super) from: Bytes,
+    pub(super) to: Bytes,
+    pub(super) step: Option<Bytes>,
+}
+
+impl FromStr for Sweep {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let fix = "write limit=FROM..TO or limit=FROM..TO/STEP, as limit=4GiB..64GiB/4GiB";
+        let range = text.strip_prefix("limit=").ok_or(fix)?;
+        let (from, rest) = range.split_once("..").ok_or(fix)?;
+        let (to, step) = match rest.split_once('/') {
+            Some((to, step)) => (to, Some(size(step)?)),
+            None => (rest, None),
+        };
+        let (from, to) = (size(from)?, size(to)?);
+        if from > to {
+            return Err(format!(
+                "{from} is more than {to}; write the smaller one first"
+            ));
+        }
+        let runs = step.map_or(0, |step| (to - from).get() / step.get());
+        if runs > MOST_STEPS {
+            return Err(format!("that is {runs} limits; write a larger step"));
+        }
+        Ok(Self { from, to, step })
+    }
+}
+
+fn policy(text: &str) -> Result<EvictionPolicy, String> {
+    EvictionPolicy::from_name(text).ok_or_else(|| "it is no policy; write lru or cost".to_owned())
+}
+
+fn time(text: &str) -> Result<Duration, String> {
+    units::duration(text).map_err(|complaint| complaint.to_string())
+}
+
+/// Limits of one sweep at most.
+const MOST_STEPS: u64 = 1000;
 
 fn model_name(text: &str) -> Result<ModelName, String> {
     ModelName::new(text).map_err(|error| error.to_string())

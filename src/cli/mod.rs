@@ -12,6 +12,7 @@ mod models;
 mod output;
 mod ps;
 pub mod serve;
+mod simulate;
 
 use std::process::ExitCode;
 
@@ -52,6 +53,7 @@ fn dispatch(command: Command) -> anyhow::Result<ExitCode> {
     match command {
         Command::Serve(args) => serve::run(&args),
         Command::Check(args) => serve::check(&args),
+        Command::Simulate(args) => simulate::run(&args),
         Command::Completions { shell } => completions(shell),
         asking => block_on(ask(asking)),
     }
@@ -69,7 +71,10 @@ async fn ask(command: Command) -> anyhow::Result<ExitCode> {
         Command::Limit(args) => memory::limit(args).await,
         Command::Logs(args) => logs::logs(args).await,
         Command::Events(args) => events::events(args).await,
-        Command::Serve(_) | Command::Check(_) | Command::Completions { .. } => Ok(()),
+        Command::Serve(_)
+        | Command::Check(_)
+        | Command::Simulate(_)
+        | Command::Completions { .. } => Ok(()),
     };
     if json
         && let Err(error) = &done
@@ -90,6 +95,7 @@ fn wants_json(command: &Command) -> bool {
         Command::Limit(args) => args.client.json,
         Command::Logs(args) => args.model.client.json,
         Command::Events(args) => args.client.json,
+        Command::Simulate(args) => args.json,
         Command::Serve(_) | Command::Check(_) | Command::Completions { .. } => false,
     }
 }

@@ -37,3 +37,30 @@ pub(super) fn complain(error: &anyhow::Error) {
         let _ = writeln!(err, "  caused by: {cause}");
     }
 }
+
+/// Returns rows as aligned columns, two spaces between: the first `words`
+/// columns to the left, numbers to the right. No line ends in spaces.
+pub(super) fn table(rows: &[Vec<String>], words: usize) -> String {
+    let columns = rows.iter().map(Vec::len).max().unwrap_or(0);
+    let width = |column: usize| {
+        let cells = rows.iter().filter_map(|row| row.get(column));
+        cells.map(|cell| cell.chars().count()).max().unwrap_or(0)
+    };
+    let widths: Vec<_> = (0..columns).map(width).collect();
+    let lines = rows.iter().map(|row| {
+        let cells = row.iter().zip(&widths).enumerate();
+        let padded: Vec<_> = cells
+            .map(|(column, (cell, &width))| {
+                if column < words {
+                    format!("{cell:<width$}")
+                } else {
+                    format!("{cell:>width$}")
+                }
+            })
+            .collect();
+        padded.join("  ").trim_end().to_owned()
+    });
+    let mut text: String = lines.collect::<Vec<_>>().join("\n");
+    text.push('\n');
+    text
+}

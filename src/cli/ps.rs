@@ -104,7 +104,7 @@ fn page(models: &[Model], totals: &Totals, now: f64) -> String {
         }
         row
     }));
-    let mut lines = vec![table(&rows), totals.line()];
+    let mut lines = vec![output::table(&rows, WORDS), totals.line()];
     let failing = models.iter().filter(|model| model.is_failing());
     lines.extend(failing.filter_map(|model| {
         let error = model.last_error.as_deref()?;
@@ -198,33 +198,6 @@ fn ago(seconds: f64) -> String {
         (seconds / 86400.0, 'd')
     };
     format!("{:.0}{unit} ago", count.floor())
-}
-
-/// Returns rows as aligned columns, two spaces between: words to the left,
-/// numbers to the right. No line ends in spaces.
-fn table(rows: &[Vec<String>]) -> String {
-    let columns = rows.iter().map(Vec::len).max().unwrap_or(0);
-    let width = |column: usize| {
-        let cells = rows.iter().filter_map(|row| row.get(column));
-        cells.map(|cell| cell.chars().count()).max().unwrap_or(0)
-    };
-    let widths: Vec<_> = (0..columns).map(width).collect();
-    let lines = rows.iter().map(|row| {
-        let cells = row.iter().zip(&widths).enumerate();
-        let padded: Vec<_> = cells
-            .map(|(column, (cell, &width))| {
-                if column < WORDS {
-                    format!("{cell:<width$}")
-                } else {
-                    format!("{cell:>width$}")
-                }
-            })
-            .collect();
-        padded.join("  ").trim_end().to_owned()
-    });
-    let mut text: String = lines.collect::<Vec<_>>().join("\n");
-    text.push('\n');
-    text
 }
 
 #[cfg(test)]

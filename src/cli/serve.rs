@@ -13,7 +13,7 @@ use crate::config::{self, Config, Problems, Sources};
 use crate::telemetry::{self, LogFormat};
 
 /// Exit code of wrong use and of a configuration with errors.
-const WRONG_CONFIG: u8 = 2;
+pub(super) const WRONG_CONFIG: u8 = 2;
 /// Threads of the data path at most; more gain nothing on one box.
 const MOST_THREADS: usize = 4;
 
@@ -74,7 +74,11 @@ pub fn check(args: &CheckArgs) -> anyhow::Result<ExitCode> {
     }
 }
 
-fn sources(args: &CheckArgs, flags: Vec<(String, String)>) -> anyhow::Result<Sources> {
+/// Where the configuration of this process comes from.
+///
+/// # Errors
+/// When its working directory cannot be read.
+pub(super) fn sources(args: &CheckArgs, flags: Vec<(String, String)>) -> anyhow::Result<Sources> {
     Sources::of_process(args.config.clone(), flags).context("read the working directory")
 }
 

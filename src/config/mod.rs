@@ -77,6 +77,8 @@ pub struct Server {
     pub max_body: Bytes,
     /// How much of a body may be read to find its model.
     pub model_prefix: Bytes,
+    /// Whether each request is written down in the state folder.
+    pub access_log: bool,
 }
 
 /// An address to listen on.

@@ -49,6 +49,7 @@ pub(super) struct RawServer {
     pub(super) log_level: Option<Setting<String>>,
     pub(super) max_body: Option<Setting<Bytes>>,
     pub(super) model_prefix: Option<Setting<Bytes>>,
+    pub(super) access_log: Option<Setting<bool>>,
 }
 
 #[derive(Clone, Debug, Default)]
@@ -193,6 +194,7 @@ impl RawServer {
             log_level: s.get("log_level", Value::log_level, problems),
             max_body: s.get("max_body", Value::size_over_zero, problems),
             model_prefix: s.get("model_prefix", Value::size_over_zero, problems),
+            access_log: s.get("access_log", Value::flag, problems),
         };
         section.finish(&LATER_SERVER, problems);
         raw
@@ -207,6 +209,7 @@ impl RawServer {
             log_level: self.log_level.or(weaker.log_level),
             max_body: self.max_body.or(weaker.max_body),
             model_prefix: self.model_prefix.or(weaker.model_prefix),
+            access_log: self.access_log.or(weaker.access_log),
         }
     }
 }

@@ -326,10 +326,12 @@ impl Task {
         };
         let now = self.clock.now();
         debug!(%worker, %upstream, "worker answers");
+        let took = now.since(model.since);
         let what = What::Ready {
-            took: now.since(model.since),
+            took,
             reload: model.history.evicted,
         };
+        self.store.loaded(&worker.model, took);
         self.next_serial += 1;
         let ready = Arc::new(ReadyWorker {
             id: worker.clone(),

@@ -257,6 +257,12 @@ impl Policy {
         if let Some(refusal) = refused {
             return Outlook::Refused(refusal);
         }
+        let grants =
+            |effect: &Effect| matches!(effect, Effect::Grant { ticket, .. } if *ticket == waiter);
+        if effects.iter().any(grants) {
+            // A drain that nobody needs any more is called off.
+            return Outlook::Served;
+        }
         if trial.models[name].phase == Phase::Starting {
             return Outlook::Starts;
         }

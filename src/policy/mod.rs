@@ -264,11 +264,23 @@ impl Policy {
         self.end_idle(now, out);
         self.hold_ceilings(now, out);
         self.relieve(now, out);
+        self.end_rests(now);
         self.call_off_drains(now, out);
         self.plan(now, out);
         // Who was started found room without those that still drain for it.
         if self.call_off_drains(now, out) {
             self.plan(now, out);
+        }
+    }
+
+    /// Ends the rest of failed models that are wanted: from here on they wait
+    /// for room like any other, and not for a moment that has passed.
+    fn end_rests(&mut self, now: Timestamp) {
+        for model in self.models.values_mut() {
+            let rests = matches!(model.phase, Phase::Backoff | Phase::Failed);
+            if rests && model.wanted && model.may_start(now) {
+                model.enter(Phase::Stopped, now);
+            }
         }
     }
 

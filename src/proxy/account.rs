@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use tracing::debug;
 
+use super::access::{AccessLog, Line};
 use crate::clock::{Clock, Timestamp};
 use crate::model::WorkerId;
 
@@ -17,7 +18,9 @@ pub(super) struct Account {
     waited: Duration,
     status: u16,
     bytes: u64,
+    stream: bool,
     end: End,
+    log: Option<AccessLog>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -25,6 +28,16 @@ enum End {
     Left,
     Whole,
     Broke,
+}
+
+impl End {
+    const fn as_str(self) -> &'static str {
+        match self {
+            Self::Left => "left",
+            Self::Whole => "whole",
+            Self::Broke => "broke",
+        }
+    }
 }
 
 impl Account {
@@ -44,8 +57,21 @@ impl Account {
             waited: leased.since(began),
             status,
             bytes: 0,
+            stream: false,
             end: End::Left,
+            log: None,
         }
+    }
+
+    /// Also writes it to this access log.
+    pub(super) fn logged(mut self, log: Option<AccessLog>) -> Self {
+        self.log = log;
+        self
+    }
+
+    /// The answer is a stream of events.
+    pub(super) fn streams(&mut self) {
+        self.stream = true;
     }
 
     pub(super) fn passed(&mut self, bytes: usize) {
@@ -65,12 +91,27 @@ impl Account {
 
 impl Drop for Account {
     fn drop(&mut self) {
+        let took = self.clock.now().since(self.began);
+        if let Some(log) = self.log.take() {
+            log.write(Line {
+                time: self.clock.unix(self.began),
+                model: self.worker.model.to_string(),
+                generation: Some(self.worker.generation),
+                status: self.status,
+                code: None,
+                wait_s: self.waited.as_secs_f64(),
+                duration_s: took.saturating_sub(self.waited).as_secs_f64(),
+                bytes: self.bytes,
+                stream: self.stream,
+                end: self.end.as_str(),
+            });
+        }
         debug!(
             worker = %self.worker,
             status = self.status,
             bytes = self.bytes,
             waited_ms = self.waited.as_secs_f64() * 1e3,
-            took_ms = self.clock.now().since(self.began).as_secs_f64() * 1e3,
+            took_ms = took.as_secs_f64() * 1e3,
             end = ?self.end,
             "request"
         );

@@ -98,7 +98,8 @@ impl Proxy {
         status: StatusCode,
     ) -> Account {
         let (worker, clock) = (lease.worker().id.clone(), self.controller.clock());
-        Account::new(worker, clock, passage.began, leased, status.as_u16())
+        let account = Account::new(worker, clock, passage.began, leased, status.as_u16());
+        account.logged(self.access.clone())
     }
 
     /// Sends on a kept connection if there is one. One that the worker closed
@@ -189,7 +190,7 @@ fn fault_of_body(error: &hyper::Error) -> Option<Fault> {
 /// Passes the worker's answer on, frame by frame.
 fn answer(
     response: Response<Incoming>,
-    account: Account,
+    mut account: Account,
     connection: (Sender, Arc<Pool>),
     lease: Lease,
 ) -> Response<ProxyBody> {
@@ -203,6 +204,9 @@ fn answer(
     head.version = Version::default();
     head.extensions.clear();
     let events = unknown_length && is_events(&head.headers);
+    if events {
+        account.streams();
+    }
     let streamed = Streamed::new(body, account, connection, events, lease);
     Response::from_parts(head, ProxyBody::Stream(Box::new(streamed)))
 }

@@ -4,6 +4,7 @@
 //! resolve, admit, forward, account. Bodies pass frame by frame; only what
 //! finding the model needs is read first, with a cap.
 
+mod access;
 mod account;
 mod body;
 mod forward;
@@ -25,6 +26,8 @@ use hyper::body::{Body, Incoming};
 use hyper::{Request, Response};
 use tracing::debug;
 
+pub use self::access::AccessLog;
+use self::access::Unanswered;
 pub use self::body::{ProxyBody, Streamed};
 use self::forward::Passage;
 use self::held::Held;
@@ -56,6 +59,7 @@ pub struct Proxy {
     controller: Controller,
     settings: ProxySettings,
     pools: Arc<Pools>,
+    access: Option<AccessLog>,
 }
 
 impl Proxy {
@@ -66,7 +70,15 @@ impl Proxy {
             controller,
             settings,
             pools: Arc::default(),
+            access: None,
         }
+    }
+
+    /// Writes every request that names a model to this log.
+    #[must_use]
+    pub fn with_access_log(mut self, log: Option<AccessLog>) -> Self {
+        self.access = log;
+        self
     }
 
     /// Returns whether a path is inference, and so ours.
@@ -118,15 +130,22 @@ impl Proxy {
             }
         };
         held.read_whole(REPLAYED).await?;
-        self.pass(Passage {
+        let (access, clock) = (self.access.clone(), self.controller.clock());
+        let unanswered = Unanswered::new(access, route.name().clone(), clock, began);
+        let passage = Passage {
             route,
             head,
             peer,
             target,
             held,
             began,
-        })
-        .await
+        };
+        let passed = self.pass(passage).await;
+        match &passed {
+            Ok(_) => unanswered.answered(),
+            Err(fault) => unanswered.refused(fault),
+        }
+        passed
     }
 
     fn route(&self, name: Option<String>) -> Result<&Arc<ModelRoute>, Fault> {

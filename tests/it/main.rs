@@ -1,5 +1,6 @@
 //! Integration tests: the app with real stub workers.
 
+mod access_log;
 mod adapter;
 mod api;
 mod cli;
@@ -11,6 +12,9 @@ mod memory;
 mod patience;
 mod pressure;
 mod proxy;
+mod replay;
+mod scenarios;
+mod simulate;
 mod story;
 mod stub;
 mod support;

@@ -369,3 +369,25 @@ fn a_dying_worker_that_shows_less_and_less_memory_is_charged_until_it_is_reaped(
     assert_eq!(world.policy.charged(Domain::Host), Bytes::mib(600));
     assert_eq!(spawned(&world.exit("a")), ["b"]);
 }
+
+/// Its deadline used to stay in the past, so that the controller never slept.
+#[test]
+fn a_preloaded_model_whose_rest_is_over_waits_for_room_without_a_deadline() {
+    let mut specs = vec![spec("p", Some(600)), spec("q", Some(600))];
+    specs[0].preload = true;
+    let mut world = World::with(1000, specs, &[("p", 600), ("q", 600)]);
+    world.step(Event::Tick);
+    world.exit("p");
+    world.acquire("q");
+    world.ready("q");
+    world.pass(Duration::from_secs(2));
+    assert_eq!(gone(&world.step(Event::Tick)), Vec::<String>::new());
+    let wake = world.policy.next_wake();
+    assert!(wake.is_none_or(|at| at > world.now), "{wake:?}");
+    world.leave("q");
+    world.step(Event::Unload {
+        ticket: 99,
+        model: name("q"),
+    });
+    assert_eq!(spawned(&world.exit("q")), ["p"], "there is room now");
+}
