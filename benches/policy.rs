@@ -73,6 +73,7 @@ impl World {
         let idle = Activity {
             inside: 0,
             last_left: world.now,
+            last_entered: world.now,
         };
         let workers = world.workers.clone();
         world

@@ -13,7 +13,7 @@ mod bytes;
 mod gaps;
 
 pub use bytes::Bytes;
-pub use gaps::{GAP_CLASSES, IdleGaps};
+pub use gaps::{GAP_CLASSES, Gaps};
 
 /// What a client asks for: 1 to 128 of letters, digits and `._-/:@+`.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]

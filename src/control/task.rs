@@ -395,6 +395,7 @@ impl Task {
             let activity = Activity {
                 inside: read.inside,
                 last_left: read.last_left,
+                last_entered: read.last_entered,
             };
             self.policy.observe([(id, activity)]);
             if let Some(gaps) = ready.gate.take_gaps() {

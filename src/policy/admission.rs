@@ -12,7 +12,7 @@ use super::lifecycle::{ModelState, Waiter};
 use super::verdict::{Verdict, least};
 use super::words::{Expected, Phase, Refusal};
 use crate::clock::Timestamp;
-use crate::model::{Domain, IdleGaps, ModelName, WorkerId};
+use crate::model::{Domain, Gaps, ModelName, WorkerId};
 
 impl Policy {
     pub(super) fn acquire(
@@ -39,7 +39,7 @@ impl Policy {
         };
         match model.phase {
             Phase::Ready if !wants_lease || (model.queue.is_empty() && !model.is_full()) => {
-                out.push(grant(model, waiter));
+                out.push(grant(now, model, waiter));
             }
             Phase::Backoff | Phase::Failed if !model.may_start(now) => {
                 out.push(reject(model.backing_off(now)));
@@ -62,12 +62,7 @@ impl Policy {
                 if matches!(model.phase, Phase::Backoff | Phase::Failed) {
                     model.enter(Phase::Stopped, now);
                 }
-                let is_first = model.phase == Phase::Stopped && model.queue.is_empty();
                 model.queue.push_back(waiter);
-                if let Some(used_at) = model.used_at.filter(|_| is_first) {
-                    let gap = IdleGaps::one(now.since(used_at));
-                    self.learn_gaps(name, &gap);
-                }
             }
         }
     }
@@ -101,12 +96,14 @@ impl Policy {
         }
         model.failures.last = None;
         model.activity.last_left = now;
+        model.activity.last_entered = now;
         model.enter(Phase::Ready, now);
         self.grant_waiters(worker, out);
     }
 
     /// Answers whoever waits for a ready worker, as many as fit into it.
     pub(super) fn grant_waiters(&mut self, worker: &WorkerId, out: &mut Vec<Effect>) {
+        let now = self.now;
         let Some(model) = self.current(worker) else {
             return;
         };
@@ -114,7 +111,7 @@ impl Policy {
             if waiter.wants_lease && model.is_full() {
                 model.queue.push_back(waiter);
             } else {
-                out.push(grant(model, waiter));
+                out.push(grant(now, model, waiter));
             }
         }
     }
@@ -198,9 +195,9 @@ impl Policy {
                     }
                     ledger::add(&mut claims, &need);
                 }
-                Verdict::Blocked(need) => {
+                Verdict::Blocked(need, short) => {
                     self.blocked = true;
-                    match self.patience_ends(&name) {
+                    match self.drains_at(&name, &short) {
                         Some(ends) if ends > now => {
                             let next = self.patience_at.map_or(ends, |at| at.min(ends));
                             self.patience_at = Some(next);
@@ -249,12 +246,17 @@ impl Policy {
             .models
             .get_mut(name)
             .expect("a wanted model is configured");
+        let first = model.queue.front();
+        let gap = first.and_then(|first| Some(first.since.since(model.asked_at?)));
         model.begin_life(expected.clone(), now);
         out.push(Effect::Spawn {
             worker: model.worker(),
             expected,
             gpus,
         });
+        if let Some(gap) = gap {
+            self.learn_gaps(name, &Gaps::one(gap));
+        }
     }
 
     /// Turns away everyone who waits for a model.
@@ -279,13 +281,15 @@ impl Policy {
 }
 
 /// Answers one waiter of a ready model.
-fn grant(model: &mut ModelState, waiter: Waiter) -> Effect {
+fn grant(now: Timestamp, model: &mut ModelState, waiter: Waiter) -> Effect {
     if !waiter.wants_lease {
         return Effect::Done {
             ticket: waiter.ticket,
         };
     }
     model.activity.inside = model.activity.inside.saturating_add(1);
+    model.activity.last_entered = now;
+    model.asked_at = Some(now);
     Effect::Grant {
         ticket: waiter.ticket,
         worker: model.worker(),

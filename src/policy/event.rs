@@ -208,6 +208,8 @@ pub struct Activity {
     pub inside: u32,
     /// When a request last left; the time of opening when none has.
     pub last_left: Timestamp,
+    /// When a request last came in; the time of opening when none has.
+    pub last_entered: Timestamp,
 }
 
 /// What one reading says, in the policy's terms.

@@ -21,7 +21,8 @@ pub(super) struct Candidate {
     pub worker: WorkerId,
     /// Requests are inside: it can only be drained, after all that are idle.
     pub busy: bool,
-    /// When it was last used, or became ready.
+    /// When it was last used, or became ready; of a busy one, when it was last
+    /// asked for.
     pub idle_since: Timestamp,
     /// What its end is expected to cost.
     pub worth: Worth,

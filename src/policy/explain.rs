@@ -319,7 +319,7 @@ impl Policy {
         });
         let holders: Vec<_> = holders.map(|other| self.holder(other)).collect();
         let is_busy = |holder: &Holder| holder.protection == Some(Protection::Busy);
-        let patience = self.patience_ends(name).filter(|at| *at > now);
+        let patience = self.drains_at(name, &short).filter(|at| *at > now);
         let patience = patience.filter(|_| holders.iter().any(is_busy));
         Outlook::Waits {
             drains_in: patience.map(|at| at.since(now)),

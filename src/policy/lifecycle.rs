@@ -77,8 +77,8 @@ pub struct ModelState {
     pub failures: Failures,
     /// What happened to it.
     pub history: History,
-    /// When a request last left one of its workers.
-    pub used_at: Option<Timestamp>,
+    /// When a request last came into one of its workers.
+    pub asked_at: Option<Timestamp>,
     /// How soon it is asked for again, and how long a load takes.
     pub(super) reuse: Reuse,
 }
@@ -155,7 +155,7 @@ impl ModelState {
             served: false,
             failures: Failures::default(),
             history: History::default(),
-            used_at: None,
+            asked_at: None,
             reuse: Reuse::default(),
         }
     }
@@ -220,7 +220,13 @@ impl ModelState {
     /// became ready.
     #[must_use]
     pub fn idle_since(&self) -> Timestamp {
-        self.activity.last_left.max(self.since)
+        self.activity.last_left
+    }
+
+    /// Returns when it was last asked for, or became ready.
+    #[must_use]
+    pub fn asked_since(&self) -> Timestamp {
+        self.activity.last_entered
     }
 
     /// Returns the most it used in each domain, this life included.
@@ -364,6 +370,7 @@ impl ModelState {
         self.activity = Activity {
             inside: 0,
             last_left: now,
+            last_entered: now,
         };
         self.enter(Phase::Starting, now);
     }

@@ -63,7 +63,7 @@ pub use words::{
 
 use crate::clock::Timestamp;
 use crate::model::{
-    Bytes, DeviceRef, Domain, EvictionPolicy, Footprint, IdleGaps, ModelName, ModelSpec, WorkerId,
+    Bytes, DeviceRef, Domain, EvictionPolicy, Footprint, Gaps, ModelName, ModelSpec, WorkerId,
 };
 
 /// What the configuration says of the policy as a whole.
@@ -118,7 +118,7 @@ pub struct Policy {
     patience_at: Option<Timestamp>,
     /// When the step began that is being made.
     now: Timestamp,
-    /// Idle times of all models.
+    /// Times between requests of all models.
     common: Common,
 }
 
@@ -221,16 +221,16 @@ impl Policy {
     pub fn observe<'a>(&mut self, gates: impl IntoIterator<Item = (&'a WorkerId, Activity)>) {
         for (worker, activity) in gates {
             if let Some(model) = self.current(worker) {
-                if activity.last_left > model.activity.last_left {
-                    model.used_at = Some(activity.last_left);
+                if activity.last_entered > model.activity.last_entered {
+                    model.asked_at = Some(activity.last_entered);
                 }
                 model.activity = activity;
             }
         }
     }
 
-    /// Takes in how long a model's worker lay idle between uses.
-    pub fn learn_gaps(&mut self, model: &ModelName, gaps: &IdleGaps) {
+    /// Takes in how long it took from one request for a model to the next.
+    pub fn learn_gaps(&mut self, model: &ModelName, gaps: &Gaps) {
         if let Some(model) = self.models.get_mut(model) {
             model.reuse.learn(gaps);
             self.common.learn(gaps);
@@ -243,9 +243,8 @@ impl Policy {
         match self.settings.eviction {
             EvictionPolicy::Lru => 0,
             EvictionPolicy::Cost => {
-                let busy = model.activity.inside > 0;
-                let since = if busy { self.now } else { model.idle_since() };
-                model.reuse.worth(self.now.since(since), &self.common)
+                let idle = self.now.since(model.asked_since());
+                model.reuse.worth(idle, &self.common)
             }
         }
     }

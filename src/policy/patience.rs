@@ -6,6 +6,11 @@
 //! traffic on one model does not starve another. Idle ones of the set are left
 //! alone until the drains are over, since only then is there use for their
 //! bytes; and a drain that nobody needs any more is called off.
+//!
+//! In one domain one set drains at a time, for whoever has waited longest: with
+//! several, workers stand idle with closed gates until the slowest of each set
+//! is done. Only when that takes long may the next begin beside it, so that one
+//! endless request holds up no one but its own worker.
 
 use super::Policy;
 use super::event::Effect;
@@ -21,6 +26,10 @@ use crate::model::ModelName;
 /// used within this time before it went.
 const RESTORE_WITHIN: std::time::Duration = std::time::Duration::from_secs(300);
 
+/// A set that drains keeps others from draining in its domain for so many times
+/// the patience.
+const ALONE_PATIENCES: u32 = 4;
+
 impl ModelState {
     /// Returns for whom it drains, when that is to make room.
     pub(super) fn drains_for(&self) -> Option<&ModelName> {
@@ -34,11 +43,19 @@ impl ModelState {
 }
 
 impl Policy {
-    /// Returns when a model that waits for busy workers loses patience; `None`
-    /// when nobody waits who could.
-    pub(super) fn patience_ends(&self, name: &ModelName) -> Option<Timestamp> {
+    /// Returns when busy workers drain for a model to which this is missing: it has
+    /// lost patience, and it is its turn. `None` when nobody waits who could.
+    pub(super) fn drains_at(&self, name: &ModelName, missing: &Need) -> Option<Timestamp> {
         let waiter = self.models[name].queue.front()?;
-        Some(waiter.since + self.settings.patience)
+        let patience = waiter.since + self.settings.patience;
+        let drains = |m: &&ModelState| m.drains_for().is_some_and(|other| other != name);
+        let here = |m: &&ModelState| {
+            let domains = m.domains();
+            missing.keys().any(|(domain, _)| domains.contains(domain))
+        };
+        let others = self.models.values().filter(drains).filter(here);
+        let turn = others.map(|m| m.since + self.settings.patience * ALONE_PATIENCES);
+        Some(turn.fold(patience, Timestamp::max))
     }
 
     /// Returns what workers hold that drain to make room, and so come back
@@ -123,7 +140,7 @@ impl Policy {
                 continue;
             };
             let used = model
-                .used_at
+                .asked_at
                 .is_some_and(|at| went.since(at) < RESTORE_WITHIN);
             model.wanted |= for_model == failed
                 && used

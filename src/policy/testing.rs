@@ -172,6 +172,7 @@ impl World {
             Activity {
                 inside: 0,
                 last_left: self.now,
+                last_entered: self.now,
             },
         );
         let mut effects = self.step(Event::Ready { worker });

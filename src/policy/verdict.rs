@@ -19,8 +19,8 @@ pub(super) enum Verdict {
     Wait(Need),
     /// End these, then wait.
     Evict(Vec<Candidate>, Need, Shortage),
-    /// Busy workers have to become idle first, for this need.
-    Blocked(Need),
+    /// Busy workers have to become idle first, for this need; this is missing.
+    Blocked(Need, Need),
     /// It cannot be, however long it waits.
     Refuse(Refusal),
 }
@@ -61,7 +61,7 @@ impl Policy {
         }
         if model.queue.is_empty() {
             // Only the configuration wants it: nobody is ended for that.
-            return Verdict::Blocked(need);
+            return Verdict::Blocked(need, short);
         }
         if gpus
             .iter()
@@ -77,7 +77,7 @@ impl Policy {
                 Verdict::Evict(victims, need, shortage)
             }
             None if missing(&need, &later).is_empty() => Verdict::Wait(need),
-            None => Verdict::Blocked(need),
+            None => Verdict::Blocked(need, short),
         }
     }
 
@@ -110,10 +110,15 @@ impl Policy {
     }
 
     pub(super) fn candidate(&self, model: &ModelState) -> Candidate {
+        let busy = model.activity.inside > 0;
         Candidate {
             worker: model.worker(),
-            busy: model.activity.inside > 0,
-            idle_since: model.idle_since(),
+            busy,
+            idle_since: if busy {
+                model.asked_since()
+            } else {
+                model.idle_since()
+            },
             worth: self.worth(model),
             gives: self.ledger.gives(model),
         }

@@ -18,7 +18,7 @@ use std::time::Duration;
 
 use super::journal::{Entry, What};
 use crate::clock::Timestamp;
-use crate::model::{Bytes, Domain, IdleGaps, ModelName, ModelSpec, WorkerId};
+use crate::model::{Bytes, Domain, Gaps, ModelName, ModelSpec, WorkerId};
 use crate::policy::{CleanupOrder, Event, Policy, Refusal, Settings, Setup, Ticket};
 
 /// How soon the policy is asked again when a deadline of its own has passed and
@@ -103,10 +103,11 @@ struct Worker {
     ending: bool,
     inside: BTreeSet<Ticket>,
     last_left: Timestamp,
+    last_entered: Timestamp,
     /// Somebody was inside once.
     used: bool,
     /// Idle times between two uses that the policy was not told yet.
-    gaps: Option<IdleGaps>,
+    gaps: Option<Gaps>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]

@@ -316,6 +316,7 @@ impl Court {
                 let activity = Activity {
                     inside: 0,
                     last_left: self.world.now,
+                    last_entered: self.world.now,
                 };
                 self.world.inside.insert(worker.clone(), activity);
                 self.step(Event::Ready { worker });
@@ -351,6 +352,7 @@ impl Court {
                     *activity = Activity {
                         inside: activity.inside - 1,
                         last_left: now,
+                        ..*activity
                     };
                     self.step(Event::Tick);
                 }

@@ -203,6 +203,7 @@ fn a16_a_worker_told_to_go_right_after_its_load_gives_back_what_it_took_since() 
     let idle = Activity {
         inside: 0,
         last_left: world.now,
+        last_entered: world.now,
     };
     world.inside.insert(worker.clone(), idle);
     world.step(Event::Ready {
@@ -352,4 +353,31 @@ fn a_worker_gets_gpus_of_one_vendor_and_no_integrated_one_beside_large_ones() {
     assert_eq!(placed(&world.acquire("wide").1), Some(vec![0, 2]));
     // Every large GPU is loading: the integrated one is not a way out.
     assert_eq!(placed(&world.acquire("busy").1), None);
+}
+
+#[test]
+fn busy_workers_of_one_gpu_drain_whatever_drains_on_another() {
+    let on_gpu = |index| GpuRequest::These(vec![DeviceRef::Index(index)]);
+    let mut world = machine(
+        &[8_000, 8_000],
+        &[
+            ("a", on_gpu(0), 6_000),
+            ("b", on_gpu(1), 6_000),
+            ("c", on_gpu(0), 6_000),
+            ("d", on_gpu(1), 6_000),
+        ],
+    );
+    for model in ["a", "b"] {
+        world.acquire(model);
+        world.ready(model);
+    }
+    world.acquire("c");
+    world.acquire("d");
+    world.pass(Duration::from_secs(5));
+    let effects = world.step(Event::Tick);
+    let drained = |model| {
+        let drains = |effect: &Effect| matches!(effect, Effect::Drain { worker, .. } if worker.model == name(model));
+        effects.iter().any(drains)
+    };
+    assert!(drained("a") && drained("b"), "{effects:?}");
 }

@@ -8,7 +8,7 @@ use std::time::Duration;
 use super::super::journal::{Entry, What};
 use super::{ASK_AGAIN, Fault, Happening, Machine, Outcome, State, Wish, Worker};
 use crate::clock::Timestamp;
-use crate::model::{Bytes, Domain, GpuVendor, IdleGaps, WorkerId};
+use crate::model::{Bytes, Domain, Gaps, GpuVendor, WorkerId};
 use crate::policy::{Activity, DomainMeasure, Effect, Event, GpuFacts, Measure, Measured, Ticket};
 
 impl Machine {
@@ -126,6 +126,7 @@ impl Machine {
                 ending: false,
                 inside: BTreeSet::new(),
                 last_left: self.now,
+                last_entered: self.now,
                 used: false,
                 gaps: None,
             },
@@ -148,6 +149,7 @@ impl Machine {
         worker.holds = true;
         worker.open = true;
         worker.last_left = now;
+        worker.last_entered = now;
         self.tell(id, || "is ready".to_owned());
         self.feed(Event::Ready { worker: id.clone() });
         self.measure();
@@ -198,11 +200,12 @@ impl Machine {
         state.outcome = Outcome::Served { waited, hit };
         let duration = state.duration;
         let worker = self.worker(id).expect("leases are on live workers");
-        if worker.used && worker.inside.is_empty() {
-            let class = IdleGaps::class(now.since(worker.last_left));
+        if worker.used {
+            let class = Gaps::class(now.since(worker.last_entered));
             worker.gaps.get_or_insert_default().0[class] += 1;
         }
         worker.used = true;
+        worker.last_entered = now;
         worker.inside.insert(ticket);
         self.after(duration, Happening::Leaves(id.clone(), ticket));
     }
@@ -335,6 +338,7 @@ impl Worker {
         Activity {
             inside: u32::try_from(self.inside.len()).unwrap_or(u32::MAX),
             last_left: self.last_left,
+            last_entered: self.last_entered,
         }
     }
 }
