@@ -321,6 +321,17 @@ pub(crate) fn gone(effects: &[Effect]) -> Vec<String> {
         .collect()
 }
 
+/// The names of models whose workers are drained, in order.
+pub(crate) fn drained(effects: &[Effect]) -> Vec<String> {
+    effects
+        .iter()
+        .filter_map(|effect| match effect {
+            Effect::Drain { worker, .. } => Some(worker.model.to_string()),
+            _ => None,
+        })
+        .collect()
+}
+
 /// The names of models that are spawned, in order.
 pub(crate) fn spawned(effects: &[Effect]) -> Vec<String> {
     effects

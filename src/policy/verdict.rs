@@ -77,6 +77,10 @@ impl Policy {
                 Verdict::Evict(victims, need, shortage)
             }
             None if missing(&need, &later).is_empty() => Verdict::Wait(need),
+            // Whom to drain is decided when the memory of this GPU is known again.
+            None if gpus.iter().any(|index| !self.is_still(Domain::Gpu(*index))) => {
+                Verdict::Wait(Need::new())
+            }
             None => Verdict::Blocked(need, short),
         }
     }

@@ -10,6 +10,7 @@ mod failures;
 mod gpu;
 mod memory;
 mod patience;
+mod policies;
 mod pressure;
 mod proxy;
 mod replay;
@@ -18,4 +19,6 @@ mod simulate;
 mod story;
 mod stub;
 mod support;
+#[path = "../../benches/traffic.rs"]
+mod traffic;
 mod worker;

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use super::super::event::{Event, GpuFacts};
-use super::super::testing::{World, gone, name, refused, spawned, spec};
+use super::super::testing::{World, drained, gone, name, refused, spawned, spec};
 use super::super::words::Refusal;
 use super::super::{Activity, Effect, EvictReason, PressureLevel};
 use crate::model::{Bytes, DeviceRef, Domain, GpuRequest, GpuVendor, ModelSpec};
@@ -374,10 +374,33 @@ fn busy_workers_of_one_gpu_drain_whatever_drains_on_another() {
     world.acquire("c");
     world.acquire("d");
     world.pass(Duration::from_secs(5));
-    let effects = world.step(Event::Tick);
-    let drained = |model| {
-        let drains = |effect: &Effect| matches!(effect, Effect::Drain { worker, .. } if worker.model == name(model));
-        effects.iter().any(drains)
-    };
-    assert!(drained("a") && drained("b"), "{effects:?}");
+    assert_eq!(drained(&world.step(Event::Tick)), ["a", "b"]);
+}
+
+#[test]
+fn nobody_drains_on_a_gpu_where_memory_moves_for_another() {
+    let mut world = machine(
+        &[8_000],
+        &[
+            ("a", ONE, 4_000),
+            ("b", ONE, 4_000),
+            ("c", ONE, 4_000),
+            ("d", ONE, 4_000),
+        ],
+    );
+    for model in ["a", "b"] {
+        world.acquire(model);
+        world.ready(model);
+    }
+    world.leave("a");
+    assert_eq!(gone(&world.acquire("c").1), ["a"]);
+    world.acquire("d");
+    // `a` dies and `c` loads, which may be idle soon: only then is known who
+    // has to go for `d`.
+    world.pass(Duration::from_secs(20));
+    assert!(drained(&world.step(Event::Tick)).is_empty());
+    assert_eq!(spawned(&world.exit("a")), ["c"]);
+    world.pass(Duration::from_secs(20));
+    assert!(drained(&world.step(Event::Tick)).is_empty());
+    assert_eq!(drained(&world.ready("c")), ["b"]);
 }
