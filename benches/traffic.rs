@@ -145,33 +145,13 @@ pub(crate) fn of(kind: &str, hours: u32) -> Workload {
         // Pipelines: whoever asks for the first asks for two more after it.
         "chains" => {
             traffic = Traffic::new(span, 12, &[8, 4, 6]);
-            let mut at = traffic.draw.gap(30.0);
-            while at < span {
-                let skewed = traffic.draw.gap(1.2);
-                let chain = [3.0, 2.0, 1.0]
-                    .iter()
-                    .filter(|least| skewed >= **least)
-                    .count();
-                for (part, later) in [0.0, 4.0, 8.0].into_iter().enumerate() {
-                    traffic.asked.push((at + later, chain * 3 + part, 3.0));
-                }
-                at += traffic.draw.gap(30.0);
-            }
+            traffic.chains();
         }
         // People who come, ask some dozen times, and go.
         "sessions" => {
             traffic = Traffic::new(span, 16, &[4, 8, 12, 20]);
             for (model, rest) in (0..16).zip((0_u32..).map(|n| 1200.0 + 200.0 * f64::from(n))) {
-                let mut at = traffic.draw.gap(rest);
-                while at < span {
-                    let end = at + traffic.draw.gap(90.0);
-                    while at < end.min(span) {
-                        let takes = traffic.draw.between(1.0, 8.0);
-                        traffic.asked.push((at, model, takes));
-                        at += traffic.draw.gap(6.0);
-                    }
-                    at += traffic.draw.gap(rest);
-                }
+                traffic.sessions(model, rest);
             }
         }
         // Timers: each minute, each five, up to each hour.
@@ -201,6 +181,33 @@ pub(crate) fn of(kind: &str, hours: u32) -> Workload {
 }
 
 impl Traffic {
+    fn chains(&mut self) {
+        let mut at = self.draw.gap(30.0);
+        while at < self.span {
+            let skewed = self.draw.gap(1.2);
+            let thresholds = [3.0, 2.0, 1.0].iter();
+            let chain = thresholds.filter(|least| skewed >= **least).count();
+            for (part, later) in [0.0, 4.0, 8.0].into_iter().enumerate() {
+                self.asked.push((at + later, chain * 3 + part, 3.0));
+            }
+            at += self.draw.gap(30.0);
+        }
+    }
+
+    /// Some dozen requests for a model, and so many seconds until the next come.
+    fn sessions(&mut self, model: usize, rest: f64) {
+        let mut at = self.draw.gap(rest);
+        while at < self.span {
+            let end = at + self.draw.gap(90.0);
+            while at < end.min(self.span) {
+                let takes = self.draw.between(1.0, 8.0);
+                self.asked.push((at, model, takes));
+                at += self.draw.gap(6.0);
+            }
+            at += self.draw.gap(rest);
+        }
+    }
+
     fn every(&mut self, period: f64, mut ask: impl FnMut(&mut Self, f64)) {
         let mut at = 0.0;
         while at + period <= self.span {
