@@ -7,6 +7,8 @@
 
 mod inputs;
 mod listen;
+mod reload;
+mod watch;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -14,20 +16,21 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio_util::sync::CancellationToken;
-use tracing::{debug, info};
+use tracing::{debug, info, warn};
 
 use self::inputs::Defaults;
 pub use self::listen::address_text;
 use self::listen::{Server, bind, listen};
+use self::reload::{Grace, Reloading, proxy_settings};
 use crate::api::{self, ApiState};
 use crate::clock::Clock;
-use crate::config::{Config, Listen};
-use crate::control::{self, Controller, Routes};
+use crate::config::{Config, Listen, Sources, diff};
+use crate::control::{self, Controller, ReloadOrigin, Reloader, Routes};
 use crate::memory::{self, MemorySource, Sampler, SamplerSettings};
 use crate::model::ModelName;
 use crate::policy::{Policy, Setup};
 use crate::procfs::mark::Owner;
-use crate::proxy::{AccessLog, Proxy, ProxySettings};
+use crate::proxy::{AccessLog, Proxy};
 pub use crate::store::Learned;
 use crate::store::{Store, StoreError};
 use crate::telemetry;
@@ -88,17 +91,24 @@ pub struct App {
     clock: Clock,
     options: Options,
     addresses: Vec<Listen>,
+    reloader: Reloader,
+    grace: Arc<Grace>,
     closing: CancellationToken,
     connections: tokio_util::task::TaskTracker,
 }
 
 impl App {
-    /// Starts everything the configuration says.
+    /// Starts everything that `config` says, which was read from `sources` and
+    /// is read from there again at a reload.
     ///
     /// # Errors
     /// When an address is taken or the state folder cannot be used. No worker
     /// has been spawned then.
-    pub async fn start(config: Config, options: Options) -> Result<Self, AppError> {
+    pub async fn start(
+        sources: Sources,
+        config: Config,
+        options: Options,
+    ) -> Result<Self, AppError> {
         let clock = Clock::start();
         let mut listeners = Vec::new();
         for address in &config.server.listen {
@@ -110,21 +120,35 @@ impl App {
         let owner = Owner::this_process(store.name().to_owned());
         // The state is held by us now: whoever held it before is no more.
         worker::end_left_behind(&owner, clock).await;
-        let controller = start_controller(&config, store.clone(), owner, clock, options);
-        let proxy = Proxy::new(
-            controller.clone(),
-            ProxySettings {
-                max_body: config.server.max_body,
-                model_prefix: config.server.model_prefix,
-            },
-        )
-        .with_access_log(access.clone());
+        let (controller, defaults) =
+            start_controller(&config, store.clone(), owner, clock, options);
+        let proxy =
+            Proxy::new(controller.clone(), proxy_settings(&config)).with_access_log(access.clone());
+        let (reloader, requests) = Reloader::channel();
         let server = Server {
             proxy: proxy.clone(),
-            api: api::router(ApiState::new(controller.clone())),
+            api: api::router(ApiState::new(controller.clone(), Some(reloader.clone()))),
             closing: CancellationToken::new(),
             connections: tokio_util::task::TaskTracker::new(),
         };
+        let grace = Arc::new(Grace::new(config.server.shutdown_grace));
+        let sources = Arc::new(sources);
+        if config.server.watch_config {
+            let (sources, closing) = (Arc::clone(&sources), server.closing.clone());
+            let watch = watch::watch(sources, reloader.clone(), closing);
+            telemetry::spawn("watch", watch);
+        }
+        let reloading = Reloading {
+            sources,
+            running: config,
+            defaults,
+            store: store.clone(),
+            controller: controller.clone(),
+            proxy,
+            grace: Arc::clone(&grace),
+            refused: None,
+        };
+        telemetry::spawn("reload", reloading.run(requests));
         let app = Self {
             controller,
             store,
@@ -132,6 +156,8 @@ impl App {
             clock,
             options,
             addresses,
+            reloader,
+            grace,
             closing: server.closing.clone(),
             connections: server.connections.clone(),
         };
@@ -157,6 +183,24 @@ impl App {
     #[must_use]
     pub fn controller(&self) -> &Controller {
         &self.controller
+    }
+
+    /// Has the configuration read anew as a signal asks for it: by a task of its
+    /// own, and what is wrong with it is logged.
+    pub fn reload(&self) {
+        let reloader = self.reloader.clone();
+        telemetry::spawn("reload", async move {
+            if let Err(error) = reloader.reload(ReloadOrigin::Signal, false).await {
+                warn!(%error, "the configuration stays as it is");
+            }
+        });
+    }
+
+    /// Returns how long requests inside may take at the end, as it is
+    /// configured now.
+    #[must_use]
+    pub fn grace(&self) -> Duration {
+        self.grace.get()
     }
 
     /// Refuses new work, lets requests inside finish within `grace`, ends all
@@ -219,7 +263,7 @@ fn start_controller(
     owner: Owner,
     clock: Clock,
     options: Options,
-) -> Controller {
+) -> (Controller, Defaults) {
     worker::become_subreaper();
     let sampler = Sampler::start(
         clock,
@@ -231,7 +275,8 @@ fn start_controller(
         },
     );
     let host = sampler.readings().borrow().host.clone();
-    let (settings, limit_source) = Defaults::of(&host).settings(config, &store);
+    let defaults = Defaults::of(&host);
+    let (settings, limit_source) = defaults.settings(config, &store);
     info!(limit = %settings.limit, source = limit_source.as_str(), reserve = %settings.reserve, headroom = %host.headroom, models = config.models.len(), "memory");
     let setups = config.models.iter().map(|spec| Setup {
         spec: Arc::clone(spec),
@@ -243,7 +288,7 @@ fn start_controller(
         reap_all: options.owns_process,
         ..WorkerSettings::new(clock, config.server.state_dir.clone(), owner)
     });
-    control::start(control::Parts {
+    let controller = control::start(control::Parts {
         policy,
         routes: Arc::new(Routes::new(config.models.iter().cloned())),
         spawner: Arc::new(spawner),
@@ -252,5 +297,7 @@ fn start_controller(
         clock,
         limit_source,
         auto_cleanup: config.memory.auto_cleanup,
-    })
+        config_hash: diff::hash(config),
+    });
+    (controller, defaults)
 }

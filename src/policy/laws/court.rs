@@ -171,14 +171,9 @@ impl Court {
                 self.moving.insert(worker);
             }
             Effect::Drain { worker, reason } => {
-                self.judge_generation(&worker);
-                if let EvictReason::MakeRoom { for_model, .. } = reason {
-                    let waits_since = self.waits[&for_model];
-                    let patience = self.world.policy.settings.patience;
-                    assert!(self.world.now.since(waits_since) >= patience);
-                    assert!(!self.world.policy.models()[&worker.model].pinned);
-                }
+                self.judge_drain(&worker, &reason);
                 self.draining.insert(worker);
+                return Some(Event::Tick);
             }
             Effect::Resume { worker } => {
                 self.judge_generation(&worker);
@@ -192,9 +187,24 @@ impl Court {
                 }
                 self.moving.insert(worker);
             }
-            Effect::Reclaimed { .. } | Effect::Learn { .. } | Effect::Finished => {}
+            Effect::Reclaimed { .. }
+            | Effect::Learn { .. }
+            | Effect::Forget { .. }
+            | Effect::Finished => {}
         }
         None
+    }
+
+    /// A worker that is drained to make room is not pinned, and somebody has
+    /// waited for long enough.
+    fn judge_drain(&self, worker: &WorkerId, reason: &EvictReason) {
+        self.judge_generation(worker);
+        if let EvictReason::MakeRoom { for_model, .. } = reason {
+            let waits_since = self.waits[for_model];
+            let patience = self.world.policy.settings.patience;
+            assert!(self.world.now.since(waits_since) >= patience);
+            assert!(!self.world.policy.models()[&worker.model].pinned);
+        }
     }
 
     /// Nothing else may move memory on the GPUs of a worker that is started.
