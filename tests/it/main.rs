@@ -12,6 +12,7 @@ mod memory;
 mod patience;
 mod pressure;
 mod proxy;
+mod reload;
 mod replay;
 mod scenarios;
 mod simulate;
