@@ -16,6 +16,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use rustix::fs::inotify::{self, CreateFlags, WatchFlags};
+use rustix::io::Errno;
 use tokio::io::unix::AsyncFd;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, warn};
@@ -156,7 +157,7 @@ fn watch_folders(places: &[PathBuf]) -> io::Result<OwnedFd> {
     for folder in folders {
         match inotify::add_watch(&watcher, &folder, events) {
             // Gone since, or not ours to read: the look from time to time is left.
-            Ok(_) | Err(rustix::io::Errno::NOENT | rustix::io::Errno::ACCESS) => {}
+            Ok(_) | Err(Errno::NOENT | Errno::NOTDIR | Errno::ACCESS) => {}
             Err(error) => failed = Some(error),
         }
     }
@@ -191,8 +192,10 @@ fn collect_folders(path: &Path, links: &mut u32, folders: &mut BTreeSet<PathBuf>
             Err(_) => break,
         }
     }
-    // What is missing may come where the way ends.
-    folders.insert(reached.clone());
+    if reached.is_dir() {
+        // What is missing may come where the way ends.
+        folders.insert(reached.clone());
+    }
     if let Some(parent) = reached.parent() {
         folders.insert(parent.to_owned());
     }
@@ -231,6 +234,8 @@ mod tests {
             assert!(found.contains(&watched), "{watched:?} in {found:?}");
         }
         symlink("loop", at("loop")).expect("linked");
+        let is_dir = |path: &PathBuf| path.is_dir();
+        assert!(found.iter().all(is_dir), "{found:?}");
         assert!(!folders(&at("loop")).is_empty(), "a loop ends");
         let missing = folders(&at("mount/none/b.toml"));
         assert!(missing.contains(&at("mount")), "{missing:?}");

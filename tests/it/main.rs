@@ -15,6 +15,7 @@ mod proxy;
 mod reload;
 mod replay;
 mod scenarios;
+mod shutdown;
 mod simulate;
 mod story;
 mod stub;

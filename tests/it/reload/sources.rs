@@ -48,6 +48,8 @@ fn a44_a_file_that_is_written_or_renamed_over_is_read_and_one_with_an_error_chan
     changing.write(&of_kind("five"));
     wait_for_kind(residentd, "five");
     assert_eq!(residentd.complete("a").worker_pid(), pid);
+    let log = residentd.log();
+    assert!(!log.contains("does not tell of changed files"), "{log}");
 }
 
 /// Makes the folder of a new version, as Kubernetes mounts a ConfigMap.
@@ -91,4 +93,6 @@ fn a44_the_symlink_of_a_mounted_config_map_is_swapped_and_an_env_file_counts() {
     });
     assert_eq!(residentd.memory("stats")["limit_source"], json!("env"));
     assert_eq!(residentd.complete("a").worker_pid(), pid);
+    let log = residentd.log();
+    assert!(!log.contains("does not tell of changed files"), "{log}");
 }
