@@ -308,7 +308,12 @@ impl World {
     }
 
     pub(crate) fn worker(&self, model: &str) -> WorkerId {
-        self.policy.models()[model].worker()
+        let state = self.policy.models().get(model);
+        let generation = state.map_or(0, |state| state.generation);
+        WorkerId {
+            model: name(model),
+            generation,
+        }
     }
 }
 

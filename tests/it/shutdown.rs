@@ -126,6 +126,12 @@ fn a43_a_second_signal_ends_everything_at_once_also_a_worker_that_ignores_sigter
     }
 }
 
+/// Says that this machine cannot show it.
+#[expect(clippy::print_stdout, reason = "the harness reads it")]
+fn skip(why: &str) {
+    println!("SKIPPED A43: no PID namespace can be made: {why}");
+}
+
 /// The processes of a PID namespace, with the state of each.
 fn namespace(of: i64) -> Vec<(i64, char)> {
     let space = |pid: i64| std::fs::read_link(format!("/proc/{pid}/ns/pid")).ok();
@@ -159,10 +165,7 @@ fn a43_as_the_first_process_of_a_pid_namespace_it_leaves_no_zombie_and_ends_with
         let why = String::from_utf8_lossy(&done.stderr).into_owned();
         done.status.success().then_some(()).ok_or(why)
     }) {
-        #[expect(clippy::print_stdout, reason = "the harness reads it")]
-        {
-            println!("SKIPPED A43: no PID namespace can be made: {why}");
-        }
+        skip(&why);
         return;
     }
     let folder = tempfile::tempdir().expect("a folder");
