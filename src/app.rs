@@ -5,52 +5,41 @@
 //! is taken costs no model load. Order of the end: the controller refuses new
 //! work and drains, workers end, listeners close.
 
+mod inputs;
+mod listen;
+mod reload;
+mod watch;
+
 use std::collections::BTreeMap;
-use std::convert::Infallible;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use http_body_util::Either;
-use hyper::body::Incoming;
-use hyper::service::service_fn;
-use hyper::{Request, Response};
-use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
-use hyper_util::server::conn::auto;
-use tokio::net::{TcpListener, UnixListener};
 use tokio_util::sync::CancellationToken;
-use tower::ServiceExt;
 use tracing::{debug, info, warn};
 
-use crate::api::{self, ApiState, PeerAddr};
+use self::inputs::Defaults;
+pub use self::listen::address_text;
+use self::listen::{Server, bind, listen};
+use self::reload::{Grace, Reloading, proxy_settings};
+use crate::api::{self, ApiState};
 use crate::clock::Clock;
-use crate::config::{Config, LimitOrigin, Listen};
-use crate::control::{self, Controller, LimitSource, Routes};
-use crate::memory::{self, HostReading, MemorySource, Sampler, SamplerSettings};
-use crate::model::{Bytes, DeviceRef, Domain, ModelName};
-use crate::policy::{Policy, Settings, Setup, Threshold};
+use crate::config::{Config, Listen, Sources, diff};
+use crate::control::{self, Controller, ReloadOrigin, Reloader, Routes};
+use crate::memory::{self, MemorySource, Sampler, SamplerSettings};
+use crate::model::ModelName;
+use crate::policy::{Policy, Setup};
 use crate::procfs::mark::Owner;
-use crate::proxy::{AccessLog, Proxy, ProxyBody, ProxySettings};
+use crate::proxy::{AccessLog, Proxy};
 pub use crate::store::Learned;
 use crate::store::{Store, StoreError};
 use crate::telemetry;
 use crate::worker::{self, ProcessSpawner, WorkerSettings};
 
-/// Share of what is available at start that workers get when no limit is set.
-const DEFAULT_LIMIT_PERCENT: u64 = 80;
-/// The default reserve is this share of the host, and at least
-/// [`LEAST_RESERVE`].
-const RESERVE_PERCENT: u64 = 5;
-/// See [`RESERVE_PERCENT`].
-const LEAST_RESERVE: Bytes = Bytes::mib(512);
-/// Longest time for a client to send a request's head.
-const HEAD_TIMEOUT: Duration = Duration::from_secs(30);
 /// The access log is this long at most, and one as long is kept beside it.
 const ACCESS_LOG: u64 = 64 << 20;
 /// How long open connections may take to end after the last worker is gone.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
-/// Wait after an accept that failed, as it does when descriptors run out.
-const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// Why residentd could not start.
 #[derive(Debug, thiserror::Error)]
@@ -102,17 +91,24 @@ pub struct App {
     clock: Clock,
     options: Options,
     addresses: Vec<Listen>,
+    reloader: Reloader,
+    grace: Arc<Grace>,
     closing: CancellationToken,
     connections: tokio_util::task::TaskTracker,
 }
 
 impl App {
-    /// Starts everything the configuration says.
+    /// Starts everything that `config` says, which was read from `sources` and
+    /// is read from there again at a reload.
     ///
     /// # Errors
     /// When an address is taken or the state folder cannot be used. No worker
     /// has been spawned then.
-    pub async fn start(config: Config, options: Options) -> Result<Self, AppError> {
+    pub async fn start(
+        sources: Sources,
+        config: Config,
+        options: Options,
+    ) -> Result<Self, AppError> {
         let clock = Clock::start();
         let mut listeners = Vec::new();
         for address in &config.server.listen {
@@ -124,21 +120,35 @@ impl App {
         let owner = Owner::this_process(store.name().to_owned());
         // The state is held by us now: whoever held it before is no more.
         worker::end_left_behind(&owner, clock).await;
-        let controller = start_controller(&config, store.clone(), owner, clock, options);
-        let proxy = Proxy::new(
-            controller.clone(),
-            ProxySettings {
-                max_body: config.server.max_body,
-                model_prefix: config.server.model_prefix,
-            },
-        )
-        .with_access_log(access.clone());
+        let (controller, defaults) =
+            start_controller(&config, store.clone(), owner, clock, options);
+        let proxy =
+            Proxy::new(controller.clone(), proxy_settings(&config)).with_access_log(access.clone());
+        let (reloader, requests) = Reloader::channel();
         let server = Server {
             proxy: proxy.clone(),
-            api: api::router(ApiState::new(controller.clone())),
+            api: api::router(ApiState::new(controller.clone(), Some(reloader.clone()))),
             closing: CancellationToken::new(),
             connections: tokio_util::task::TaskTracker::new(),
         };
+        let grace = Arc::new(Grace::new(config.server.shutdown_grace));
+        let sources = Arc::new(sources);
+        if config.server.watch_config {
+            let (sources, closing) = (Arc::clone(&sources), server.closing.clone());
+            let watch = watch::watch(sources, reloader.clone(), closing);
+            telemetry::spawn("watch", watch);
+        }
+        let reloading = Reloading {
+            sources,
+            running: config,
+            defaults,
+            store: store.clone(),
+            controller: controller.clone(),
+            proxy,
+            grace: Arc::clone(&grace),
+            refused: None,
+        };
+        telemetry::spawn("reload", reloading.run(requests));
         let app = Self {
             controller,
             store,
@@ -146,6 +156,8 @@ impl App {
             clock,
             options,
             addresses,
+            reloader,
+            grace,
             closing: server.closing.clone(),
             connections: server.connections.clone(),
         };
@@ -171,6 +183,24 @@ impl App {
     #[must_use]
     pub fn controller(&self) -> &Controller {
         &self.controller
+    }
+
+    /// Has the configuration read anew as a signal asks for it: by a task of its
+    /// own, and what is wrong with it is logged.
+    pub fn reload(&self) {
+        let reloader = self.reloader.clone();
+        telemetry::spawn("reload", async move {
+            if let Err(error) = reloader.reload(ReloadOrigin::Signal, false).await {
+                warn!(%error, "the configuration stays as it is");
+            }
+        });
+    }
+
+    /// Returns how long requests inside may take at the end, as it is
+    /// configured now.
+    #[must_use]
+    pub fn grace(&self) -> Duration {
+        self.grace.get()
     }
 
     /// Refuses new work, lets requests inside finish within `grace`, ends all
@@ -233,7 +263,7 @@ fn start_controller(
     owner: Owner,
     clock: Clock,
     options: Options,
-) -> Controller {
+) -> (Controller, Defaults) {
     worker::become_subreaper();
     let sampler = Sampler::start(
         clock,
@@ -245,25 +275,9 @@ fn start_controller(
         },
     );
     let host = sampler.readings().borrow().host.clone();
-    let (limit, limit_source) = limit(config, &store, &host);
-    let reserve = config.memory.reserve.unwrap_or_else(|| {
-        host.domain_total()
-            .percent(RESERVE_PERCENT)
-            .max(LEAST_RESERVE)
-    });
-    info!(%limit, source = limit_source.as_str(), %reserve, headroom = %host.headroom, models = config.models.len(), "memory");
-    let settings = Settings {
-        limit,
-        reserve,
-        gpu_limits: gpu_limits(config, &store),
-        soft: threshold(config.pressure.soft),
-        hard: threshold(config.pressure.hard),
-        auto_cleanup: config.memory.auto_cleanup,
-        eviction: config.memory.policy,
-        patience: config.memory.patience,
-        emergency: config.pressure.emergency,
-        drain_timeout: config.server.shutdown_grace,
-    };
+    let defaults = Defaults::of(&host);
+    let (settings, limit_source) = defaults.settings(config, &store);
+    info!(limit = %settings.limit, source = limit_source.as_str(), reserve = %settings.reserve, headroom = %host.headroom, models = config.models.len(), "memory");
     let setups = config.models.iter().map(|spec| Setup {
         spec: Arc::clone(spec),
         weights: crate::config::weights::total(&spec.weights),
@@ -274,7 +288,7 @@ fn start_controller(
         reap_all: options.owns_process,
         ..WorkerSettings::new(clock, config.server.state_dir.clone(), owner)
     });
-    control::start(control::Parts {
+    let controller = control::start(control::Parts {
         policy,
         routes: Arc::new(Routes::new(config.models.iter().cloned())),
         spawner: Arc::new(spawner),
@@ -283,189 +297,7 @@ fn start_controller(
         clock,
         limit_source,
         auto_cleanup: config.memory.auto_cleanup,
-    })
-}
-
-/// The limit on host RAM and who set it: kept by an operator, else
-/// configured, else a share of what is available now.
-fn limit(config: &Config, store: &Store, host: &HostReading) -> (Bytes, LimitSource) {
-    if let Some(kept) = store.limit(Domain::Host) {
-        return (kept, LimitSource::Api);
-    }
-    match config.memory.limit {
-        Some((limit, LimitOrigin::Config)) => (limit, LimitSource::Config),
-        Some((limit, LimitOrigin::Env)) => (limit, LimitSource::Env),
-        None => {
-            let by_cgroup = host.headroom < host.available;
-            let source = if by_cgroup {
-                LimitSource::Cgroup
-            } else {
-                LimitSource::Default
-            };
-            (host.headroom.percent(DEFAULT_LIMIT_PERCENT), source)
-        }
-    }
-}
-
-/// Limits on GPUs: kept by an operator, else configured.
-fn gpu_limits(config: &Config, store: &Store) -> BTreeMap<DeviceRef, Bytes> {
-    let mut limits = config.gpu_limits.clone();
-    limits.extend(
-        store
-            .gpu_limits()
-            .map(|(index, limit)| (DeviceRef::Index(index), limit)),
-    );
-    limits
-}
-
-fn threshold(threshold: crate::config::Threshold) -> Threshold {
-    match threshold {
-        crate::config::Threshold::Percent(percent) => Threshold::Percent(u64::from(percent)),
-        crate::config::Threshold::Size(bytes) => Threshold::Size(bytes),
-    }
-}
-
-enum Listener {
-    Tcp(TcpListener),
-    Unix(UnixListener),
-}
-
-async fn bind(listen: &Listen) -> Result<(Listen, Listener), AppError> {
-    let failed = |source: std::io::Error| {
-        let address = address_text(listen);
-        match source.kind() {
-            std::io::ErrorKind::AddrInUse => AppError::Taken { address },
-            _ => AppError::Listen { address, source },
-        }
-    };
-    match listen {
-        Listen::Tcp(address) => {
-            let listener = TcpListener::bind(address).await.map_err(failed)?;
-            let bound = listener.local_addr().map_err(failed)?;
-            Ok((Listen::Tcp(bound), Listener::Tcp(listener)))
-        }
-        Listen::Unix(path) => {
-            remove_stale_socket(path).await.map_err(failed)?;
-            let listener = UnixListener::bind(path).map_err(failed)?;
-            Ok((Listen::Unix(path.clone()), Listener::Unix(listener)))
-        }
-    }
-}
-
-/// Shows an address as it is written in the configuration, `http://` before a
-/// TCP one.
-#[must_use]
-pub fn address_text(listen: &Listen) -> String {
-    match listen {
-        Listen::Tcp(address) => format!("http://{address}"),
-        Listen::Unix(path) => format!("unix:{}", path.display()),
-    }
-}
-
-/// Takes away a socket file that nobody listens on; one that answers stays.
-async fn remove_stale_socket(path: &PathBuf) -> std::io::Result<()> {
-    if !path.exists() {
-        return Ok(());
-    }
-    match tokio::net::UnixStream::connect(path).await {
-        Ok(_) => Err(std::io::ErrorKind::AddrInUse.into()),
-        Err(error) if error.kind() == std::io::ErrorKind::ConnectionRefused => {
-            std::fs::remove_file(path)
-        }
-        Err(error) => Err(error),
-    }
-}
-
-/// What every connection is served with.
-#[derive(Clone)]
-struct Server {
-    proxy: Proxy,
-    api: axum::Router,
-    closing: CancellationToken,
-    connections: tokio_util::task::TaskTracker,
-}
-
-async fn listen(listener: Listener, server: Server) {
-    loop {
-        let accepted = tokio::select! {
-            accepted = accept(&listener) => accepted,
-            () = server.closing.cancelled() => return,
-        };
-        match accepted {
-            Ok((Stream::Tcp(stream), peer)) => server.serve(TokioIo::new(stream), peer),
-            Ok((Stream::Unix(stream), peer)) => server.serve(TokioIo::new(stream), peer),
-            Err(error) => {
-                warn!(%error, "accepting a connection failed");
-                tokio::time::sleep(ACCEPT_PAUSE).await;
-            }
-        }
-    }
-}
-
-enum Stream {
-    Tcp(tokio::net::TcpStream),
-    Unix(tokio::net::UnixStream),
-}
-
-async fn accept(listener: &Listener) -> std::io::Result<(Stream, PeerAddr)> {
-    match listener {
-        Listener::Tcp(listener) => {
-            let (stream, peer) = listener.accept().await?;
-            stream.set_nodelay(true)?;
-            Ok((Stream::Tcp(stream), PeerAddr(Some(peer))))
-        }
-        Listener::Unix(listener) => {
-            let (stream, _) = listener.accept().await?;
-            Ok((Stream::Unix(stream), PeerAddr(None)))
-        }
-    }
-}
-
-type Body = Either<ProxyBody, axum::body::Body>;
-
-impl Server {
-    fn serve<I>(&self, io: TokioIo<I>, peer: PeerAddr)
-    where
-        TokioIo<I>: hyper::rt::Read + hyper::rt::Write + Unpin + Send + 'static,
-        I: Send + 'static,
-    {
-        let server = self.clone();
-        let closing = self.closing.clone();
-        let task = async move {
-            let service = service_fn(move |request| {
-                let server = server.clone();
-                async move { Ok::<_, Infallible>(server.answer(request, peer).await) }
-            });
-            let mut builder = auto::Builder::new(TokioExecutor::new());
-            builder
-                .http1()
-                .timer(TokioTimer::new())
-                .header_read_timeout(HEAD_TIMEOUT);
-            builder.http2().timer(TokioTimer::new());
-            let connection = builder.serve_connection_with_upgrades(io, service);
-            tokio::pin!(connection);
-            let ended = tokio::select! {
-                ended = connection.as_mut() => ended,
-                () = closing.cancelled() => {
-                    connection.as_mut().graceful_shutdown();
-                    connection.await
-                }
-            };
-            if let Err(error) = ended {
-                debug!(error = %error, "a connection ended early");
-            }
-        };
-        telemetry::spawn("connection", self.connections.track_future(task));
-    }
-
-    async fn answer(&self, mut request: Request<Incoming>, peer: PeerAddr) -> Response<Body> {
-        if Proxy::takes(request.uri().path()) {
-            return self.proxy.handle(request, peer.0).await.map(Either::Left);
-        }
-        request.extensions_mut().insert(peer);
-        let answer = self.api.clone().oneshot(request).await;
-        answer
-            .unwrap_or_else(|never| match never {})
-            .map(Either::Right)
-    }
+        config_hash: diff::hash(config),
+    });
+    (controller, defaults)
 }

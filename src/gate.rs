@@ -25,13 +25,15 @@ const OPEN: u64 = 1 << 63;
 const WATCHED: u64 = 1 << 62;
 const HELD: u64 = 1 << 61;
 const INSIDE: u64 = (1 << 32) - 1;
+/// The capacity of a gate without any bound.
+const UNBOUNDED: u32 = u32::MAX;
 
 /// Admits requests to one ready worker.
 #[derive(Debug)]
 pub struct Gate {
     word: AtomicU64,
     /// Most requests inside at once.
-    capacity: u32,
+    capacity: AtomicU32,
     entered: AtomicU64,
     last_left_micros: AtomicU64,
     last_entered_micros: AtomicU64,
@@ -70,13 +72,29 @@ impl Gate {
     pub fn open(now: Timestamp, capacity: Option<NonZeroU32>) -> Self {
         Self {
             word: AtomicU64::new(OPEN),
-            capacity: capacity.map_or(u32::MAX, NonZeroU32::get),
+            capacity: AtomicU32::new(capacity.map_or(UNBOUNDED, NonZeroU32::get)),
             entered: AtomicU64::new(0),
             last_left_micros: AtomicU64::new(now.as_micros()),
             last_entered_micros: AtomicU64::new(now.as_micros()),
             gaps: [const { AtomicU32::new(0) }; GAP_CLASSES],
             gaps_count: AtomicU32::new(0),
         }
+    }
+
+    /// Sets how many may be inside from now on; whoever is inside stays. The
+    /// controller's only: a gate without a bound is held for nobody.
+    pub fn set_capacity(&self, capacity: Option<NonZeroU32>) {
+        let most = capacity.map_or(UNBOUNDED, NonZeroU32::get);
+        self.capacity.store(most, Ordering::Relaxed);
+        if capacity.is_none() {
+            self.hold(false);
+        }
+    }
+
+    /// Returns whether there is a bound on how many may be inside.
+    #[must_use]
+    pub fn is_bounded(&self) -> bool {
+        self.capacity.load(Ordering::Relaxed) != UNBOUNDED
     }
 
     /// Enters, at `now`, when the gate is open, not held, and has room. Returns
@@ -96,7 +114,8 @@ impl Gate {
     fn enter(&self, now: Timestamp, barred_by: u64) -> bool {
         let mut word = self.word.load(Ordering::Relaxed);
         loop {
-            if word & OPEN == 0 || word & barred_by != 0 || inside(word) >= self.capacity {
+            let full = inside(word) >= self.capacity.load(Ordering::Relaxed);
+            if word & OPEN == 0 || word & barred_by != 0 || full {
                 return false;
             }
             match self.word.compare_exchange_weak(

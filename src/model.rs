@@ -10,9 +10,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 mod bytes;
+mod difference;
 mod gaps;
 
 pub use bytes::Bytes;
+pub use difference::{ChangedModel, Difference, Takes};
 pub use gaps::{GAP_CLASSES, Gaps};
 
 /// What a client asks for: 1 to 128 of letters, digits and `._-/:@+`.

@@ -1,13 +1,13 @@
 //! What is kept over restarts: learned footprints and persistent limits, in
 //! one embedded database.
 //!
-//! Reads happen at start. Writes go to a thread of their own, since a commit
+//! The disk is read at start only. Writes go to a thread of their own, since a commit
 //! waits for the disk and the controller may not. A write that fails is logged
 //! and costs only what would have been remembered.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, mpsc as std_mpsc};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc as std_mpsc};
 use std::time::Duration;
 
 use redb::{Database, ReadOnlyDatabase, ReadableDatabase, ReadableTable, TableDefinition};
@@ -87,11 +87,30 @@ impl StoreError {
 /// The database. Cheap to clone.
 #[derive(Clone, Debug)]
 pub struct Store {
-    footprints: Arc<BTreeMap<String, u64>>,
+    known: Arc<Mutex<Known>>,
     limits: Arc<BTreeMap<String, u64>>,
-    fingerprints: Arc<BTreeMap<ModelName, String>>,
     name: Arc<str>,
     writer: std_mpsc::SyncSender<Write>,
+}
+
+/// What is kept of models, as it is on the disk or about to be.
+#[derive(Debug)]
+struct Known {
+    footprints: BTreeMap<String, u64>,
+    fingerprints: Fingerprints,
+}
+
+/// What tells whether a model is still the one of which something was learned.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Fingerprints(BTreeMap<ModelName, String>);
+
+impl Fingerprints {
+    /// Takes those of these models, for which it looks at their weight files.
+    #[must_use]
+    pub fn of(models: &[Arc<ModelSpec>]) -> Self {
+        let each = models.iter();
+        Self(each.map(|m| (m.name.clone(), fingerprint(m))).collect())
+    }
 }
 
 enum Write {
@@ -155,14 +174,11 @@ impl Store {
                 source,
             })?;
         Ok(Self {
-            footprints: Arc::new(footprints),
+            known: Arc::new(Mutex::new(Known {
+                footprints,
+                fingerprints: Fingerprints::of(models),
+            })),
             limits: Arc::new(limits),
-            fingerprints: Arc::new(
-                models
-                    .iter()
-                    .map(|m| (m.name.clone(), fingerprint(m)))
-                    .collect(),
-            ),
             name: name.into(),
             writer,
         })
@@ -218,10 +234,28 @@ impl Store {
     /// weight files are what they were.
     #[must_use]
     pub fn footprint(&self, model: &ModelName) -> BTreeMap<Domain, Footprint> {
-        match self.prefix(model) {
-            Some(prefix) => footprint(&self.footprints, &prefix),
-            None => BTreeMap::new(),
-        }
+        let known = self.known();
+        known.prefix(model).map_or_else(BTreeMap::new, |prefix| {
+            footprint(&known.footprints, &prefix)
+        })
+    }
+
+    /// Returns the same as it will be once `fingerprints` hold.
+    #[must_use]
+    pub fn footprint_under(
+        &self,
+        fingerprints: &Fingerprints,
+        model: &ModelName,
+    ) -> BTreeMap<Domain, Footprint> {
+        let fingerprint = fingerprints.0.get(model);
+        fingerprint.map_or_else(BTreeMap::new, |fingerprint| {
+            footprint(&self.known().footprints, &prefix(model, fingerprint))
+        })
+    }
+
+    /// Has `fingerprints` hold from now on: models were added or changed.
+    pub fn now_of(&self, fingerprints: Fingerprints) {
+        self.known().fingerprints = fingerprints;
     }
 
     /// Returns the limit that an operator set to persist.
@@ -243,7 +277,8 @@ impl Store {
     /// Keeps what a model's lives used; what was kept under another command or
     /// other weight files is forgotten.
     pub fn learn(&self, model: &ModelName, footprint: &BTreeMap<Domain, Footprint>) {
-        let Some(prefix) = self.prefix(model) else {
+        let mut known = self.known();
+        let Some(prefix) = known.prefix(model) else {
             return;
         };
         let entries = footprint.iter().flat_map(|(domain, footprint)| {
@@ -255,15 +290,17 @@ impl Store {
                 ),
             ]
         });
-        self.write(Write::Footprint {
-            model: format!("{model}{SEPARATOR}"),
-            entries: entries.collect(),
-        });
+        let model = format!("{model}{SEPARATOR}");
+        let entries: BTreeMap<_, _> = entries.collect();
+        known.footprints.retain(|key, _| !key.starts_with(&model));
+        known.footprints.extend(entries.clone());
+        drop(known);
+        self.write(Write::Footprint { model, entries });
     }
 
     /// Keeps how long a load took.
     pub fn loaded(&self, model: &ModelName, took: Duration) {
-        let Some(key) = self.prefix(model) else {
+        let Some(key) = self.known().prefix(model) else {
             return;
         };
         self.write(Write::Load {
@@ -290,14 +327,21 @@ impl Store {
         }
     }
 
-    fn prefix(&self, model: &ModelName) -> Option<String> {
-        Some(prefix(model, self.fingerprints.get(model)?))
+    fn known(&self) -> MutexGuard<'_, Known> {
+        // Plain maps are as good as they were, whoever panicked.
+        self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn write(&self, write: Write) {
         if self.writer.try_send(write).is_err() {
             warn!("the state database does not keep up; a write is dropped");
         }
+    }
+}
+
+impl Known {
+    fn prefix(&self, model: &ModelName) -> Option<String> {
+        Some(prefix(model, self.fingerprints.0.get(model)?))
     }
 }
 

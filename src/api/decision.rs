@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 
+use super::reload::DifferenceEntry;
 use crate::clock::{Clock, Timestamp};
 use crate::control::{
     Decision, EvictReason, Explanation, Holder, Outlook, Protection, Refusal, Shortage, What, Why,
@@ -113,6 +114,14 @@ fn numbers(what: &What) -> Value {
         } => {
             json!({"domain": domain.to_string(), "usage": usage.get(), "headroom": headroom.get()})
         }
+        What::Reload { origin, report } => with(
+            json!({"origin": origin.as_str()}),
+            json!(DifferenceEntry::of(&report.difference)),
+        ),
+        What::ReloadRefused { origin, problems } => {
+            let texts: Vec<_> = problems.iter().map(ToString::to_string).collect();
+            json!({"origin": origin.as_str(), "problems": texts})
+        }
         What::Shutdown { grace } => json!({"grace_seconds": grace.as_secs_f64()}),
     }
 }
@@ -145,7 +154,11 @@ fn reason_numbers(reason: &EvictReason) -> Value {
         EvictReason::Ceiling { usage, ceiling } => {
             json!({"usage": usage.get(), "max_memory": ceiling.get()})
         }
-        EvictReason::Cleanup | EvictReason::Unload | EvictReason::Shutdown => json!({}),
+        EvictReason::Cleanup
+        | EvictReason::Unload
+        | EvictReason::Changed
+        | EvictReason::Removed
+        | EvictReason::Shutdown => json!({}),
     }
 }
 

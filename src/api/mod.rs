@@ -17,6 +17,7 @@ mod metrics;
 mod models;
 mod probes;
 mod query;
+mod reload;
 mod system;
 
 use std::sync::Arc;
@@ -29,22 +30,25 @@ use axum::routing::{get, post};
 use self::envelope::ApiError;
 pub use self::guard::PeerAddr;
 use self::metrics::Page;
-use crate::control::Controller;
+use crate::control::{Controller, Reloader};
 
 /// What every route needs. Cheap to clone.
 #[derive(Clone, Debug)]
 pub struct ApiState {
     controller: Controller,
+    reloader: Option<Reloader>,
     metrics: Arc<Page>,
 }
 
 impl ApiState {
-    /// Builds the state around the controller's handle.
+    /// Builds the state around the controller's handle, and the way to a reload
+    /// where there is one.
     #[must_use]
-    pub fn new(controller: Controller) -> Self {
+    pub fn new(controller: Controller, reloader: Option<Reloader>) -> Self {
         Self {
             metrics: Arc::new(Page::new(controller.clone())),
             controller,
+            reloader,
         }
     }
 }
@@ -67,6 +71,7 @@ pub fn router(state: ApiState) -> Router {
             get(models::read).post(models::act),
         )
         .route("/api/v1/events", get(events::events))
+        .route("/api/v1/reload", post(reload::reload))
         .route("/", get(probes::index))
         .route("/health", get(probes::health))
         .route("/startupz", get(probes::startupz))

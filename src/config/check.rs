@@ -56,6 +56,7 @@ fn server(raw: RawServer, context: &Context<'_>, problems: &mut Problems) -> Ser
         max_body: given(raw.max_body),
         model_prefix: given(raw.model_prefix),
         access_log: given(raw.access_log),
+        watch_config: given(raw.watch_config),
     };
     if let Some(place) = listen {
         check_listen(&server.listen, &place, problems);

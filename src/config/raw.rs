@@ -50,6 +50,7 @@ pub(super) struct RawServer {
     pub(super) max_body: Option<Setting<Bytes>>,
     pub(super) model_prefix: Option<Setting<Bytes>>,
     pub(super) access_log: Option<Setting<bool>>,
+    pub(super) watch_config: Option<Setting<bool>>,
 }
 
 #[derive(Clone, Debug, Default)]
@@ -195,6 +196,7 @@ impl RawServer {
             max_body: s.get("max_body", Value::size_over_zero, problems),
             model_prefix: s.get("model_prefix", Value::size_over_zero, problems),
             access_log: s.get("access_log", Value::flag, problems),
+            watch_config: s.get("watch_config", Value::flag, problems),
         };
         section.finish(&LATER_SERVER, problems);
         raw
@@ -210,6 +212,7 @@ impl RawServer {
             max_body: self.max_body.or(weaker.max_body),
             model_prefix: self.model_prefix.or(weaker.model_prefix),
             access_log: self.access_log.or(weaker.access_log),
+            watch_config: self.watch_config.or(weaker.watch_config),
         }
     }
 }

@@ -3,8 +3,10 @@
 
 use std::collections::BTreeMap;
 use std::str::FromStr;
+use std::sync::Arc;
 use std::time::Duration;
 
+use super::{ReloadOrigin, ReloadProblem, ReloadReport};
 use crate::clock::Timestamp;
 use crate::model::{Bytes, Domain, ModelName};
 use crate::policy::{EvictReason, Expected, Outlook, PressureLevel, Refusal};
@@ -153,6 +155,20 @@ pub enum What {
         /// What physics still gives.
         headroom: Bytes,
     },
+    /// The configuration was read anew and holds.
+    Reload {
+        /// Who asked.
+        origin: ReloadOrigin,
+        /// What it changes.
+        report: Arc<ReloadReport>,
+    },
+    /// The configuration was read anew and is not valid: nothing changes.
+    ReloadRefused {
+        /// Who asked.
+        origin: ReloadOrigin,
+        /// All that is wrong.
+        problems: Arc<[ReloadProblem]>,
+    },
     /// residentd ends.
     Shutdown {
         /// How long requests inside may take.
@@ -246,12 +262,13 @@ pub enum Kind {
     Pin,
     Limit,
     Pressure,
+    Reload,
     Shutdown,
 }
 
 impl Kind {
     /// Every kind.
-    pub const ALL: [Self; 17] = [
+    pub const ALL: [Self; 18] = [
         Self::Spawn,
         Self::Ready,
         Self::Wait,
@@ -268,6 +285,7 @@ impl Kind {
         Self::Pin,
         Self::Limit,
         Self::Pressure,
+        Self::Reload,
         Self::Shutdown,
     ];
 
@@ -291,6 +309,7 @@ impl Kind {
             Self::Pin => "pin",
             Self::Limit => "limit",
             Self::Pressure => "pressure",
+            Self::Reload => "reload",
             Self::Shutdown => "shutdown",
         }
     }
@@ -326,6 +345,7 @@ impl What {
             Self::Pin { .. } => Kind::Pin,
             Self::Limit { .. } => Kind::Limit,
             Self::Pressure { .. } => Kind::Pressure,
+            Self::Reload { .. } | Self::ReloadRefused { .. } => Kind::Reload,
             Self::Shutdown { .. } => Kind::Shutdown,
         }
     }
@@ -349,6 +369,8 @@ impl What {
             Self::Refuse { refusal, .. } => refusal.code(),
             Self::Pressure { level, .. } => level.as_str(),
             Self::Reclaim { missing, .. } if missing.get() > 0 => "shortfall",
+            Self::Reload { .. } => "applied",
+            Self::ReloadRefused { .. } => "invalid",
             Self::Pin { pinned } => {
                 if *pinned {
                     "pin"

@@ -49,6 +49,8 @@ impl Task {
                 let inside = ready.gate.read().inside;
                 self.tell(&worker, What::Drain { reason, inside });
                 self.withdraw(&worker);
+                // Only now nobody comes in any more.
+                return Some(Event::Tick);
             }
             Effect::Resume { worker } => self.resume(&worker),
             Effect::Terminate {
@@ -80,6 +82,7 @@ impl Task {
                 self.counters.reclaim_shortfall += missing;
             }
             Effect::Learn { model, footprint } => self.store.learn(&model, &footprint),
+            Effect::Forget { model, history } => self.forget_model(&model, &history),
             Effect::Finished => {
                 self.finished = true;
                 for reply in self.finishing.drain(..) {

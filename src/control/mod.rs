@@ -12,6 +12,7 @@ mod decisions;
 mod deeds;
 mod lease;
 mod obey;
+mod reload;
 mod snapshot;
 mod task;
 mod tell;
@@ -25,6 +26,10 @@ pub use command::{CleanupRequest, Command, LimitReport, LimitRequest, LogTail, R
 pub use decision::{Decision, End, Kind, LoadFailure, LoadReason, What};
 pub use decisions::{Decisions, Found, KEPT, Recorder, Wanted, record};
 pub use lease::{Lease, ModelRoute, ReadyWorker, Routes};
+pub use reload::{
+    Reconfiguration, ReloadError, ReloadOrigin, ReloadProblem, ReloadReport, ReloadRequest,
+    Reloader, Reloads,
+};
 pub use snapshot::{
     Candidate, Counters, DomainView, LastEviction, LimitSource, MemoryView, ModelView, Snapshot,
 };
@@ -210,6 +215,24 @@ impl Controller {
         let _: Result<(), Refusal> = self
             .ask(|_, reply| Command::Shutdown { grace, reply })
             .await;
+    }
+
+    /// Has a configuration that was read anew taken in, or told that it is not
+    /// valid. Whoever wants a reload asks the [`Reloader`].
+    ///
+    /// # Errors
+    /// That residentd ends, or that the controller is gone.
+    pub async fn reload(
+        &self,
+        origin: ReloadOrigin,
+        outcome: Result<Box<Reconfiguration>, Vec<ReloadProblem>>,
+    ) -> Result<(), Refusal> {
+        self.ask(|_, reply| Command::Reload {
+            origin,
+            outcome,
+            reply,
+        })
+        .await
     }
 
     /// Explains why the model is not ready, and what asking for it would lead to

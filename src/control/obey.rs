@@ -15,7 +15,6 @@ const CLEANUP_TIMEOUT: Duration = Duration::from_secs(30);
 
 impl Task {
     pub(super) fn obey(&mut self, command: Command) {
-        let now = self.clock.now();
         match command {
             Command::Acquire {
                 ticket,
@@ -84,15 +83,25 @@ impl Task {
             } => {
                 let _ = reply.send(self.known_tail(model, lines));
             }
+            Command::Reload {
+                origin,
+                outcome,
+                reply,
+            } => self.reload(origin, outcome, reply),
             Command::Shutdown { grace, reply } => {
-                self.tell_of(None, What::Shutdown { grace });
                 self.finishing.push(reply);
-                if grace.is_zero() {
-                    self.kill_all();
-                }
-                self.feed(Event::Shutdown { until: now + grace });
+                self.begin_shutdown(grace);
             }
         }
+    }
+
+    fn begin_shutdown(&mut self, grace: Duration) {
+        self.tell_of(None, What::Shutdown { grace });
+        if grace.is_zero() {
+            self.kill_all();
+        }
+        let until = self.clock.now() + grace;
+        self.feed(Event::Shutdown { until });
     }
 
     fn known_tail(&self, model: ModelName, lines: usize) -> Result<LogTail, Refusal> {

@@ -12,7 +12,7 @@ use super::command::Reply;
 use super::tell::Told;
 use super::{
     CleanupReport, Command, Controller, Counters, Lease, LimitSource, LogTail, ReadyWorker,
-    Recorder, Refusal, Routes, Signal, Snapshot, What,
+    Recorder, Refusal, Reloads, Routes, Signal, Snapshot, What,
 };
 use crate::clock::{Clock, Timestamp};
 use crate::gate::Gate;
@@ -47,6 +47,8 @@ pub struct Parts {
     pub limit_source: LimitSource,
     /// Idle models are unloaded under pressure without being asked.
     pub auto_cleanup: bool,
+    /// Tells the configuration from others.
+    pub config_hash: String,
 }
 
 /// Starts the controller task and returns the handle to it.
@@ -84,7 +86,13 @@ pub fn start(parts: Parts) -> Controller {
         pace: Pace::Calm,
         limit_source: parts.limit_source,
         auto_cleanup: parts.auto_cleanup,
-        counters: Counters::default(),
+        counters: Counters {
+            config: Reloads {
+                hash: parts.config_hash,
+                ..Reloads::default()
+            },
+            ..Counters::default()
+        },
         oom: OomWatch::default(),
         recorder,
         told: Told::default(),
@@ -335,7 +343,6 @@ impl Task {
         self.next_serial += 1;
         let ready = Arc::new(ReadyWorker {
             id: worker.clone(),
-            spec: Arc::clone(&model.spec),
             upstream,
             gate: Gate::open(now, model.spec.concurrency),
             closing: CancellationToken::new(),
@@ -387,7 +394,7 @@ impl Task {
     pub(super) fn read_gates(&mut self) {
         for (id, live) in &self.workers {
             let Some(ready) = &live.ready else { continue };
-            if ready.spec.concurrency.is_some() {
+            if ready.gate.is_bounded() {
                 // Nobody may come in between this look and who is let in by it.
                 ready.gate.hold(true);
             }
@@ -408,8 +415,7 @@ impl Task {
     pub(super) fn release_gates(&self) {
         for (id, live) in &self.workers {
             let Some(ready) = &live.ready else { continue };
-            if ready.spec.concurrency.is_some() && self.policy.models()[&id.model].queue.is_empty()
-            {
+            if ready.gate.is_bounded() && self.policy.models()[&id.model].queue.is_empty() {
                 ready.gate.hold(false);
             }
         }

@@ -177,7 +177,10 @@ impl Task {
     /// Tells that a model which failed now has to rest.
     pub(super) fn tell_backoff(&self, worker: &WorkerId) {
         let now = self.clock.now();
-        let model = &self.policy.models()[&worker.model];
+        // One that was removed is forgotten by now.
+        let Some(model) = self.policy.models().get(&worker.model) else {
+            return;
+        };
         let rests = matches!(model.phase, Phase::Backoff | Phase::Failed);
         let until = model.failures.retry_at.filter(|at| *at > now);
         if let Some(until) = until.filter(|_| rests && model.generation == worker.generation) {

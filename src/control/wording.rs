@@ -5,8 +5,9 @@ use std::fmt;
 
 use tracing::{info, warn};
 
+use super::ReloadReport;
 use super::decision::{Decision, End, LoadReason, What};
-use crate::model::{Bytes, Domain, ModelName};
+use crate::model::{Bytes, Difference, Domain, ModelName};
 
 impl Decision {
     /// Writes it to the log: a constant message, and every number as a field.
@@ -101,6 +102,22 @@ impl Decision {
                 headroom,
             } => {
                 info!(id, %domain, level = level.as_str(), %usage, %headroom, "pressure changed");
+            }
+            What::Reload { origin, report } => {
+                let origin = origin.as_str();
+                info!(id, origin, changes = %brief(report), "configuration reloaded");
+            }
+            What::ReloadRefused { origin, problems } => {
+                let origin = origin.as_str();
+                warn!(
+                    id,
+                    origin,
+                    problems = problems.len(),
+                    "configuration is not valid, nothing is changed"
+                );
+                for problem in problems.iter() {
+                    warn!(id, %problem, "configuration");
+                }
             }
             What::Shutdown { grace } => {
                 info!(id, grace_s = grace.as_secs_f64(), "shutting down");
@@ -213,6 +230,21 @@ impl fmt::Display for Decision {
                 "pressure on {domain} is {} from now on: usage {usage}, headroom {headroom}",
                 level.as_str()
             ),
+            What::Reload { origin, report } => write!(
+                f,
+                "configuration reloaded ({}): {}",
+                origin.as_str(),
+                brief(report)
+            ),
+            What::ReloadRefused { origin, problems } => {
+                let texts: Vec<_> = problems.iter().map(ToString::to_string).collect();
+                write!(
+                    f,
+                    "configuration is not valid ({}) and nothing is changed: {}",
+                    origin.as_str(),
+                    texts.join("; ")
+                )
+            }
             What::Shutdown { grace } => {
                 write!(
                     f,
@@ -222,6 +254,36 @@ impl fmt::Display for Decision {
             }
         }
     }
+}
+
+/// Says in a few words what a reload changed.
+fn brief(report: &ReloadReport) -> String {
+    let Difference {
+        added,
+        removed,
+        changed,
+        settings,
+        needs_restart,
+    } = &report.difference;
+    let names =
+        |models: &[ModelName]| -> Vec<String> { models.iter().map(ToString::to_string).collect() };
+    let keys = |keys: &[&str]| -> Vec<String> { keys.iter().map(ToString::to_string).collect() };
+    let changed = changed.iter().map(|c| c.model.to_string()).collect();
+    let parts = [
+        ("added", names(added)),
+        ("removed", names(removed)),
+        ("changed", changed),
+        ("settings", keys(settings)),
+        ("needs a restart", keys(needs_restart)),
+    ];
+    let parts = parts.iter().filter(|(_, list)| !list.is_empty());
+    let parts: Vec<_> = parts
+        .map(|(word, list)| format!("{word} {}", list.join(", ")))
+        .collect();
+    if parts.is_empty() {
+        return "nothing is different".to_owned();
+    }
+    parts.join("; ")
 }
 
 fn list(bytes: &BTreeMap<Domain, Bytes>) -> String {

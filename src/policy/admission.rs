@@ -27,7 +27,7 @@ impl Policy {
             out.push(reject(Refusal::ShuttingDown));
             return;
         }
-        let Some(model) = self.models.get_mut(name) else {
+        let Some(model) = self.models.get_mut(name).filter(|m| !m.removed) else {
             out.push(reject(Refusal::UnknownModel(name.clone())));
             return;
         };
@@ -219,7 +219,7 @@ impl Policy {
         let mut wanted: Vec<_> = self
             .models
             .values()
-            .filter(|m| (m.wanted || !m.queue.is_empty()) && m.may_start(now))
+            .filter(|m| (m.wanted || !m.queue.is_empty()) && m.may_start(now) && !m.removed)
             .filter(|m| !self.ledger.is_held(&m.worker()))
             .map(|m| {
                 (

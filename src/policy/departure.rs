@@ -169,12 +169,14 @@ impl Policy {
         }
     }
 
-    /// Ends drained workers, and those whose drain took too long.
+    /// Ends drained workers, and those whose drain took too long. Who is told to
+    /// drain in this very step is not ended yet: somebody may come in until the
+    /// gate is closed.
     pub(super) fn finish_drains(&mut self, now: Timestamp, out: &mut Vec<Effect>) {
         let done: Vec<_> = self
             .models
             .values()
-            .filter(|m| m.phase == Phase::Draining)
+            .filter(|m| m.phase == Phase::Draining && !is_new(m, out))
             .filter(|m| m.activity.inside == 0 || m.drain_until.is_some_and(|at| at <= now))
             .filter_map(|m| Some((m.worker(), m.leaving.clone()?)))
             .collect();
@@ -216,7 +218,8 @@ impl Policy {
             Some((*domain, books.budget()))
         });
         let budgets = budgets.collect();
-        let Some(model) = self.current(worker).filter(|m| m.is_live()) else {
+        let teaches = |m: &&mut ModelState| m.is_live() && !m.outdated && !m.removed;
+        let Some(model) = self.current(worker).filter(teaches) else {
             return;
         };
         model.learn(&budgets);
@@ -373,11 +376,22 @@ fn failed(model: &ModelName, cause: String, last_lines: &[String]) -> Refusal {
     }
 }
 
-/// Notes why a worker went. What an operator unloads by name, or residentd's
-/// own end takes along, is no eviction.
+/// Returns whether the model's worker is told to drain by one of these effects.
+fn is_new(model: &ModelState, out: &[Effect]) -> bool {
+    let worker = model.worker();
+    let told =
+        |effect: &Effect| matches!(effect, Effect::Drain { worker: of, .. } if *of == worker);
+    out.iter().any(told)
+}
+
+/// Notes why a worker went. What an operator unloads by name or configures
+/// otherwise, or residentd's own end takes along, is no eviction.
 fn book_eviction(model: &mut ModelState, reason: EvictReason, now: Timestamp) {
     match reason {
-        EvictReason::Unload | EvictReason::Shutdown => {}
+        EvictReason::Unload
+        | EvictReason::Changed
+        | EvictReason::Removed
+        | EvictReason::Shutdown => {}
         EvictReason::MakeRoom { .. }
         | EvictReason::Idle { .. }
         | EvictReason::Pressure { .. }

@@ -3,6 +3,8 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+use super::configure::Change;
+use super::lifecycle::History;
 use super::words::{EvictReason, Expected, Refusal, Skip};
 use crate::clock::Timestamp;
 use crate::model::{Bytes, Domain, Footprint, GpuVendor, ModelName, WorkerId};
@@ -59,6 +61,8 @@ pub enum Event {
         /// From now on.
         limit: Bytes,
     },
+    /// The configuration changed.
+    Configure(Box<Change>),
     /// An operator wants memory back.
     Cleanup {
         /// The wish.
@@ -158,7 +162,8 @@ pub enum Effect {
         /// Skip the grace.
         kill: bool,
     },
-    /// Close the gate whoever is inside, and tell when the last one leaves.
+    /// Close the gate whoever is inside, then look again who is, and tell when
+    /// the last one leaves.
     Drain {
         /// Which.
         worker: WorkerId,
@@ -196,6 +201,13 @@ pub enum Effect {
         model: ModelName,
         /// What its lives used, by domain.
         footprint: BTreeMap<Domain, Footprint>,
+    },
+    /// A model that was removed from the configuration is no more.
+    Forget {
+        /// Which.
+        model: ModelName,
+        /// What happened to it since the start.
+        history: History,
     },
     /// Everything is gone; the shutdown is complete.
     Finished,

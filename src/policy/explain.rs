@@ -180,7 +180,7 @@ impl Policy {
     /// not configured.
     #[must_use]
     pub fn explain(&self, name: &ModelName, now: Timestamp) -> Option<Explanation> {
-        let model = self.models.get(name)?;
+        let model = self.models.get(name).filter(|m| !m.removed)?;
         let outlook = self.outlook(model, now);
         let (why, since) = self.why(model, &outlook, now);
         let ready_in = self.ready_in(model, &outlook, now);

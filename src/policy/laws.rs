@@ -9,14 +9,18 @@
 //! - no effect names an old generation, and no model has two workers;
 //! - one transition at a time on a GPU: nothing starts where something loads or
 //!   dies;
+//! - nobody is cut because the configuration changed, unless a drain took too
+//!   long, and what is no longer configured serves nobody new;
 //! - what is explained is what then happens.
 
 mod court;
+mod reload;
 
 use std::time::Duration;
 
 use court::Court;
 use proptest::prelude::*;
+use reload::How;
 
 use super::testing::{World, granted, refused};
 use super::*;
@@ -43,6 +47,8 @@ enum Move {
     Unload(usize),
     Pin(usize, bool),
     Limit(u64),
+    /// The configuration of a model changes.
+    Configure(usize, How),
     Grow(usize, u64),
     Neighbour(u64),
     /// A driver is slow to give this much of a GPU back.
@@ -56,6 +62,11 @@ enum Move {
 
 fn moves() -> impl Strategy<Value = Vec<Move>> {
     let model = 0..MODELS.len();
+    let how = prop_oneof![
+        (0..4_u32).prop_map(How::Live),
+        Just(How::Worker),
+        Just(How::Gone),
+    ];
     let one = prop_oneof![
         6 => model.clone().prop_map(Move::Acquire),
         1 => model.clone().prop_map(Move::Load),
@@ -68,6 +79,7 @@ fn moves() -> impl Strategy<Value = Vec<Move>> {
         1 => model.clone().prop_map(Move::Unload),
         1 => (model.clone(), any::<bool>()).prop_map(|(m, on)| Move::Pin(m, on)),
         1 => (200..2000_u64).prop_map(Move::Limit),
+        1 => (model.clone(), how).prop_map(|(m, how)| Move::Configure(m, how)),
         1 => (model, 50..900_u64).prop_map(|(m, size)| Move::Grow(m, size)),
         1 => (0..15_000_u64).prop_map(Move::Neighbour),
         1 => (0..2_u32, 0..1500_u64).prop_map(|(gpu, mib)| Move::Late(gpu, mib)),
@@ -138,7 +150,8 @@ proptest! {
                 while court.world.inside.get(&court.world.worker(model)).is_some_and(|a| a.inside > 0) {
                     court.play(&Move::Leave(m));
                 }
-                if court.world.policy.models()[model].phase == Phase::Stopping {
+                let state = court.world.policy.models().get(model);
+                if state.is_some_and(|state| state.phase == Phase::Stopping) {
                     court.play(&Move::Exit(m));
                 }
             }
@@ -158,7 +171,10 @@ proptest! {
                 continue;
             };
             let world = &court.world;
-            let state = &world.policy.models()[MODELS[*m]];
+            let known = world.policy.models().get(MODELS[*m]);
+            let Some(state) = known.filter(|state| !state.removed) else {
+                continue;
+            };
             let told = world.policy.explain(state.name(), world.now).expect("it is configured");
             prop_assert_eq!(told.why == Why::Ready, state.phase == Phase::Ready);
             prop_assert_eq!(told.why == Why::Loading, state.phase == Phase::Starting);

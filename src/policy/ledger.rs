@@ -6,7 +6,7 @@
 //! **Physics** is what the machine still gives: its measured headroom, less a
 //! reserve, less what was promised to workers and is not measured yet.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use super::event::{DomainMeasure, GpuFacts, Measured};
@@ -118,8 +118,10 @@ pub(super) struct Ledger {
     pub domains: BTreeMap<Domain, DomainBooks>,
     /// The GPUs there are, by index.
     pub gpus: BTreeMap<u32, GpuFacts>,
-    /// Limits that a user set on GPUs, by name.
+    /// Limits that the configuration sets on GPUs, by name.
     gpu_limits: BTreeMap<DeviceRef, Bytes>,
+    /// Domains whose limit an operator set, which beats the configuration.
+    set_by_operator: BTreeSet<Domain>,
     counted_twice: Bytes,
     measured_at: Timestamp,
     baselines: BTreeMap<(WorkerId, Domain), (Bytes, Bytes)>,
@@ -134,6 +136,41 @@ impl Ledger {
             domains: BTreeMap::from([(Domain::Host, host)]),
             gpu_limits,
             ..Self::default()
+        }
+    }
+
+    /// Sets a limit as an operator wishes. Returns whether there is the domain.
+    pub(super) fn set_limit(&mut self, domain: Domain, limit: Bytes) -> bool {
+        let Some(books) = self.domains.get_mut(&domain) else {
+            return false;
+        };
+        books.limit = limit;
+        self.set_by_operator.insert(domain);
+        true
+    }
+
+    /// Takes in what the configuration says now: the limit on host RAM, those
+    /// on GPUs, and the reserve of host RAM.
+    pub(super) fn configure(
+        &mut self,
+        (host, gpus): (Bytes, BTreeMap<DeviceRef, Bytes>),
+        reserve: Bytes,
+    ) {
+        self.gpu_limits = gpus;
+        let domains: Vec<_> = self.domains.keys().copied().collect();
+        for domain in domains {
+            let limit = match domain {
+                Domain::Host => host,
+                Domain::Gpu(_) => self.limit_of(domain),
+            };
+            let stays = self.set_by_operator.contains(&domain);
+            let books = self.domains.entry(domain).or_default();
+            if !stays {
+                books.limit = limit;
+            }
+            if domain == Domain::Host {
+                books.reserve = reserve;
+            }
         }
     }
 

@@ -59,6 +59,10 @@ pub struct ModelState {
     /// When a drain is over, whoever is inside; one that makes room lasts as long
     /// as there is somebody to make it for.
     pub drain_until: Option<Timestamp>,
+    /// Its worker was started under a configuration that no longer holds.
+    pub outdated: bool,
+    /// No longer configured; known until its worker is gone.
+    pub removed: bool,
     /// Bytes promised to the worker, from spawn to reap.
     pub reservation: Expected,
     /// Measured, while a worker lives.
@@ -108,7 +112,7 @@ pub struct Failures {
 }
 
 /// What happened to one model since the start.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct History {
     /// Lives that became ready.
     pub loads: u64,
@@ -146,6 +150,8 @@ impl ModelState {
             leaving: None,
             killed: false,
             drain_until: None,
+            outdated: false,
+            removed: false,
             reservation: Expected::default(),
             usage: BTreeMap::new(),
             activity: Activity::default(),
@@ -366,6 +372,7 @@ impl ModelState {
         self.served = false;
         self.leaving = None;
         self.killed = false;
+        self.outdated = false;
         self.wanted = false;
         self.activity = Activity {
             inside: 0,
@@ -388,6 +395,10 @@ impl ModelState {
             return;
         }
         self.usage.clone_from(usage);
+        if self.outdated || self.removed {
+            // It says nothing of what the configuration names now.
+            return;
+        }
         for (domain, measure) in usage {
             let peak = self.life.entry(*domain).or_default();
             *peak = (*peak).max(measure.usage);

@@ -19,11 +19,13 @@
 //! | `pressure` | how tight memory is |
 //! | `relief` | who goes for idleness, pressure, or an operator's cleanup |
 //! | `departure` | unload, drain, exit, shutdown |
+//! | `configure` | what a changed configuration means for workers that run |
 //! | `explain` | nothing: says why a model is not ready and what asking would do |
 
 #![warn(clippy::wildcard_enum_match_arm)]
 
 mod admission;
+mod configure;
 mod departure;
 mod event;
 mod eviction;
@@ -43,6 +45,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
+pub use configure::{Change, ModelChange};
 pub use event::{
     Activity, CleanupOrder, CleanupReport, DomainMeasure, Effect, Event, GpuFacts, Measure,
     Measured, Skipped, Ticket,
@@ -120,6 +123,8 @@ pub struct Policy {
     now: Timestamp,
     /// Times between requests of all models.
     common: Common,
+    /// The last generation of models that were removed and forgotten.
+    past_lives: BTreeMap<ModelName, u64>,
 }
 
 impl Policy {
@@ -151,6 +156,7 @@ impl Policy {
             patience_at: None,
             now: Timestamp::START,
             common: Common::default(),
+            past_lives: BTreeMap::new(),
         }
     }
 
@@ -183,6 +189,7 @@ impl Policy {
                 }
             }
             Event::Limit { domain, limit } => self.set_limit(domain, limit),
+            Event::Configure(change) => self.configure(now, *change, &mut out),
             Event::Cleanup {
                 ticket,
                 order,
@@ -252,6 +259,7 @@ impl Policy {
     /// What any event may have made possible or due.
     fn follow_up(&mut self, now: Timestamp, out: &mut Vec<Effect>) {
         self.settle(now, out);
+        self.forget_removed(out);
         self.expire_waiters(now, out);
         self.fill_places(out);
         self.finish_drains(now, out);
@@ -391,8 +399,7 @@ impl Policy {
     }
 
     fn set_limit(&mut self, domain: Domain, limit: Bytes) {
-        if let Some(books) = self.ledger.domains.get_mut(&domain) {
-            books.limit = limit;
+        if self.ledger.set_limit(domain, limit) {
             let over = self.usage(domain) > limit;
             self.levels.set_over_limit(domain, over);
         }
@@ -442,6 +449,13 @@ impl Policy {
             }
             if model.leaving.is_some() && !model.is_leaving() {
                 return Err(format!("{name} stays but has a reason to leave"));
+            }
+            let serves = matches!(model.phase, Phase::Starting | Phase::Ready);
+            if serves && (model.outdated || model.removed) {
+                return Err(format!("{name} serves what is no longer configured"));
+            }
+            if model.removed && !model.queue.is_empty() {
+                return Err(format!("{name} is not configured and requests wait for it"));
             }
             if !model.is_live() && !model.usage.is_empty() {
                 return Err(format!("{name} has no worker but memory"));

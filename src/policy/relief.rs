@@ -313,8 +313,8 @@ impl Policy {
         let (models, ledger) = (&self.models, &self.ledger);
         for cleanup in &mut self.cleanups {
             cleanup.waiting.retain(|worker| {
-                let state = &models[&worker.model];
-                let lives = state.generation == worker.generation && state.is_live();
+                let state = models.get(&worker.model);
+                let lives = state.is_some_and(|m| m.generation == worker.generation && m.is_live());
                 lives || ledger.is_reclaiming(worker)
             });
         }

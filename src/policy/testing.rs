@@ -108,7 +108,11 @@ impl World {
     pub(crate) fn step(&mut self, event: Event) -> Vec<Effect> {
         self.policy
             .observe(self.inside.iter().map(|(id, activity)| (id, *activity)));
-        let effects = self.policy.step(self.now, event);
+        let mut effects = self.policy.step(self.now, event);
+        let drains = |effect: &Effect| matches!(effect, Effect::Drain { .. });
+        if effects.iter().any(drains) {
+            effects.extend(self.policy.step(self.now, Event::Tick));
+        }
         for effect in &effects {
             match effect {
                 Effect::Grant { worker, .. } => {
@@ -134,6 +138,7 @@ impl World {
                 | Effect::Reclaimed { .. }
                 | Effect::Resume { .. }
                 | Effect::Learn { .. }
+                | Effect::Forget { .. }
                 | Effect::Finished => {}
             }
         }
@@ -304,7 +309,12 @@ impl World {
     }
 
     pub(crate) fn worker(&self, model: &str) -> WorkerId {
-        self.policy.models()[model].worker()
+        let state = self.policy.models().get(model);
+        let generation = state.map_or(0, |state| state.generation);
+        WorkerId {
+            model: name(model),
+            generation,
+        }
     }
 }
 

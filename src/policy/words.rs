@@ -95,6 +95,10 @@ pub enum EvictReason {
     Cleanup,
     /// An operator's unload.
     Unload,
+    /// It runs under a configuration that no longer holds.
+    Changed,
+    /// It is no longer configured.
+    Removed,
     /// residentd itself ends.
     Shutdown,
 }
@@ -110,6 +114,8 @@ impl EvictReason {
             Self::Ceiling { .. } => "max_memory",
             Self::Cleanup => "cleanup",
             Self::Unload => "unload",
+            Self::Changed => "changed",
+            Self::Removed => "removed",
             Self::Shutdown => "shutdown",
         }
     }
@@ -145,6 +151,8 @@ impl fmt::Display for EvictReason {
             }
             Self::Cleanup => f.write_str("cleanup by an operator"),
             Self::Unload => f.write_str("unload by an operator"),
+            Self::Changed => f.write_str("its configuration changed"),
+            Self::Removed => f.write_str("it is no longer configured"),
             Self::Shutdown => f.write_str("residentd ends"),
         }
     }

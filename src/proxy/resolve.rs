@@ -23,9 +23,9 @@ const LONGEST_IN_PATH: usize = 3 * 128;
 
 /// What the path alone says.
 #[derive(Debug)]
-pub(super) enum ByPath<'a> {
+pub(super) enum ByPath {
     /// This model, and the path and query the worker gets.
-    Model(&'a Arc<ModelRoute>, String),
+    Model(Arc<ModelRoute>, String),
     /// A model that is not configured.
     Unknown(String),
     /// Nothing.
@@ -34,7 +34,7 @@ pub(super) enum ByPath<'a> {
 
 /// Looks for the model in the path. Names may hold slashes, as they are or as
 /// `%2F`; the longest configured name wins.
-pub(super) fn by_path<'a>(routes: &'a Routes, path: &str, query: Option<&str>) -> ByPath<'a> {
+pub(super) fn by_path(routes: &Routes, path: &str, query: Option<&str>) -> ByPath {
     let (rest, strips) = match (
         path.strip_prefix("/upstream/"),
         path.strip_prefix("/v2/models/"),

@@ -39,6 +39,7 @@ use self::port::Ports;
 use self::reaper::Leaders;
 pub use self::reaper::become_subreaper;
 use self::task::Life;
+pub(crate) use self::watched::readable;
 use crate::clock::Clock;
 use crate::model::{Bytes, ModelSpec, PlacedGpu, Upstream, WorkerId};
 use crate::procfs::ProcessTree;

@@ -22,6 +22,8 @@ pub(super) struct Court {
     pub(super) asked: BTreeMap<Ticket, Option<String>>,
     pub(super) answered: BTreeSet<Ticket>,
     pub(super) left: BTreeSet<Ticket>,
+    /// What the configuration says of each model, or said last.
+    pub(super) specs: Vec<ModelSpec>,
     live: BTreeMap<ModelName, u64>,
     /// Workers that were told to drain.
     draining: BTreeSet<WorkerId>,
@@ -53,7 +55,7 @@ impl Court {
         // And takes one request at a time.
         specs[3].concurrency = NonZeroU32::new(1);
         let sizes = [("a", 300), ("b", 450), ("c", 400), ("d", 900)];
-        let mut world = World::with(1000, specs, &sizes);
+        let mut world = World::with(1000, specs.clone(), &sizes);
         world.policy.settings.eviction = policy;
         world.policy.settings.patience = patience;
         world.gpus = vec![1000, 1200];
@@ -68,6 +70,7 @@ impl Court {
             asked: BTreeMap::new(),
             answered: BTreeSet::new(),
             left: BTreeSet::new(),
+            specs,
             live: BTreeMap::new(),
             draining: BTreeSet::new(),
             waits: BTreeMap::new(),
@@ -82,7 +85,7 @@ impl Court {
     }
 
     /// Steps, judges every effect, and plays the machine.
-    fn step(&mut self, event: Event) {
+    pub(super) fn step(&mut self, event: Event) {
         let mut todo = vec![event];
         while let Some(event) = todo.pop() {
             let policy = &mut self.world.policy;
@@ -171,14 +174,9 @@ impl Court {
                 self.moving.insert(worker);
             }
             Effect::Drain { worker, reason } => {
-                self.judge_generation(&worker);
-                if let EvictReason::MakeRoom { for_model, .. } = reason {
-                    let waits_since = self.waits[&for_model];
-                    let patience = self.world.policy.settings.patience;
-                    assert!(self.world.now.since(waits_since) >= patience);
-                    assert!(!self.world.policy.models()[&worker.model].pinned);
-                }
+                self.judge_drain(&worker, &reason);
                 self.draining.insert(worker);
+                return Some(Event::Tick);
             }
             Effect::Resume { worker } => {
                 self.judge_generation(&worker);
@@ -186,15 +184,31 @@ impl Court {
             }
             Effect::Terminate { worker, reason, .. } => {
                 self.judge_generation(&worker);
+                self.judge_replaced(&worker, &reason);
                 if matches!(reason, EvictReason::MakeRoom { .. }) {
                     let inside = self.world.inside.get(&worker).map_or(0, |a| a.inside);
                     assert_eq!(inside, 0, "{worker} is busy and ended to make room");
                 }
                 self.moving.insert(worker);
             }
-            Effect::Reclaimed { .. } | Effect::Learn { .. } | Effect::Finished => {}
+            Effect::Reclaimed { .. }
+            | Effect::Learn { .. }
+            | Effect::Forget { .. }
+            | Effect::Finished => {}
         }
         None
+    }
+
+    /// A worker that is drained to make room is not pinned, and somebody has
+    /// waited for long enough.
+    fn judge_drain(&self, worker: &WorkerId, reason: &EvictReason) {
+        self.judge_generation(worker);
+        if let EvictReason::MakeRoom { for_model, .. } = reason {
+            let waits_since = self.waits[for_model];
+            let patience = self.world.policy.settings.patience;
+            assert!(self.world.now.since(waits_since) >= patience);
+            assert!(!self.world.policy.models()[&worker.model].pinned);
+        }
     }
 
     /// Nothing else may move memory on the GPUs of a worker that is started.
@@ -287,6 +301,7 @@ impl Court {
                 domain: Domain::Host,
                 limit: Bytes::mib(mib),
             }),
+            Move::Configure(m, how) => self.reconfigure(m, how),
             Move::Cleanup(all, force) => {
                 let ticket = self.ask(None);
                 let order = CleanupOrder {
@@ -307,7 +322,10 @@ impl Court {
 
     /// What workers, neighbours and time do.
     fn play_machine(&mut self, made: &Move) {
-        let phase = |court: &Self, m: usize| court.world.policy.models()[MODELS[m]].phase;
+        let phase = |court: &Self, m: usize| {
+            let state = court.world.policy.models().get(MODELS[m]);
+            state.map_or(Phase::Stopped, |state| state.phase)
+        };
         match *made {
             Move::Ready(m) if phase(self, m) == Phase::Starting => {
                 let worker = self.world.worker(MODELS[m]);

@@ -98,6 +98,7 @@ fn a_model_that_died_for_want_of_memory_is_expected_to_need_more_next_time() {
         | Effect::Evict { .. }
         | Effect::Drain { .. }
         | Effect::Resume { .. }
+        | Effect::Forget { .. }
         | Effect::Terminate { .. }
         | Effect::Reclaimed { .. }
         | Effect::Finished => None,

@@ -2,6 +2,7 @@
 
 mod admission;
 mod ceilings;
+mod configuring;
 mod explaining;
 mod leaving;
 mod patience;

@@ -90,6 +90,7 @@ impl Machine {
             Effect::Drain { worker, reason } => {
                 self.tell(&worker, || format!("drains: {reason}"));
                 self.close(&worker);
+                return Some(Event::Tick);
             }
             Effect::Resume { worker } => {
                 self.tell(&worker, || "stays after all".to_owned());
@@ -105,7 +106,10 @@ impl Machine {
                 self.tell(&worker, || format!("is told to end: {reason}"));
                 self.end(&worker, kill);
             }
-            Effect::Reclaimed { .. } | Effect::Learn { .. } | Effect::Finished => {}
+            Effect::Reclaimed { .. }
+            | Effect::Learn { .. }
+            | Effect::Forget { .. }
+            | Effect::Finished => {}
         }
         None
     }

@@ -61,7 +61,7 @@ impl World {
             }
         });
         Self {
-            router: router(ApiState::new(controller)),
+            router: router(ApiState::new(controller, None)),
             recorder: Arc::new(recorder),
             _snapshots: Arc::new(publish),
             _signals: Arc::new(heard),
@@ -240,7 +240,6 @@ fn gemma() -> ModelView {
                 model: spec.name.clone(),
                 generation: 3,
             },
-            spec: Arc::clone(&spec),
             upstream: Upstream::Tcp(SocketAddr::from(([127, 0, 0, 1], 9))),
             gate,
             closing: CancellationToken::new(),
@@ -353,6 +352,8 @@ pub(crate) fn snapshot() -> Snapshot {
         memory: memory(&models),
         models,
         counters: Counters {
+            admitted: 0,
+            config: Reloads::default(),
             // Of 111 that were admitted.
             granted_late: 21,
             misses: 10,
