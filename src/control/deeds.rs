@@ -18,7 +18,7 @@ impl Task {
             Effect::Grant { ticket, worker } => self.grant(ticket, &worker),
             Effect::Done { ticket } => {
                 if let Some(Pending::Done(reply)) = self.waiting.remove(&ticket) {
-                    let _ = reply.send(Ok(()));
+                    self.answers.put(reply, Ok(()));
                 }
             }
             Effect::Reject { ticket, refusal } => self.reject(ticket, refusal),
@@ -30,7 +30,7 @@ impl Task {
                 };
                 self.tell_of(None, what);
                 if let Some(Pending::Cleanup(reply)) = self.waiting.remove(&ticket) {
-                    let _ = reply.send(Ok(report));
+                    self.answers.put(reply, Ok(report));
                 }
             }
             Effect::Spawn {
@@ -86,7 +86,7 @@ impl Task {
             Effect::Finished => {
                 self.finished = true;
                 for reply in self.finishing.drain(..) {
-                    let _ = reply.send(Ok(()));
+                    self.answers.put(reply, Ok(()));
                 }
             }
         }
@@ -188,12 +188,8 @@ impl Task {
                 self.counters.turned_away += u64::from(!found_worker(&refusal));
                 let _ = reply.send(Err(refusal));
             }
-            Pending::Done(reply) => {
-                let _ = reply.send(Err(refusal));
-            }
-            Pending::Cleanup(reply) => {
-                let _ = reply.send(Err(refusal));
-            }
+            Pending::Done(reply) => self.answers.put(reply, Err(refusal)),
+            Pending::Cleanup(reply) => self.answers.put(reply, Err(refusal)),
         }
     }
 

@@ -59,29 +59,33 @@ impl Task {
                 request,
                 reply,
             } => self.clean_up(ticket, request, reply),
-            // Whoever asked may have left: then the answer goes nowhere.
             Command::Pin {
                 model,
                 pinned,
                 reply,
             } => {
-                let _ = reply.send(self.pin(model, pinned));
+                let answer = self.pin(model, pinned);
+                self.answers.put(reply, answer);
             }
             Command::Limit { request, reply } => {
-                let _ = reply.send(self.set_limit(request));
+                let answer = self.set_limit(request);
+                self.answers.put(reply, answer);
             }
             Command::Weigh { model, reply } => {
-                let _ = reply.send(self.weigh(model));
+                let answer = self.weigh(model);
+                self.answers.put(reply, answer);
             }
             Command::Explain { model, reply } => {
-                let _ = reply.send(self.explain(model));
+                let answer = self.explain(model);
+                self.answers.put(reply, answer);
             }
             Command::Tail {
                 model,
                 lines,
                 reply,
             } => {
-                let _ = reply.send(self.known_tail(model, lines));
+                let answer = self.known_tail(model, lines);
+                self.answers.put(reply, answer);
             }
             Command::Reload {
                 origin,
@@ -141,8 +145,8 @@ impl Task {
             .flatten()
             .find(|name| !self.policy.models().contains_key(*name));
         if let Some(name) = unknown {
-            // Whoever asked may have left.
-            let _ = reply.send(Err(Refusal::UnknownModel(name.clone())));
+            let unknown = Refusal::UnknownModel(name.clone());
+            self.answers.put(reply, Err(unknown));
             return;
         }
         self.waiting.insert(ticket, Pending::Cleanup(reply));

@@ -199,8 +199,7 @@ impl Task {
             }
             Ok(())
         };
-        // Whoever asked may have left.
-        let _ = reply.send(done);
+        self.answers.put(reply, done);
     }
 
     fn reconfigure(&mut self, origin: ReloadOrigin, new: Reconfiguration) {

@@ -8,6 +8,7 @@ use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
 
+use super::answers::Answers;
 use super::command::Reply;
 use super::tell::Told;
 use super::{
@@ -80,6 +81,7 @@ pub fn start(parts: Parts) -> Controller {
         workers: BTreeMap::new(),
         records: BTreeMap::new(),
         waiting: HashMap::new(),
+        answers: Answers::default(),
         finishing: Vec::new(),
         finished: false,
         reading,
@@ -170,6 +172,7 @@ async fn run(mut task: Task, mut arrivals: Arrivals, publish: watch::Sender<Arc<
     task.feed(Event::Tick);
     loop {
         publish.send_replace(Arc::new(task.snapshot()));
+        task.answers.give();
         if task.finished {
             break;
         }
@@ -188,6 +191,7 @@ async fn run(mut task: Task, mut arrivals: Arrivals, publish: watch::Sender<Arc<
         }
     }
     task.answer_the_rest();
+    task.answers.give();
 }
 
 /// One live worker, as the controller holds it.
@@ -233,6 +237,7 @@ pub(super) struct Task {
     pub(super) workers: BTreeMap<WorkerId, Live>,
     pub(super) records: BTreeMap<ModelName, Record>,
     pub(super) waiting: HashMap<Ticket, Pending>,
+    pub(super) answers: Answers,
     pub(super) finishing: Vec<Reply<()>>,
     pub(super) finished: bool,
     pub(super) reading: Arc<Reading>,
