@@ -224,6 +224,18 @@ pub struct Activity {
     pub last_entered: Timestamp,
 }
 
+impl Activity {
+    /// Returns what a gate shows that has just been opened.
+    #[must_use]
+    pub const fn opened(now: Timestamp) -> Self {
+        Self {
+            inside: 0,
+            last_left: now,
+            last_entered: now,
+        }
+    }
+}
+
 /// What one reading says, in the policy's terms.
 #[derive(Clone, Debug, Default)]
 pub struct Measured {

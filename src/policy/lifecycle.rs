@@ -374,11 +374,7 @@ impl ModelState {
         self.killed = false;
         self.outdated = false;
         self.wanted = false;
-        self.activity = Activity {
-            inside: 0,
-            last_left: now,
-            last_entered: now,
-        };
+        self.activity = Activity::opened(now);
         self.enter(Phase::Starting, now);
     }
 

@@ -172,14 +172,8 @@ impl World {
         let worker = self.worker(model);
         self.pass(Duration::from_millis(100));
         self.holding.insert(worker.clone());
-        self.inside.insert(
-            worker.clone(),
-            Activity {
-                inside: 0,
-                last_left: self.now,
-                last_entered: self.now,
-            },
-        );
+        self.inside
+            .insert(worker.clone(), Activity::opened(self.now));
         let mut effects = self.step(Event::Ready { worker });
         effects.extend(self.measure());
         effects

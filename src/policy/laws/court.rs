@@ -331,11 +331,7 @@ impl Court {
                 let worker = self.world.worker(MODELS[m]);
                 self.world.holding.insert(worker.clone());
                 self.moving.remove(&worker);
-                let activity = Activity {
-                    inside: 0,
-                    last_left: self.world.now,
-                    last_entered: self.world.now,
-                };
+                let activity = Activity::opened(self.world.now);
                 self.world.inside.insert(worker.clone(), activity);
                 self.step(Event::Ready { worker });
             }
