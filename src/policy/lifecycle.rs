@@ -390,7 +390,14 @@ impl ModelState {
             }
             return;
         }
-        self.usage.clone_from(usage);
+        let same = self.usage.keys().eq(usage.keys());
+        if same {
+            for (kept, measure) in self.usage.values_mut().zip(usage.values()) {
+                *kept = *measure;
+            }
+        } else {
+            self.usage.clone_from(usage);
+        }
         if self.outdated || self.removed {
             // It says nothing of what the configuration names now.
             return;

@@ -386,9 +386,14 @@ impl Policy {
 
     fn measure(&mut self, measured: &Measured) {
         self.ledger.measure(measured);
-        for (worker, usage) in &measured.workers {
-            if let Some(model) = self.current(worker).filter(|m| m.is_live()) {
-                model.measure(usage);
+        // Both are in the order of their names.
+        let mut workers = measured.workers.iter().peekable();
+        for (name, model) in &mut self.models {
+            while let Some((worker, usage)) = workers.next_if(|(w, _)| w.model <= *name) {
+                if worker.model == *name && worker.generation == model.generation && model.is_live()
+                {
+                    model.measure(usage);
+                }
             }
         }
         self.ledger.follow_reclaims(&self.models);
