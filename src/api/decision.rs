@@ -9,7 +9,8 @@ use serde_json::{Map, Value, json};
 
 use crate::clock::{Clock, Timestamp};
 use crate::control::{
-    Decision, EvictReason, Explanation, Holder, Outlook, Protection, Refusal, Shortage, What, Why,
+    Decision, EvictReason, Expected, Explanation, Holder, Outlook, ParkFault, Protection, Refusal,
+    Shortage, What, Why,
 };
 use crate::model::{Bytes, Domain, ModelName};
 
@@ -54,10 +55,7 @@ fn numbers(what: &What) -> Value {
             gpus,
             ..
         } => {
-            let known = expected.domains();
-            let known = known.filter_map(|d| Some((d.to_string(), expected.known(d)?.get())));
-            let expected: BTreeMap<_, _> = known.collect();
-            json!({"waiting": waiting, "expected": expected, "gpus": gpus})
+            json!({"waiting": waiting, "expected": known(expected), "gpus": gpus})
         }
         What::Ready { took, reload } => {
             json!({"load_ms": took.as_millis(), "reload": reload})
@@ -76,6 +74,21 @@ fn numbers(what: &What) -> Value {
             reason_numbers(reason),
             json!({"charge": by_domain(charge), "kill": kill}),
         ),
+        What::Park {
+            reason,
+            charge,
+            holds,
+        } => with(
+            reason_numbers(reason),
+            json!({"charge": by_domain(charge), "holds": by_domain(holds)}),
+        ),
+        What::Parked { freed, took } => {
+            json!({"freed": by_domain(freed), "park_ms": took.as_millis()})
+        }
+        What::Unpark {
+            waiting, expected, ..
+        } => json!({"waiting": waiting, "expected": known(expected)}),
+        What::Unparked { took } => json!({"unpark_ms": took.as_millis()}),
         What::Keep { reason, inside } | What::Drain { reason, inside } => {
             with(reason_numbers(reason), json!({"in_flight": inside}))
         }
@@ -117,6 +130,12 @@ fn numbers(what: &What) -> Value {
     }
 }
 
+fn known(expected: &Expected) -> BTreeMap<String, u64> {
+    let known = expected.domains();
+    let known = known.filter_map(|d| Some((d.to_string(), expected.known(d)?.get())));
+    known.collect()
+}
+
 fn reason_numbers(reason: &EvictReason) -> Value {
     match reason {
         EvictReason::MakeRoom {
@@ -144,6 +163,16 @@ fn reason_numbers(reason: &EvictReason) -> Value {
         }),
         EvictReason::Ceiling { usage, ceiling } => {
             json!({"usage": usage.get(), "max_memory": ceiling.get()})
+        }
+        EvictReason::ParkFailed(ParkFault::Park(cause) | ParkFault::Unpark(cause)) => {
+            json!({"cause": cause})
+        }
+        EvictReason::ParkFailed(ParkFault::TooLittle {
+            domain,
+            freed,
+            expected,
+        }) => {
+            json!({"domain": domain.to_string(), "freed": freed.get(), "expected": expected.get()})
         }
         EvictReason::Cleanup | EvictReason::Unload | EvictReason::Shutdown => json!({}),
     }
@@ -227,6 +256,9 @@ fn why_numbers(why: &Why, clock: Clock) -> Value {
         Why::Impossible(refusal) => refusal_numbers(refusal),
         Why::Ready
         | Why::Loading
+        | Why::Parking
+        | Why::Parked
+        | Why::Unparking
         | Why::NeverLoaded
         | Why::Unloaded
         | Why::Leaving(None)
@@ -237,7 +269,7 @@ fn why_numbers(why: &Why, clock: Clock) -> Value {
 
 fn outlook_numbers(outlook: &Outlook) -> Value {
     match outlook {
-        Outlook::Served | Outlook::Starts => json!({}),
+        Outlook::Served | Outlook::Starts | Outlook::Unparks => json!({}),
         Outlook::Evicts { victims, shortage } => with(
             shortage_numbers(shortage),
             json!({"would_evict": holders(victims)}),
@@ -272,6 +304,7 @@ fn shortage_numbers(shortage: &Shortage) -> Value {
 fn holders(holders: &[Holder]) -> Vec<Value> {
     let each = holders.iter().map(|holder| {
         json!({
+            "parks": holder.parks,
             "name": holder.model.as_str(),
             "why": holder.protection.map_or("idle", Protection::as_str),
             "in_flight": holder.inside,

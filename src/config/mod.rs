@@ -18,6 +18,7 @@ mod env;
 mod files;
 mod gpus;
 mod models;
+mod park;
 mod problem;
 mod program;
 mod raw;

@@ -12,6 +12,7 @@ mod decisions;
 mod deeds;
 mod lease;
 mod obey;
+mod parking;
 mod snapshot;
 mod task;
 mod tell;
@@ -35,7 +36,7 @@ use crate::clock::{Clock, Timestamp};
 use crate::model::ModelName;
 pub use crate::policy::{
     CleanupReport, EvictReason, Expectation, Expected, ExpectedSource, Explanation, Holder,
-    Outlook, Phase, PressureLevel, Protection, Refusal, Shortage, Skip, Skipped, Why,
+    Outlook, ParkFault, Phase, PressureLevel, Protection, Refusal, Shortage, Skip, Skipped, Why,
 };
 
 /// Commands waiting at most. A full queue is answered with `503 overloaded`:

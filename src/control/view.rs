@@ -106,6 +106,10 @@ fn snapshot(task: &Task) -> Snapshot {
         for (reason, count) in &history.evictions {
             *counters.evictions.entry(reason).or_default() += count;
         }
+        counters.unparks += history.unparks;
+        for (reason, count) in &history.parks {
+            *counters.parks.entry(reason).or_default() += count;
+        }
     }
     let overloads = task.routes.overloads();
     if overloads > 0 {

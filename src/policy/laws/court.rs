@@ -28,7 +28,12 @@ pub(super) struct Court {
     /// Since when the first waiter of each model has waited, after each step.
     waits: BTreeMap<ModelName, Timestamp>,
     /// Workers that load or die.
-    moving: BTreeSet<WorkerId>,
+    pub(super) moving: BTreeSet<WorkerId>,
+    /// How much higher limits on host RAM are than moves say, in MiB, so that
+    /// there is room for parks.
+    pub(super) higher: u64,
+    /// Workers that left their park.
+    pub(super) unparks: u64,
 }
 
 impl Court {
@@ -72,6 +77,8 @@ impl Court {
             draining: BTreeSet::new(),
             waits: BTreeMap::new(),
             moving: BTreeSet::new(),
+            higher: 0,
+            unparks: 0,
         };
         // The world's first measurement has started what is preloaded.
         for state in court.world.policy.models().values().filter(|m| m.is_live()) {
@@ -82,7 +89,7 @@ impl Court {
     }
 
     /// Steps, judges every effect, and plays the machine.
-    fn step(&mut self, event: Event) {
+    pub(super) fn step(&mut self, event: Event) {
         let mut todo = vec![event];
         while let Some(event) = todo.pop() {
             let policy = &mut self.world.policy;
@@ -95,8 +102,13 @@ impl Court {
             let effects = policy.step(self.world.now, event);
             let first = |m: &ModelState| Some((m.name().clone(), m.queue.front()?.since));
             self.waits = policy.models().values().filter_map(first).collect();
-            let spawned = effects.iter().any(|e| matches!(e, Effect::Spawn { .. }));
-            if spawned {
+            let takes = |effect: &Effect| {
+                matches!(
+                    effect,
+                    Effect::Spawn { .. } | Effect::Park { .. } | Effect::Unpark { .. }
+                )
+            };
+            if effects.iter().any(takes) {
                 for (domain, books) in policy.domains() {
                     assert!(
                         policy.charged(*domain) <= books.limit,
@@ -193,12 +205,13 @@ impl Court {
                 self.moving.insert(worker);
             }
             Effect::Reclaimed { .. } | Effect::Learn { .. } | Effect::Finished => {}
+            park => return self.judge_park(park),
         }
         None
     }
 
     /// Nothing else may move memory on the GPUs of a worker that is started.
-    fn judge_gpus(&self, worker: &WorkerId, gpus: &[u32]) {
+    pub(super) fn judge_gpus(&self, worker: &WorkerId, gpus: &[u32]) {
         for other in &self.moving {
             let theirs = self.world.placed.get(other).into_iter().flatten();
             let shared = theirs.filter(|gpu| gpus.contains(gpu)).count();
@@ -206,7 +219,7 @@ impl Court {
         }
     }
 
-    fn judge_generation(&self, worker: &WorkerId) {
+    pub(super) fn judge_generation(&self, worker: &WorkerId) {
         let live = self.live.get(&worker.model);
         assert_eq!(live, Some(&worker.generation), "an old generation");
     }
@@ -235,7 +248,7 @@ impl Court {
             .world
             .holding
             .iter()
-            .map(|w| self.world.size[&w.model])
+            .map(|w| self.world.on_host(w))
             .sum();
         let headroom = Bytes::gib(16) - Bytes::mib(held + self.neighbour);
         let measured = self.world.measured(headroom);
@@ -285,7 +298,7 @@ impl Court {
             }),
             Move::Limit(mib) => self.step(Event::Limit {
                 domain: Domain::Host,
-                limit: Bytes::mib(mib),
+                limit: Bytes::mib(mib + self.higher),
             }),
             Move::Cleanup(all, force) => {
                 let ticket = self.ask(None);
@@ -320,6 +333,7 @@ impl Court {
                 self.world.inside.insert(worker.clone(), activity);
                 self.step(Event::Ready { worker });
             }
+            Move::Moved(_) | Move::Pretends(_) | Move::ParkFails(_) => self.play_park(made),
             Move::NeverReady(m) if phase(self, m) == Phase::Starting => {
                 let worker = self.world.worker(MODELS[m]);
                 let after = Duration::from_secs(120);
@@ -334,6 +348,7 @@ impl Court {
                 self.live.remove(MODELS[m]);
                 self.moving.remove(&worker);
                 self.world.holding.remove(&worker);
+                self.world.parked.remove(&worker);
                 self.world.inside.remove(&worker);
                 let status = "exit code 1".into();
                 self.step(Event::Exited {
@@ -372,7 +387,7 @@ impl Court {
             Move::Grow(m, mib) => {
                 self.world.size.insert(name(MODELS[m]), mib);
             }
-            Move::Neighbour(mib) => self.neighbour = mib,
+            Move::Neighbour(mib) => self.neighbour = mib.saturating_sub(3 * self.higher),
             Move::Late(gpu, mib) => {
                 self.world.late.insert(gpu, mib);
             }
@@ -390,6 +405,7 @@ impl Court {
     pub(super) fn close(&mut self) {
         self.race = false;
         self.neighbour = 0;
+        self.higher = 0;
         self.world.late.clear();
         let until = self.world.now;
         self.step(Event::Shutdown { until });

@@ -4,4 +4,5 @@ mod admission;
 mod ceilings;
 mod explaining;
 mod leaving;
+mod parking;
 mod patience;
