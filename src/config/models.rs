@@ -380,13 +380,14 @@ impl Model<'_> {
     fn check_park(&self, templates: &Templates, problems: &mut Problems) {
         let Some(park) = &self.raw.park else { return };
         let on_gpu = self.raw.gpus.as_ref().is_some_and(|g| g.value.count() > 0);
-        park::check_use(park, on_gpu, self.raw.vram.as_ref(), problems);
+        let place = self.place_of(Some(&park.place), "park");
+        park::check_use((park, &place), on_gpu, self.raw.vram.as_ref(), problems);
         if let Some(engine) = park.value.engine {
             let command: Vec<_> = templates.command.iter().map(|w| self.sample(w)).collect();
             let environment = self.facts.context.environment;
             let is_set =
                 |name: &str| templates.env.contains_key(name) || environment.get(name).is_some();
-            park::check_engine((engine, &park.place), &command, is_set, problems);
+            park::check_engine((engine, &place), &command, is_set, problems);
         }
     }
 

@@ -134,7 +134,7 @@ pub(super) fn read(mut section: Section<'_>, problems: &mut Problems) -> Option<
 /// Tells of a park that could give nothing back: of a model on no GPU that says
 /// nothing of host RAM, or of one that holds as much as before.
 pub(super) fn check_use(
-    park: &Setting<RawPark>,
+    (park, place): (&Setting<RawPark>, &Place),
     on_gpu: bool,
     vram: Option<&Setting<Bytes>>,
     problems: &mut Problems,
@@ -144,7 +144,7 @@ pub(super) fn check_use(
         let what = "gives nothing back as far as is known, so the model is never parked: \
                     it runs on no GPU, and memory is not said here";
         let fix = "write memory: what a parked worker holds of host RAM";
-        problems.warn(&park.place, what, fix);
+        problems.warn(place, what, fix);
     }
     if let (Some(parked), Some(vram)) = (spec.vram, vram)
         && parked >= vram.value
@@ -156,7 +156,7 @@ pub(super) fn check_use(
             write_size(vram.value)
         );
         let fix = "write what a parked worker still holds of each GPU, or remove it";
-        problems.error(&park.place.below("vram"), what, fix);
+        problems.error(&place.below("vram"), what, fix);
     }
 }
 

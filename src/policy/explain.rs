@@ -375,7 +375,10 @@ impl Policy {
     }
 
     fn ready_in(&self, model: &ModelState, outlook: &Outlook, now: Timestamp) -> Option<Duration> {
-        let load = model.history.last_load;
+        let load = match model.phase == Phase::Parked {
+            true => model.history.last_unpark,
+            false => model.history.last_load,
+        };
         match outlook {
             Outlook::Served => Some(Duration::ZERO),
             Outlook::Starts if model.phase == Phase::Starting => left(model, now),

@@ -54,6 +54,8 @@ struct Park {
     before: BTreeMap<Domain, Bytes>,
     /// What it is expected to hold when it is parked.
     holds: BTreeMap<Domain, Bytes>,
+    /// Since when it was ready before.
+    ready_since: Timestamp,
     /// When the worker had answered every call.
     answered_at: Option<Timestamp>,
 }
@@ -218,6 +220,15 @@ impl Policy {
         parked
     }
 
+    /// Returns whether a worker that could be parked was not measured since it
+    /// became ready, so that nobody knows what its park would give back. The next
+    /// measurement is worth waiting for.
+    pub(super) fn awaits_measure(&self, worker: &WorkerId) -> bool {
+        let model = &self.models[&worker.model];
+        let can_park = model.spec.park.is_some() && !model.parking.failed;
+        can_park && model.phase == Phase::Ready && self.ledger.measured_at() < model.since
+    }
+
     /// Returns what parking this idle worker gives back, when that is possible
     /// and gives anything.
     fn parks(&self, model: &ModelState) -> Option<Need> {
@@ -270,6 +281,7 @@ impl Policy {
             promised: model.reservation.clone(),
             before: measured.map(|(domain, m)| (*domain, m.usage)).collect(),
             holds: holds.clone(),
+            ready_since: model.since,
             answered_at: None,
         });
         let on_host = learned(holds[&Domain::Host]);
@@ -291,6 +303,7 @@ impl Policy {
         model.activity.inside = inside;
         if let Some(park) = model.parking.last.take() {
             model.reservation = park.promised;
+            model.since = park.ready_since;
         }
     }
 

@@ -97,6 +97,12 @@ impl Policy {
         let policy = self.settings.eviction;
         match eviction::choose_victims(policy, self.candidates(name), &short) {
             Some(victims) => {
+                if victims
+                    .iter()
+                    .any(|victim| self.awaits_measure(&victim.worker))
+                {
+                    return Verdict::Wait(need);
+                }
                 let shortage = self.shortage(&expected, &short);
                 let parked = self.choose_parked(&victims, &need, (&now_there, &sure));
                 let victims = victims.into_iter().map(|victim| Victim {

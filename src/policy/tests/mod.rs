@@ -4,5 +4,6 @@ mod admission;
 mod ceilings;
 mod explaining;
 mod leaving;
+mod parked;
 mod parking;
 mod patience;
