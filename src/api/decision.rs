@@ -303,13 +303,16 @@ fn shortage_numbers(shortage: &Shortage) -> Value {
 
 fn holders(holders: &[Holder]) -> Vec<Value> {
     let each = holders.iter().map(|holder| {
-        json!({
-            "parks": holder.parks,
+        let told = json!({
             "name": holder.model.as_str(),
             "why": holder.protection.map_or("idle", Protection::as_str),
             "in_flight": holder.inside,
             "holds": by_domain(&holder.holds),
-        })
+        });
+        match holder.parks {
+            true => with(told, json!({"parks": true})),
+            false => told,
+        }
     });
     each.collect()
 }

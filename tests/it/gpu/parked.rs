@@ -83,17 +83,25 @@ fn a_parked_worker_gives_its_memory_back_and_comes_back_as_the_same_process() {
     });
     let device = residentd.memory("system")["devices"][0].clone();
     assert_eq!(device["charged"], 10 * GIB, "green's alone: {device}");
-    let explained = explained(&residentd, "red");
-    assert_eq!(explained["reason"], "parked");
-    assert_eq!(explained["outlook"]["result"], "evicts");
-    assert_eq!(explained["outlook"]["would_evict"][0]["parks"], true);
+    let told_why = wait_until("green to be measured", || {
+        let explained = explained(&residentd, "red");
+        (explained["outlook"]["result"] == "evicts").then_some(explained)
+    });
+    assert_eq!(told_why["reason"], "parked");
+    let victim = &told_why["outlook"]["would_evict"][0];
+    assert_eq!(
+        (&victim["name"], &victim["parks"]),
+        (&json!("green"), &json!(true))
+    );
 
     let again = residentd.complete("red");
     assert_eq!(again.status, 200);
     assert_eq!(again.worker_pid(), red, "no new process");
     assert!(runs(green));
     assert_eq!(residentd.model("green")["phase"], "parked");
-    assert_eq!(vram(&residentd, "red"), 10 * GIB);
+    wait_until("its memory to be seen again", || {
+        (vram(&residentd, "red") == 10 * GIB).then_some(())
+    });
     assert_eq!(
         slept(&residentd, "red"),
         json!({"asleep": false, "sleeps": 1, "wakes": 1})
@@ -174,7 +182,7 @@ fn a_park_that_frees_nothing_ends_the_worker_and_says_so() {
 
 #[test]
 fn a_park_or_unpark_that_fails_or_hangs_ends_the_worker_and_nobody_is_refused() {
-    let park = PARK.replace(" }", ", timeout = \"500ms\" }");
+    let park = PARK.replace(" }", ", timeout = \"4s\" }");
     for (flags, reason, said) in [
         (
             "--sleep-fault fails",
