@@ -172,7 +172,9 @@ impl Policy {
     /// The same, of those that have bytes in a domain.
     fn candidates_on(&self, domain: Domain) -> Vec<&ModelState> {
         let mut all = self.candidates_in_order();
-        all.retain(|m| m.domains().contains(&domain));
+        // A parked worker may hold nothing of it any more.
+        let holds = |m: &ModelState| m.phase != Phase::Parked || m.charge(domain) > Bytes::ZERO;
+        all.retain(|m| m.domains().contains(&domain) && holds(m));
         all
     }
 

@@ -215,3 +215,14 @@ fn it_is_told_that_a_request_would_unpark_and_whom_that_parks() {
         ("parked", "unparks")
     );
 }
+
+#[test]
+fn pressure_on_a_gpu_leaves_those_alone_that_hold_nothing_of_it() {
+    let mut world = one_parked(3000);
+    let limit = Bytes::mib(500);
+    let effects = world.step(Event::Limit { domain: GPU, limit });
+    assert_eq!(
+        (parked(&effects), gone(&effects)),
+        (vec!["b".into()], vec![])
+    );
+}
