@@ -69,7 +69,9 @@ fn a_parked_worker_gives_its_memory_back_and_comes_back_as_the_same_process() {
     let driver = FakeDriver::new(1);
     let residentd = start(&driver, "600MiB", &two(&driver, ""));
     let red = residentd.complete("red").worker_pid();
-    assert_eq!(vram(&residentd, "red"), 10 * GIB);
+    wait_until("its memory to be seen", || {
+        (vram(&residentd, "red") == 10 * GIB).then_some(())
+    });
 
     let green = residentd.complete("green").worker_pid();
     assert!(runs(red), "it was parked and not ended");
