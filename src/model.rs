@@ -12,10 +12,12 @@ use std::time::Duration;
 mod bytes;
 mod difference;
 mod gaps;
+mod park;
 
 pub use bytes::Bytes;
 pub use difference::{ChangedModel, Difference, Takes};
 pub use gaps::{GAP_CLASSES, Gaps};
+pub use park::{ParkCall, ParkSpec};
 
 /// What a client asks for: 1 to 128 of letters, digits and `._-/:@+`.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -325,6 +327,8 @@ pub struct ModelSpec {
     pub vram: Option<Bytes>,
     /// A ceiling of its own for host RAM: over it, recycled when idle.
     pub max_memory: Option<Bytes>,
+    /// How its worker gives memory back while it lives; absent when it cannot.
+    pub park: Option<Arc<ParkSpec>>,
     /// Weight files: declared, else found among the command's arguments.
     pub weights: Vec<PathBuf>,
     /// Most requests in its worker at once; more wait. Absent: no bound.
@@ -361,6 +365,7 @@ impl ModelSpec {
             gpus: GpuRequest::None,
             vram: None,
             max_memory: None,
+            park: None,
             weights: Vec::new(),
             concurrency: None,
             max_queue: 256,

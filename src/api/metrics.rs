@@ -219,6 +219,11 @@ fn events(out: Out<'_, '_>, snapshot: &Snapshot) -> fmt::Result {
             counters.crashes,
         ),
         (
+            "unparks_total",
+            "Parked workers that became ready again",
+            counters.unparks,
+        ),
+        (
             "reclaim_shortfall_bytes_total",
             "Bytes that did not come back after an eviction",
             counters.reclaim_shortfall.get(),
@@ -239,6 +244,12 @@ fn events(out: Out<'_, '_>, snapshot: &Snapshot) -> fmt::Result {
             "Workers ended by reason",
             "reason",
             &counters.evictions,
+        ),
+        (
+            "parks_total",
+            "Workers parked, their memory measured back, by reason",
+            "reason",
+            &counters.parks,
         ),
         (
             "kills_total",

@@ -146,6 +146,13 @@ fn with_state_dir(spec: Arc<ModelSpec>, running: &Server) -> Arc<ModelSpec> {
     })
 }
 
+/// What the variables in a model's address stand for.
+fn asked(spec: &ModelSpec) -> Vec<Option<String>> {
+    match &spec.upstream {
+        UpstreamSpec::Tcp(text) | UpstreamSpec::Unix(text) => used(spec, text),
+    }
+}
+
 /// Returns what is different of a model; `None` when nothing is.
 fn changed(old: &ModelSpec, new: &ModelSpec) -> Option<ChangedModel> {
     let ModelSpec {
@@ -173,6 +180,7 @@ fn changed(old: &ModelSpec, new: &ModelSpec) -> Option<ChangedModel> {
         concurrency,
         max_queue,
         queue_timeout,
+        park,
     } = new;
     let filled = |spec: &ModelSpec, text: &str| (text.to_owned(), used(spec, text));
     let words = |spec: &ModelSpec| -> Vec<_> {
@@ -185,9 +193,6 @@ fn changed(old: &ModelSpec, new: &ModelSpec) -> Option<ChangedModel> {
             .collect()
     };
     let folder = |spec: &ModelSpec| spec.cwd.as_ref().map(|cwd| filled(spec, cwd));
-    let asked = |spec: &ModelSpec| match &spec.upstream {
-        UpstreamSpec::Tcp(text) | UpstreamSpec::Unix(text) => used(spec, text),
-    };
 
     let mut replaces = Keys::default();
     replaces.compare(
@@ -202,6 +207,8 @@ fn changed(old: &ModelSpec, new: &ModelSpec) -> Option<ChangedModel> {
     replaces.compare("ready", &shown(&old.ready), &shown(ready));
     replaces.compare("gpus", &old.gpus, gpus);
     replaces.compare("weights", &old.weights, weights);
+    // A worker is asked as was configured when it was spawned.
+    replaces.compare("park", &old.park, park);
 
     let mut next = Keys::default();
     next.compare("start_timeout", &old.start_timeout, start_timeout);

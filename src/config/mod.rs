@@ -19,6 +19,7 @@ mod env;
 mod files;
 mod gpus;
 mod models;
+mod park;
 mod problem;
 mod program;
 mod raw;

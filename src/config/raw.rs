@@ -12,7 +12,7 @@ use toml::de::DeTable;
 use super::problem::{Complaint, Origin, Place, Problems};
 use super::section::{Section, Setting, Text};
 use super::value::{NAME_FIX, Value};
-use super::{Listen, LogFormat, Threshold, gpus, ready};
+use super::{Listen, LogFormat, Threshold, gpus, park, ready};
 use crate::model::{Bytes, DeviceRef, EvictionPolicy, GpuRequest, ModelName, ReadyCheck};
 
 /// Tables and keys of the documentation that this version has no feature for.
@@ -91,6 +91,7 @@ pub(super) struct RawModel {
     pub(super) gpus: Option<Setting<GpuRequest>>,
     pub(super) vram: Option<Setting<Bytes>>,
     pub(super) max_memory: Option<Setting<Bytes>>,
+    pub(super) park: Option<Setting<park::RawPark>>,
     pub(super) weights: Option<Setting<Vec<String>>>,
     pub(super) concurrency: Option<Setting<Option<NonZeroU32>>>,
     pub(super) max_queue: Option<Setting<usize>>,
@@ -295,6 +296,9 @@ impl RawModel {
             gpus: s.get("gpus", gpus::read, problems),
             vram: s.get("vram", Value::size_over_zero, problems),
             max_memory: s.get("max_memory", Value::size_over_zero, problems),
+            park: s
+                .table("park", problems)
+                .and_then(|table| park::read(table, problems)),
             weights: s.list("weights", Value::filled_text, problems),
             concurrency: s.get("concurrency", Value::bound, problems),
             max_queue: s.get("max_queue", Value::count, problems),
@@ -325,6 +329,7 @@ impl RawModel {
             gpus: self.gpus.or(weaker.gpus),
             vram: self.vram.or(weaker.vram),
             max_memory: self.max_memory.or(weaker.max_memory),
+            park: self.park.or(weaker.park),
             weights: self.weights.or(weaker.weights),
             concurrency: self.concurrency.or(weaker.concurrency),
             max_queue: self.max_queue.or(weaker.max_queue),

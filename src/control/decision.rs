@@ -61,6 +61,36 @@ pub enum What {
         /// Without grace.
         kill: bool,
     },
+    /// An idle worker is told to give memory back and live on.
+    Park {
+        /// Why.
+        reason: EvictReason,
+        /// What it is charged with.
+        charge: BTreeMap<Domain, Bytes>,
+        /// What it is expected to hold then.
+        holds: BTreeMap<Domain, Bytes>,
+    },
+    /// The memory of a parked worker is measured to be back.
+    Parked {
+        /// How much, by domain.
+        freed: BTreeMap<Domain, Bytes>,
+        /// How long it took.
+        took: Duration,
+    },
+    /// A parked worker is told to take its memory again.
+    Unpark {
+        /// For whom.
+        reason: LoadReason,
+        /// Requests that wait for it.
+        waiting: usize,
+        /// What is promised to it.
+        expected: Expected,
+    },
+    /// A worker that was parked is ready again.
+    Unparked {
+        /// How long it took.
+        took: Duration,
+    },
     /// A worker that was to go turned out to be in use, and stays.
     Keep {
         /// Why it was to go.
@@ -250,6 +280,10 @@ pub enum Kind {
     Ready,
     Wait,
     Evict,
+    Park,
+    Parked,
+    Unpark,
+    Unparked,
     Keep,
     Drain,
     Resume,
@@ -268,11 +302,15 @@ pub enum Kind {
 
 impl Kind {
     /// Every kind.
-    pub const ALL: [Self; 18] = [
+    pub const ALL: [Self; 22] = [
         Self::Spawn,
         Self::Ready,
         Self::Wait,
         Self::Evict,
+        Self::Park,
+        Self::Parked,
+        Self::Unpark,
+        Self::Unparked,
         Self::Keep,
         Self::Drain,
         Self::Resume,
@@ -297,6 +335,10 @@ impl Kind {
             Self::Ready => "ready",
             Self::Wait => "wait",
             Self::Evict => "evict",
+            Self::Park => "park",
+            Self::Parked => "parked",
+            Self::Unpark => "unpark",
+            Self::Unparked => "unparked",
             Self::Keep => "keep",
             Self::Drain => "drain",
             Self::Resume => "resume",
@@ -333,6 +375,10 @@ impl What {
             Self::Ready { .. } => Kind::Ready,
             Self::Wait { .. } => Kind::Wait,
             Self::Evict { .. } => Kind::Evict,
+            Self::Park { .. } => Kind::Park,
+            Self::Parked { .. } => Kind::Parked,
+            Self::Unpark { .. } => Kind::Unpark,
+            Self::Unparked { .. } => Kind::Unparked,
             Self::Keep { .. } => Kind::Keep,
             Self::Drain { .. } => Kind::Drain,
             Self::Resume { .. } => Kind::Resume,
@@ -355,9 +401,10 @@ impl What {
     #[must_use]
     pub const fn reason(&self) -> Option<&'static str> {
         Some(match self {
-            Self::Spawn { reason, .. } => reason.as_str(),
+            Self::Spawn { reason, .. } | Self::Unpark { reason, .. } => reason.as_str(),
             Self::Ready { reload: true, .. } => "reload",
             Self::Evict { reason, .. }
+            | Self::Park { reason, .. }
             | Self::Keep { reason, .. }
             | Self::Drain { reason, .. }
             | Self::Terminate { reason, .. } => reason.as_str(),
@@ -380,6 +427,8 @@ impl What {
             }
             Self::Ready { .. }
             | Self::Wait { .. }
+            | Self::Parked { .. }
+            | Self::Unparked { .. }
             | Self::Resume { .. }
             | Self::Backoff { .. }
             | Self::Reclaim { .. }

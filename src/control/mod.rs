@@ -13,6 +13,7 @@ mod decisions;
 mod deeds;
 mod lease;
 mod obey;
+mod parking;
 mod reload;
 mod snapshot;
 mod task;
@@ -41,7 +42,7 @@ use crate::clock::{Clock, Timestamp};
 use crate::model::ModelName;
 pub use crate::policy::{
     CleanupReport, EvictReason, Expectation, Expected, ExpectedSource, Explanation, Holder,
-    Outlook, Phase, PressureLevel, Protection, Refusal, Shortage, Skip, Skipped, Why,
+    Outlook, ParkFault, Phase, PressureLevel, Protection, Refusal, Shortage, Skip, Skipped, Why,
 };
 
 /// Commands waiting at most. A full queue is answered with `503 overloaded`:

@@ -252,5 +252,9 @@ impl Counters {
         for (reason, count) in &history.evictions {
             *self.evictions.entry(reason).or_default() += count;
         }
+        self.unparks += history.unparks;
+        for (reason, count) in &history.parks {
+            *self.parks.entry(reason).or_default() += count;
+        }
     }
 }

@@ -249,6 +249,10 @@ pub struct Counters {
     pub crashes: u64,
     /// Evictions by reason.
     pub evictions: BTreeMap<&'static str, u64>,
+    /// Parks that gave back what they should, by reason.
+    pub parks: BTreeMap<&'static str, u64>,
+    /// Parked workers that became ready again.
+    pub unparks: u64,
     /// Workers that were killed by somebody else, by who it most likely was.
     pub kills: BTreeMap<&'static str, u64>,
     /// Refusals by code.

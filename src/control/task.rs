@@ -294,6 +294,14 @@ impl Task {
                 }
             }
             WorkerEvent::Ready { worker, upstream } => self.worker_ready(&worker, upstream),
+            WorkerEvent::Parked { worker } => {
+                self.feed(Event::Parked { worker });
+                self.memory.sample_now();
+            }
+            WorkerEvent::Unparked { worker } => self.worker_unparked(worker),
+            WorkerEvent::ParkFailed { worker, said } => {
+                self.feed(Event::ParkFailed { worker, said });
+            }
             WorkerEvent::NeverReady { worker, after } => {
                 warn!(%worker, after_s = after.as_secs_f64(), "worker missed its start deadline");
                 let last_lines = self.tail_of(&worker.model, ERROR_LINES).lines;

@@ -42,6 +42,28 @@ impl Decision {
             } => {
                 info!(id, worker, reason, %why, charge = list(charge), kill, "evicting worker");
             }
+            What::Park {
+                reason: why,
+                charge,
+                holds,
+            } => {
+                info!(id, worker, reason, %why, charge = list(charge), holds = list(holds), "parking worker");
+            }
+            What::Parked { freed, took } => {
+                info!(
+                    id,
+                    worker,
+                    freed = list(freed),
+                    park_s = took.as_secs_f64(),
+                    "worker parked"
+                );
+            }
+            What::Unpark {
+                waiting, expected, ..
+            } => info!(id, worker, reason, waiting, need = %expected, "unparking worker"),
+            What::Unparked { took } => {
+                info!(id, worker, unpark_s = took.as_secs_f64(), "worker unparked");
+            }
             What::Keep {
                 reason: why,
                 inside,
@@ -146,11 +168,7 @@ impl fmt::Display for Decision {
             What::Spawn {
                 reason, expected, ..
             } => {
-                let whom = match reason {
-                    LoadReason::Request => "a request",
-                    LoadReason::Operator => "an operator",
-                    LoadReason::Preload => "the configuration",
-                };
+                let whom = whom(*reason);
                 write!(f, "is loaded for {whom}; it is expected to need {expected}")
             }
             What::Ready { took, reload } => {
@@ -160,6 +178,26 @@ impl fmt::Display for Decision {
             What::Wait { outlook } => write!(f, "has to wait: {outlook}"),
             What::Evict { reason, charge, .. } => {
                 write!(f, "is evicted, which gives back {}: {reason}", list(charge))
+            }
+            What::Park { reason, holds, .. } => {
+                let holds = list(holds);
+                write!(f, "is parked, and expected to hold {holds} then: {reason}")
+            }
+            What::Parked { freed, took } => {
+                let (freed, took) = (list(freed), took.as_secs_f64());
+                write!(f, "is parked after {took:.3} s, which gave back {freed}")
+            }
+            What::Unpark {
+                reason, expected, ..
+            } => {
+                let whom = whom(*reason);
+                write!(
+                    f,
+                    "is unparked for {whom}; it is expected to need {expected}"
+                )
+            }
+            What::Unparked { took } => {
+                write!(f, "is out of its park after {:.3} s", took.as_secs_f64())
             }
             What::Keep { reason, inside } => {
                 write!(
@@ -284,6 +322,14 @@ fn brief(report: &ReloadReport) -> String {
         return "nothing is different".to_owned();
     }
     parts.join("; ")
+}
+
+const fn whom(reason: LoadReason) -> &'static str {
+    match reason {
+        LoadReason::Request => "a request",
+        LoadReason::Operator => "an operator",
+        LoadReason::Preload => "the configuration",
+    }
 }
 
 fn list(bytes: &BTreeMap<Domain, Bytes>) -> String {

@@ -122,6 +122,8 @@ impl Attribution {
                     added: Bytes::ZERO,
                     settled: false,
                 });
+            // One that is parked or unparked is weighed anew.
+            load.settled &= !claim.loading;
             if !load.settled {
                 load.added = now - load.before;
                 // The first pass after the load is the last that counts.

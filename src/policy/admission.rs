@@ -9,7 +9,7 @@ use super::Policy;
 use super::event::{Effect, Ticket};
 use super::ledger::{self, Need};
 use super::lifecycle::{ModelState, Waiter};
-use super::verdict::{Verdict, least};
+use super::verdict::{Verdict, Victim, least};
 use super::words::{Expected, Phase, Refusal};
 use crate::clock::Timestamp;
 use crate::model::{Domain, Gaps, ModelName, WorkerId};
@@ -47,6 +47,9 @@ impl Policy {
             Phase::Stopped
             | Phase::Starting
             | Phase::Ready
+            | Phase::Parking
+            | Phase::Parked
+            | Phase::Unparking
             | Phase::Draining
             | Phase::Stopping
             | Phase::Backoff
@@ -180,7 +183,8 @@ impl Policy {
         room
     }
 
-    /// Looks at every wanted model and starts, waits, evicts or refuses.
+    /// Looks at every wanted model and starts, unparks, waits, parks, evicts or
+    /// refuses.
     pub(super) fn plan(&mut self, now: Timestamp, out: &mut Vec<Effect>) {
         let mut claims = Need::new();
         self.blocked = false;
@@ -189,9 +193,17 @@ impl Policy {
             match self.admit(&name, &claims) {
                 Verdict::Spawn(expected, gpus) => self.spawn(now, &name, expected, gpus, out),
                 Verdict::Wait(need) => ledger::add(&mut claims, &need),
+                Verdict::Unpark(expected) => {
+                    let worker = self.models[&name].worker();
+                    self.unpark(now, &worker, expected, out);
+                }
                 Verdict::Evict(victims, need, short) => {
-                    for victim in victims {
-                        self.evict(now, &victim.worker, short.reason(&name), false, out);
+                    for Victim { worker, parks } in victims {
+                        let reason = short.reason(&name);
+                        match parks {
+                            true => self.park(now, &worker, reason, out),
+                            false => self.evict(now, &worker, reason, false, out),
+                        }
                     }
                     ledger::add(&mut claims, &need);
                 }
@@ -219,7 +231,8 @@ impl Policy {
         let mut wanted: Vec<_> = self
             .models
             .values()
-            .filter(|m| (m.wanted || !m.queue.is_empty()) && m.may_start(now) && !m.removed)
+            .filter(|m| (m.wanted || !m.queue.is_empty()) && !m.removed)
+            .filter(|m| m.may_start(now) || m.phase == Phase::Parked)
             .filter(|m| !self.ledger.is_held(&m.worker()))
             .map(|m| {
                 (

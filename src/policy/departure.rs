@@ -111,6 +111,13 @@ impl Policy {
     }
 
     pub(super) fn evict_refused(&mut self, worker: &WorkerId, inside: u32) {
+        if self
+            .current(worker)
+            .is_some_and(|m| m.phase == Phase::Parking)
+        {
+            self.park_refused(worker, inside);
+            return;
+        }
         let Some(model) = self.current(worker).filter(|m| m.phase == Phase::Stopping) else {
             return;
         };
@@ -148,7 +155,7 @@ impl Policy {
                 }
                 out.push(Effect::Done { ticket });
             }
-            Phase::Starting => {
+            Phase::Starting | Phase::Parking | Phase::Parked | Phase::Unparking => {
                 model.unloading.push(ticket);
                 self.refuse_all(name, &Refusal::Unloaded(name.clone()), out);
                 self.terminate(now, &worker, EvictReason::Unload, false, out);
@@ -258,9 +265,12 @@ impl Policy {
                 self.want_preload(&worker.model);
                 self.restore_victims(now, &worker.model);
             }
-            Phase::Ready => {
+            Phase::Ready | Phase::Parking | Phase::Parked | Phase::Unparking => {
                 model.history.crashes += 1;
-                let cause = format!("{status} while it served");
+                let cause = match model.is_at_rest() {
+                    true => format!("{status} while it was {}", model.phase.as_str()),
+                    false => format!("{status} while it served"),
+                };
                 model.fail(cause.clone(), true, now);
                 if model.queue.is_empty() {
                     return;
@@ -346,7 +356,7 @@ impl Policy {
         let live: Vec<_> = self
             .models
             .values()
-            .filter(|m| matches!(m.phase, Phase::Starting | Phase::Ready | Phase::Draining))
+            .filter(|m| m.is_live() && m.phase != Phase::Stopping)
             .map(|m| (m.worker(), m.phase, m.activity.inside))
             .collect();
         for (worker, phase, inside) in live {
@@ -354,7 +364,11 @@ impl Policy {
             match phase {
                 Phase::Ready => self.drain(now, &worker, EvictReason::Shutdown, out),
                 Phase::Draining if busy => {}
-                Phase::Starting | Phase::Draining => {
+                Phase::Starting
+                | Phase::Parking
+                | Phase::Parked
+                | Phase::Unparking
+                | Phase::Draining => {
                     self.terminate(now, &worker, EvictReason::Shutdown, false, out);
                 }
                 Phase::Stopped | Phase::Stopping | Phase::Backoff | Phase::Failed => {}
@@ -396,6 +410,7 @@ fn book_eviction(model: &mut ModelState, reason: EvictReason, now: Timestamp) {
         | EvictReason::Idle { .. }
         | EvictReason::Pressure { .. }
         | EvictReason::Ceiling { .. }
+        | EvictReason::ParkFailed(_)
         | EvictReason::Cleanup => {
             *model.history.evictions.entry(reason.as_str()).or_default() += 1;
             model.history.evicted = true;

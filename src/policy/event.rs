@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use super::configure::Change;
-use super::lifecycle::History;
+use super::history::History;
 use super::words::{EvictReason, Expected, Refusal, Skip};
 use crate::clock::Timestamp;
 use crate::model::{Bytes, Domain, Footprint, GpuVendor, ModelName, WorkerId};
@@ -72,7 +72,7 @@ pub enum Event {
         /// When to answer at the latest.
         deadline: Timestamp,
     },
-    /// A gate could not be closed: someone is inside.
+    /// A gate could not be closed, to evict or to park: someone is inside.
     EvictRefused {
         /// Whose gate.
         worker: WorkerId,
@@ -83,6 +83,24 @@ pub enum Event {
     Ready {
         /// Which.
         worker: WorkerId,
+    },
+    /// The worker answered every call that parks it.
+    Parked {
+        /// Which.
+        worker: WorkerId,
+    },
+    /// The worker answered every call that makes it ready again.
+    Unparked {
+        /// Which.
+        worker: WorkerId,
+    },
+    /// A call that parks a worker, or makes it ready again, failed or took too
+    /// long.
+    ParkFailed {
+        /// Which.
+        worker: WorkerId,
+        /// Which call, and how.
+        said: String,
     },
     /// The worker missed its start deadline and is being ended.
     NeverReady {
@@ -161,6 +179,32 @@ pub enum Effect {
         reason: EvictReason,
         /// Skip the grace.
         kill: bool,
+    },
+    /// Close the gate if nobody is inside, then have the worker give memory back
+    /// and live on; otherwise say `EvictRefused`.
+    Park {
+        /// Which.
+        worker: WorkerId,
+        /// Why.
+        reason: EvictReason,
+        /// What it is expected to hold when it is parked.
+        holds: BTreeMap<Domain, Bytes>,
+    },
+    /// The memory of a worker that was told to park is measured to be back.
+    Parked {
+        /// Which.
+        worker: WorkerId,
+        /// How much, by domain.
+        freed: BTreeMap<Domain, Bytes>,
+        /// How long that took.
+        took: Duration,
+    },
+    /// Have a parked worker take its memory again; there is room for it.
+    Unpark {
+        /// Which.
+        worker: WorkerId,
+        /// What is promised to it.
+        expected: Expected,
     },
     /// Close the gate whoever is inside, then look again who is, and tell when
     /// the last one leaves.

@@ -28,10 +28,10 @@ pub(super) type Need = BTreeMap<(Domain, Constraint), i128>;
 
 /// Measured bytes have to be back to this many hundredths of what was
 /// expected, as in Ollama's scheduler.
-const BACK_PERCENT: u64 = 75;
+pub(super) const BACK_PERCENT: u64 = 75;
 /// How long a device's headroom is watched for bytes of a reaped worker:
 /// drivers give VRAM back after the process is gone.
-const BACK_DEADLINE: Duration = Duration::from_secs(5);
+pub(super) const BACK_DEADLINE: Duration = Duration::from_secs(5);
 /// The same for host RAM, which the kernel gives back before a process can be
 /// reaped: what is still missing was taken by a neighbour.
 const HOST_BACK_DEADLINE: Duration = Duration::from_millis(500);
@@ -265,10 +265,22 @@ impl Ledger {
             }
             physics += reclaim.expected;
         }
-        Need::from([
+        let mut incoming = Need::from([
             ((domain, Constraint::Limit), signed(limit)),
             ((domain, Constraint::Physics), signed(physics)),
-        ])
+        ]);
+        for model in models.values() {
+            let mut gives = model.gives_by_park();
+            gives.retain(|(of, _), _| *of == domain);
+            add(&mut incoming, &gives);
+        }
+        incoming
+    }
+
+    /// Returns when the newest measurement began.
+    #[must_use]
+    pub(super) fn measured_at(&self) -> Timestamp {
+        self.measured_at
     }
 
     /// Returns what a worker's end would give back.
@@ -297,9 +309,11 @@ impl Ledger {
             .values()
             .filter(|m| m.is_live() && !m.is_leaving() && !m.pinned)
         {
+            // What its park gives is on its way already.
+            let parks = model.gives_by_park();
             for (key, bytes) in self.gives(model) {
                 if let Some(total) = possible.get_mut(&key) {
-                    *total += bytes;
+                    *total += bytes - parks.get(&key).copied().unwrap_or(0);
                 }
             }
         }

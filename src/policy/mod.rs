@@ -15,6 +15,7 @@
 //! | `placement` | which GPUs a model goes to |
 //! | `eviction` | who goes to make room, by `lru` or by `cost` |
 //! | `reuse` | what it would cost that a worker goes |
+//! | `parking` | which victims are parked instead of ended, and when their bytes are back |
 //! | `patience` | when busy workers are drained to make room |
 //! | `pressure` | how tight memory is |
 //! | `relief` | who goes for idleness, pressure, or an operator's cleanup |
@@ -31,8 +32,10 @@ mod event;
 mod eviction;
 mod explain;
 mod footprint;
+mod history;
 mod ledger;
 mod lifecycle;
+mod parking;
 mod patience;
 mod placement;
 mod pressure;
@@ -52,9 +55,11 @@ pub use event::{
 };
 pub use explain::{Explanation, Holder, Outlook, Why};
 pub use footprint::{from_weights, from_weights_on_gpus};
+pub use history::History;
 pub use ledger::DomainBooks;
 use ledger::Ledger;
-pub use lifecycle::{History, ModelState};
+pub use lifecycle::ModelState;
+pub use parking::ParkFault;
 pub use pressure::Threshold;
 use pressure::{Levels, Look, Thresholds};
 use relief::Cleanup;
@@ -199,6 +204,11 @@ impl Policy {
             }
             Event::EvictRefused { worker, inside } => self.evict_refused(&worker, inside),
             Event::Ready { worker } => self.ready(now, &worker, &mut out),
+            Event::Parked { worker } => self.park_answered(now, &worker),
+            Event::Unparked { worker } => self.unparked(now, &worker, &mut out),
+            Event::ParkFailed { worker, said } => {
+                self.park_failed(now, &worker, said, &mut out);
+            }
             Event::NeverReady {
                 worker,
                 after,
@@ -260,6 +270,7 @@ impl Policy {
     fn follow_up(&mut self, now: Timestamp, out: &mut Vec<Effect>) {
         self.settle(now, out);
         self.forget_removed(out);
+        self.settle_parks(now, out);
         self.expire_waiters(now, out);
         self.fill_places(out);
         self.finish_drains(now, out);
@@ -305,6 +316,7 @@ impl Policy {
         of_models
             .chain(self.cleanups.iter().map(|c| c.deadline))
             .chain(self.ledger.next_deadline())
+            .chain(self.next_park_deadline())
             .chain(self.patience_at)
             .chain(
                 self.shutdown
@@ -347,14 +359,13 @@ impl Policy {
     /// should come quickly.
     #[must_use]
     pub fn is_restless(&self) -> bool {
-        self.models
-            .values()
-            .any(|m| matches!(m.phase, Phase::Starting | Phase::Draining | Phase::Stopping))
-            || self
-                .ledger
-                .domains
-                .keys()
-                .any(|domain| self.ledger.is_settling(*domain))
+        self.models.values().any(|m| {
+            m.is_leaving() || matches!(m.phase, Phase::Starting | Phase::Parking | Phase::Unparking)
+        }) || self
+            .ledger
+            .domains
+            .keys()
+            .any(|domain| self.ledger.is_settling(*domain))
             || self.levels.worst() != PressureLevel::None
     }
 

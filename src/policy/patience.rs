@@ -17,7 +17,7 @@ use super::event::Effect;
 use super::eviction::{self, Candidate};
 use super::ledger::{self, Need};
 use super::lifecycle::ModelState;
-use super::verdict::missing;
+use super::verdict::{Plan, missing};
 use super::words::{EvictReason, Phase};
 use crate::clock::Timestamp;
 use crate::model::ModelName;
@@ -70,8 +70,10 @@ impl Policy {
     }
 
     /// Returns every worker that may go for another, busy ones too.
-    fn all_candidates(&self) -> Vec<Candidate> {
-        let may_go = |m: &&ModelState| m.phase == Phase::Ready && !m.pinned;
+    fn all_candidates(&self, name: &ModelName) -> Vec<Candidate> {
+        let may_go = |m: &&ModelState| {
+            (m.phase == Phase::Ready && !m.pinned) || self.is_candidate_for(m, name)
+        };
         let models = self.models.values().filter(may_go);
         models.map(|m| self.candidate(m)).collect()
     }
@@ -85,13 +87,14 @@ impl Policy {
         claims: &Need,
         out: &mut Vec<Effect>,
     ) -> bool {
-        let Some((expected, need)) = self.planned_need(name, claims) else {
+        let Ok(Plan { expected, need, .. }) = self.plan_of(&self.models[name], claims) else {
             return false;
         };
         let (_, later) = self.rooms(expected.domains(), claims);
         let short = missing(&need, &later);
         let policy = self.settings.eviction;
-        let Some(victims) = eviction::choose_victims(policy, self.all_candidates(), &short) else {
+        let Some(victims) = eviction::choose_victims(policy, self.all_candidates(name), &short)
+        else {
             return false;
         };
         let shortage = self.shortage(&expected, &short);
@@ -108,7 +111,7 @@ impl Policy {
     pub(super) fn call_off_drains(&mut self, now: Timestamp, out: &mut Vec<Effect>) -> bool {
         let waits = |name: &ModelName| {
             let model = self.models.get(name);
-            model.is_some_and(|m| m.phase == Phase::Stopped && !m.queue.is_empty())
+            model.is_some_and(|m| m.is_without_memory() && !m.queue.is_empty())
         };
         let unneeded = |m: &&ModelState| m.drains_for().is_some_and(|name| !waits(name));
         let workers: Vec<_> = self

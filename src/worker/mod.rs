@@ -5,10 +5,13 @@
 //! [`WorkerEvent`]s. The order of events of one worker is fixed:
 //!
 //! ```text
-//! Spawned ── Ready ──────────────┐
-//!    │  └─── NeverReady ─────────┤
-//!    └───────────────────────────┴── Exited   (always last, exactly once)
+//! Spawned ── Ready ── (Parked ── Unparked)* ── ParkFailed ──┐
+//!    │  └─── NeverReady ────────────────────────────────────┤
+//!    └──────────────────────────────────────────────────────┴── Exited   (always last, exactly once)
 //! ```
+//!
+//! `Parked` and `Unparked` answer an order each; after a `ParkFailed` the worker
+//! is only good to be ended.
 //!
 //! `Exited` means that the whole tree is gone and reaped, not just the leader.
 
@@ -16,6 +19,7 @@ mod command;
 mod leftovers;
 mod listener;
 mod output;
+mod park;
 mod port;
 mod probe;
 mod process;
@@ -64,7 +68,7 @@ pub struct SpawnOrder {
     /// The GPUs it is placed on.
     pub gpus: Vec<PlacedGpu>,
     /// Where its events go. Unbounded because a task that reaps cannot wait;
-    /// four events at most per worker bound it.
+    /// four events at most per worker bound it, and one for each park or unpark.
     pub events: mpsc::UnboundedSender<WorkerEvent>,
 }
 
@@ -73,6 +77,9 @@ pub struct SpawnOrder {
 pub struct WorkerHandle {
     /// How urgently the worker is to end; only ever raised.
     pub stop: Arc<watch::Sender<Stop>>,
+    /// Whether the worker is to be parked. Changed only after what was ordered
+    /// before has been answered.
+    pub residence: Arc<watch::Sender<Residence>>,
     /// The last lines of its output.
     pub tail: Arc<Tail>,
 }
@@ -104,6 +111,16 @@ pub enum Stop {
     Kill,
 }
 
+/// Whether a worker that was ready once is to hold its memory.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Residence {
+    /// It holds it and answers requests.
+    #[default]
+    Ready,
+    /// It lives, and has given back what it can.
+    Parked,
+}
+
 /// What happened to a worker.
 #[derive(Clone, Debug)]
 pub enum WorkerEvent {
@@ -122,6 +139,23 @@ pub enum WorkerEvent {
         worker: WorkerId,
         /// Where it answers.
         upstream: Upstream,
+    },
+    /// The worker answered every call that parks it.
+    Parked {
+        /// Which worker.
+        worker: WorkerId,
+    },
+    /// The worker answered every call that makes it ready again.
+    Unparked {
+        /// Which worker.
+        worker: WorkerId,
+    },
+    /// A call of a park or an unpark failed, or all took too long.
+    ParkFailed {
+        /// Which worker.
+        worker: WorkerId,
+        /// Which call, and how.
+        said: String,
     },
     /// The start deadline passed; the worker task is ending the tree.
     NeverReady {
@@ -277,11 +311,14 @@ impl ProcessSpawner {
 impl Spawner for ProcessSpawner {
     fn spawn(&self, order: SpawnOrder) -> WorkerHandle {
         let (stop, orders) = watch::channel(Stop::Run);
+        let (residence, residences) = watch::channel(Residence::Ready);
         let tail = Arc::new(Tail::default());
+        let orders = (orders, residences);
         let life = Life::new(Arc::clone(&self.shared), order, orders, Arc::clone(&tail));
         telemetry::spawn("worker", life.run());
         WorkerHandle {
             stop: Arc::new(stop),
+            residence: Arc::new(residence),
             tail,
         }
     }

@@ -18,9 +18,10 @@ use super::listener::{self, Owner};
 use super::output::{Log, Tail};
 use super::port::Held;
 use super::process::Process;
-use super::{ExitStatus, Shared, SpawnOrder, Stop, WorkerEvent, probe};
+use super::{ExitStatus, Residence, Shared, SpawnOrder, Stop, WorkerEvent, park, probe};
 use crate::clock::Timestamp;
 use crate::model::{ModelSpec, PlacedGpu, ReadyCheck, Upstream, WorkerId};
+use crate::telemetry;
 
 /// At most one probe in this time, however many lines a worker prints.
 const PROBE_GAP: Duration = Duration::from_millis(2);
@@ -52,6 +53,7 @@ pub(super) struct Life {
     gpus: Arc<[PlacedGpu]>,
     events: mpsc::UnboundedSender<WorkerEvent>,
     stop: watch::Receiver<Stop>,
+    residence: watch::Receiver<Residence>,
     tail: Arc<Tail>,
 }
 
@@ -59,7 +61,7 @@ impl Life {
     pub(super) fn new(
         shared: Arc<Shared>,
         order: SpawnOrder,
-        stop: watch::Receiver<Stop>,
+        (stop, residence): (watch::Receiver<Stop>, watch::Receiver<Residence>),
         tail: Arc<Tail>,
     ) -> Self {
         let SpawnOrder {
@@ -75,6 +77,7 @@ impl Life {
             gpus: gpus.into(),
             events,
             stop,
+            residence,
             tail,
         }
     }
@@ -226,8 +229,41 @@ impl Life {
                 () = body.log.changed() => {
                     body.log.drain(&self.tail).await;
                 }
+                residence = ordered(&mut self.residence) => {
+                    if let Some(end) = self.moving(body, residence).await {
+                        return end;
+                    }
+                }
             }
         }
+    }
+
+    /// Parks the worker or makes it ready again, and tells how that went. Returns
+    /// how the worker ended, if it did meanwhile or was told to.
+    async fn moving(&mut self, body: &mut Body, residence: Residence) -> Option<End> {
+        let spec = Arc::clone(&self.spec);
+        let upstream = body.upstream.clone();
+        let mut calls = Box::pin(park::move_to(residence, &spec, &upstream));
+        let moved = loop {
+            tokio::select! {
+                _ = body.process.exited() => return Some(End::ByItself),
+                () = stopped(&mut self.stop) => return Some(End::Asked),
+                () = body.log.changed() => {
+                    body.log.drain(&self.tail).await;
+                }
+                moved = &mut calls => break moved,
+            }
+        };
+        let worker = self.worker.clone();
+        self.say(match (moved, residence) {
+            (Ok(()), Residence::Parked) => WorkerEvent::Parked { worker },
+            (Ok(()), Residence::Ready) => WorkerEvent::Unparked { worker },
+            (Err(error), _) => WorkerEvent::ParkFailed {
+                worker,
+                said: telemetry::chain(&error).to_string(),
+            },
+        });
+        None
     }
 
     /// Stop signal, again half way, and when the grace is over SIGKILL to the
@@ -289,6 +325,15 @@ async fn stopped(stop: &mut watch::Receiver<Stop>) {
 /// Waits until the worker is to be killed.
 async fn killed(stop: &mut watch::Receiver<Stop>) {
     wait_for(stop, Stop::Kill).await;
+}
+
+/// Waits until the worker is ordered to park, or to be ready again.
+async fn ordered(residence: &mut watch::Receiver<Residence>) -> Residence {
+    if residence.changed().await.is_err() {
+        // Whoever could order it is gone: then nobody will.
+        std::future::pending::<()>().await;
+    }
+    *residence.borrow_and_update()
 }
 
 async fn wait_for(stop: &mut watch::Receiver<Stop>, least: Stop) {

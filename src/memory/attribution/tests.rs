@@ -46,6 +46,12 @@ impl Bench {
         }
     }
 
+    fn moves(&mut self, name: &str) {
+        for entry in self.workers.iter_mut().filter(|w| w.0 == worker(name)) {
+            entry.1 = true;
+        }
+    }
+
     fn told(&mut self, name: &str, mib: Option<u64>) {
         let told = VramUsage {
             device: 0,
@@ -202,4 +208,22 @@ fn a_worker_that_others_are_weighed_against_counts_by_its_own_figure() {
     bench.gone("a");
     // What a held is back before anything loads: 1000 less, 400 more.
     assert_eq!(bench.pass(400, "b").0, Some(400));
+}
+
+#[test]
+fn what_a_worker_gives_back_by_a_park_is_weighed_as_a_load_is() {
+    let mut bench = Bench::default();
+    bench.pass_over(&[device(0, 500)]);
+    bench.load("a");
+    bench.pass(2500, "a");
+    bench.loaded("a");
+    assert_eq!(bench.pass(2500, "a"), (Some(2000), DELTA, false));
+    // Its memory moves: out, and after a while in again.
+    bench.moves("a");
+    assert_eq!(bench.pass(700, "a"), (Some(200), DELTA, false));
+    bench.loaded("a");
+    assert_eq!(bench.pass(700, "a"), (Some(200), DELTA, false));
+    assert_eq!(bench.pass(900, "a"), (Some(200), DELTA, true));
+    bench.moves("a");
+    assert_eq!(bench.pass(2700, "a"), (Some(2200), DELTA, true));
 }

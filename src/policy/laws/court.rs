@@ -30,7 +30,12 @@ pub(super) struct Court {
     /// Since when the first waiter of each model has waited, after each step.
     waits: BTreeMap<ModelName, Timestamp>,
     /// Workers that load or die.
-    moving: BTreeSet<WorkerId>,
+    pub(super) moving: BTreeSet<WorkerId>,
+    /// How much higher limits on host RAM are than moves say, in MiB, so that
+    /// there is room for parks.
+    pub(super) higher: u64,
+    /// Workers that left their park.
+    pub(super) unparks: u64,
 }
 
 impl Court {
@@ -75,6 +80,8 @@ impl Court {
             draining: BTreeSet::new(),
             waits: BTreeMap::new(),
             moving: BTreeSet::new(),
+            higher: 0,
+            unparks: 0,
         };
         // The world's first measurement has started what is preloaded.
         for state in court.world.policy.models().values().filter(|m| m.is_live()) {
@@ -98,8 +105,13 @@ impl Court {
             let effects = policy.step(self.world.now, event);
             let first = |m: &ModelState| Some((m.name().clone(), m.queue.front()?.since));
             self.waits = policy.models().values().filter_map(first).collect();
-            let spawned = effects.iter().any(|e| matches!(e, Effect::Spawn { .. }));
-            if spawned {
+            let takes = |effect: &Effect| {
+                matches!(
+                    effect,
+                    Effect::Spawn { .. } | Effect::Park { .. } | Effect::Unpark { .. }
+                )
+            };
+            if effects.iter().any(takes) {
                 for (domain, books) in policy.domains() {
                     assert!(
                         policy.charged(*domain) <= books.limit,
@@ -195,6 +207,7 @@ impl Court {
             | Effect::Learn { .. }
             | Effect::Forget { .. }
             | Effect::Finished => {}
+            park => return self.judge_park(park),
         }
         None
     }
@@ -212,7 +225,7 @@ impl Court {
     }
 
     /// Nothing else may move memory on the GPUs of a worker that is started.
-    fn judge_gpus(&self, worker: &WorkerId, gpus: &[u32]) {
+    pub(super) fn judge_gpus(&self, worker: &WorkerId, gpus: &[u32]) {
         for other in &self.moving {
             let theirs = self.world.placed.get(other).into_iter().flatten();
             let shared = theirs.filter(|gpu| gpus.contains(gpu)).count();
@@ -220,7 +233,7 @@ impl Court {
         }
     }
 
-    fn judge_generation(&self, worker: &WorkerId) {
+    pub(super) fn judge_generation(&self, worker: &WorkerId) {
         let live = self.live.get(&worker.model);
         assert_eq!(live, Some(&worker.generation), "an old generation");
     }
@@ -249,7 +262,7 @@ impl Court {
             .world
             .holding
             .iter()
-            .map(|w| self.world.size[&w.model])
+            .map(|w| self.world.on_host(w))
             .sum();
         let headroom = Bytes::gib(16) - Bytes::mib(held + self.neighbour);
         let measured = self.world.measured(headroom);
@@ -299,7 +312,7 @@ impl Court {
             }),
             Move::Limit(mib) => self.step(Event::Limit {
                 domain: Domain::Host,
-                limit: Bytes::mib(mib),
+                limit: Bytes::mib(mib + self.higher),
             }),
             Move::Configure(m, how) => self.reconfigure(m, how),
             Move::Cleanup(all, force) => {
@@ -335,6 +348,7 @@ impl Court {
                 self.world.inside.insert(worker.clone(), activity);
                 self.step(Event::Ready { worker });
             }
+            Move::Moved(_) | Move::Pretends(_) | Move::ParkFails(_) => self.play_park(made),
             Move::NeverReady(m) if phase(self, m) == Phase::Starting => {
                 let worker = self.world.worker(MODELS[m]);
                 let after = Duration::from_secs(120);
@@ -349,6 +363,7 @@ impl Court {
                 self.live.remove(MODELS[m]);
                 self.moving.remove(&worker);
                 self.world.holding.remove(&worker);
+                self.world.parked.remove(&worker);
                 self.world.inside.remove(&worker);
                 let status = "exit code 1".into();
                 self.step(Event::Exited {
@@ -388,7 +403,7 @@ impl Court {
             Move::Grow(m, mib) => {
                 self.world.size.insert(name(MODELS[m]), mib);
             }
-            Move::Neighbour(mib) => self.neighbour = mib,
+            Move::Neighbour(mib) => self.neighbour = mib.saturating_sub(3 * self.higher),
             Move::Late(gpu, mib) => {
                 self.world.late.insert(gpu, mib);
             }
@@ -406,6 +421,7 @@ impl Court {
     pub(super) fn close(&mut self) {
         self.race = false;
         self.neighbour = 0;
+        self.higher = 0;
         self.world.late.clear();
         let until = self.world.now;
         self.step(Event::Shutdown { until });

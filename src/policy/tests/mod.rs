@@ -5,4 +5,6 @@ mod ceilings;
 mod configuring;
 mod explaining;
 mod leaving;
+mod parked;
+mod parking;
 mod patience;

@@ -147,6 +147,7 @@ pub(crate) fn explains(command: Command) {
         inside: 1,
         idle_since: at(40),
         holds: BTreeMap::from([(Domain::Host, Bytes::gib(2))]),
+        parks: false,
     };
     let _ = reply.send(Ok(Explanation {
         model,
@@ -363,6 +364,8 @@ pub(crate) fn snapshot() -> Snapshot {
             load_failures: BTreeMap::from([("exit_code", 3), ("start_timeout", 1)]),
             crashes: 1,
             evictions: BTreeMap::from([("idle", 1), ("make_room", 2)]),
+            parks: BTreeMap::from([("make_room", 3)]),
+            unparks: 2,
             kills: BTreeMap::from([("oom_cgroup_likely", 1)]),
             refusals: BTreeMap::from([("queue_full", 3)]),
             reclaim_shortfall: Bytes::mib(1),
