@@ -381,7 +381,7 @@ impl Policy {
         self.ledger.measure(measured);
         for (worker, usage) in &measured.workers {
             if let Some(model) = self.current(worker).filter(|m| m.is_live()) {
-                model.measure(usage);
+                model.measure(usage, measured.at);
             }
         }
         self.ledger.follow_reclaims(&self.models);
