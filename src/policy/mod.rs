@@ -299,10 +299,10 @@ impl Policy {
             .chain(self.cleanups.iter().map(|c| c.deadline))
             .chain(self.ledger.next_deadline())
             .chain(self.patience_at)
-            .chain(
-                self.shutdown
-                    .filter(|_| self.models.values().any(ModelState::is_live)),
-            )
+            .chain(self.shutdown.filter(|_| {
+                let is_told = |m: &ModelState| m.phase == Phase::Stopping;
+                self.models.values().any(|m| m.is_live() && !is_told(m))
+            }))
             .min()
     }
 

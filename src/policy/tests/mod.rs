@@ -5,3 +5,4 @@ mod ceilings;
 mod explaining;
 mod leaving;
 mod patience;
+mod waking;
