@@ -12,6 +12,8 @@
 //! - what is explained is what then happens.
 
 mod court;
+mod digest;
+mod space;
 
 use std::time::Duration;
 
@@ -145,7 +147,7 @@ proptest! {
             court.world.pass(Duration::from_secs(3));
             court.measure();
         }
-        let open = court.asked.keys().filter(|t| !court.answered.contains(t) && !court.left.contains(t)).count();
+        let open = court.open().count();
         prop_assert_eq!(open, 0);
     }
 
