@@ -9,7 +9,7 @@ use super::Policy;
 use super::event::{Effect, Ticket};
 use super::ledger::{self, Need};
 use super::lifecycle::{ModelState, Waiter};
-use super::verdict::{Verdict, least};
+use super::verdict::{Claims, Verdict, least};
 use super::words::{Expected, Phase, Refusal};
 use crate::clock::Timestamp;
 use crate::model::{Domain, IdleGaps, ModelName, WorkerId};
@@ -185,18 +185,19 @@ impl Policy {
 
     /// Looks at every wanted model and starts, waits, evicts or refuses.
     pub(super) fn plan(&mut self, now: Timestamp, out: &mut Vec<Effect>) {
-        let mut claims = Need::new();
+        let mut claims = Claims::default();
         self.blocked = false;
         self.patience_at = None;
         for name in self.wanted_in_order(now) {
             match self.admit(&name, &claims) {
                 Verdict::Spawn(expected, gpus) => self.spawn(now, &name, expected, gpus, out),
-                Verdict::Wait(need) => ledger::add(&mut claims, &need),
+                Verdict::Wait(need) => claims.add(&need),
+                Verdict::WaitForDrains(need) => ledger::add(&mut claims.all, &need),
                 Verdict::Evict(victims, need, short) => {
                     for victim in victims {
                         self.evict(now, &victim.worker, short.reason(&name), false, out);
                     }
-                    ledger::add(&mut claims, &need);
+                    claims.add(&need);
                 }
                 Verdict::Blocked(need) => {
                     self.blocked = true;
@@ -205,8 +206,8 @@ impl Policy {
                             let next = self.patience_at.map_or(ends, |at| at.min(ends));
                             self.patience_at = Some(next);
                         }
-                        Some(_) if self.drain_for(now, &name, &claims, out) => {
-                            ledger::add(&mut claims, &need);
+                        Some(_) if self.drain_for(now, &name, &claims.all, out) => {
+                            ledger::add(&mut claims.all, &need);
                         }
                         Some(_) | None => {}
                     }

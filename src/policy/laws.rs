@@ -13,6 +13,7 @@
 
 mod court;
 mod digest;
+mod naive;
 mod space;
 
 use std::time::Duration;

@@ -291,8 +291,9 @@ impl Policy {
             let waiters = m.queue.iter().map(|w| w.deadline);
             let drain = m.drain_until.filter(|_| m.phase == Phase::Draining);
             let idle = self.idle_deadline(m);
-            let retry = (m.wanted && matches!(m.phase, Phase::Backoff | Phase::Failed))
-                .then_some(m.failures.retry_at);
+            let rests = matches!(m.phase, Phase::Backoff | Phase::Failed);
+            let is_tried = rests && m.wanted && self.shutdown.is_none();
+            let retry = is_tried.then_some(m.failures.retry_at);
             waiters.chain(drain).chain(idle).chain(retry.flatten())
         });
         of_models

@@ -24,8 +24,8 @@ pub(super) struct Court {
     pub(super) race: bool,
     /// How long whoever asks waits.
     pub(super) gives_up: Duration,
-    /// What the policy did, in words, for whoever wants to read it.
-    pub(super) journal: Option<Vec<String>>,
+    /// What the policy did since somebody last looked, for whoever wants to know.
+    pub(super) journal: Option<Vec<Effect>>,
     pub(super) asked: BTreeMap<Ticket, Option<String>>,
     pub(super) answered: BTreeSet<Ticket>,
     pub(super) left: BTreeSet<Ticket>,
@@ -111,7 +111,7 @@ impl Court {
             let effects = policy.step(self.world.now, event);
             assert_eq!(policy.check(), Ok(()), "between two steps");
             if let Some(journal) = &mut self.journal {
-                journal.extend(effects.iter().filter_map(in_words));
+                journal.extend(effects.iter().cloned());
             }
             let first = |m: &ModelState| Some((m.name().clone(), m.queue.front()?.since));
             self.waits = policy.models().values().filter_map(first).collect();
@@ -248,25 +248,5 @@ impl Court {
         let ticket = self.world.ticket();
         self.asked.insert(ticket, model.map(str::to_owned));
         ticket
-    }
-}
-
-/// What an effect says to whoever reads a trace; `None` of what is only told.
-fn in_words(effect: &Effect) -> Option<String> {
-    match effect {
-        Effect::Grant { ticket, worker } => Some(format!("#{ticket} enters {worker}")),
-        Effect::Done { ticket } => Some(format!("#{ticket} is done")),
-        Effect::Reject { ticket, refusal } => Some(format!("#{ticket} refused: {refusal}")),
-        Effect::CleanedUp { ticket, .. } => Some(format!("#{ticket} is cleaned up")),
-        Effect::Spawn { worker, .. } => Some(format!("spawn {worker}")),
-        Effect::Evict { worker, reason, .. } => Some(format!("evict {worker}: {reason}")),
-        Effect::Drain { worker, reason } => Some(format!("drain {worker}: {reason}")),
-        Effect::Resume { worker } => Some(format!("resume {worker}")),
-        Effect::Terminate { worker, reason, .. } => Some(format!("terminate {worker}: {reason}")),
-        Effect::Reclaimed {
-            worker, missing, ..
-        } => Some(format!("bytes of {worker} are back, {missing} missing")),
-        Effect::Learn { .. } => None,
-        Effect::Finished => Some("finished".to_owned()),
     }
 }

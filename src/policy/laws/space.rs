@@ -23,6 +23,8 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use state::{Budget, Happening, State};
 
+use super::super::Effect;
+
 /// More states than this are too many for one case.
 const MOST: usize = 20_000_000;
 
@@ -166,11 +168,32 @@ impl Space<'_> {
             let effects = state.court.journal.take().unwrap_or_default();
             let now = state.court.world.now;
             told.push(format!("{now}  {}", happening.in_words()));
-            told.extend(effects.iter().map(|effect| format!("          → {effect}")));
+            let effects = effects.iter().filter_map(in_words);
+            told.extend(effects.map(|effect| format!("          → {effect}")));
             if ended.is_err() {
                 break;
             }
         }
         told.join("\n")
+    }
+}
+
+/// What an effect says to whoever reads a trace; `None` of what is only told.
+fn in_words(effect: &Effect) -> Option<String> {
+    match effect {
+        Effect::Grant { ticket, worker } => Some(format!("#{ticket} enters {worker}")),
+        Effect::Done { ticket } => Some(format!("#{ticket} is done")),
+        Effect::Reject { ticket, refusal } => Some(format!("#{ticket} refused: {refusal}")),
+        Effect::CleanedUp { ticket, .. } => Some(format!("#{ticket} is cleaned up")),
+        Effect::Spawn { worker, .. } => Some(format!("spawn {worker}")),
+        Effect::Evict { worker, reason, .. } => Some(format!("evict {worker}: {reason}")),
+        Effect::Drain { worker, reason } => Some(format!("drain {worker}: {reason}")),
+        Effect::Resume { worker } => Some(format!("resume {worker}")),
+        Effect::Terminate { worker, reason, .. } => Some(format!("terminate {worker}: {reason}")),
+        Effect::Reclaimed {
+            worker, missing, ..
+        } => Some(format!("bytes of {worker} are back, {missing} missing")),
+        Effect::Learn { .. } => None,
+        Effect::Finished => Some("finished".to_owned()),
     }
 }

@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use super::super::testing::World;
+use super::super::testing::{World, spec};
 use super::super::*;
 
 /// Lets the time come when the policy wants to be woken, and wakes it.
@@ -43,6 +43,19 @@ fn in_a_shutdown_nobody_loses_patience() {
     let until = world.now + Duration::from_secs(20);
     world.step(Event::Shutdown { until });
     assert_eq!(world.policy.next_wake(), Some(until));
+}
+
+/// The end of a rest used to stay due until the shutdown was over.
+#[test]
+fn in_a_shutdown_nothing_that_failed_is_tried_again() {
+    let mut specs = vec![spec("a", Some(400)), spec("b", Some(400))];
+    specs[0].preload = true;
+    let mut world = World::with(1000, specs, &[("a", 400), ("b", 400)]);
+    world.acquire("b");
+    world.exit("a");
+    let until = world.now + Duration::from_secs(20);
+    world.step(Event::Shutdown { until });
+    assert_eq!(world.policy.next_wake(), None, "only the end of b is due");
 }
 
 /// Their deadline used to stay due until the next measurement, however late
