@@ -17,8 +17,8 @@
 mod cases;
 mod state;
 
-use std::collections::hash_map::Entry;
-use std::collections::{HashMap, VecDeque};
+use std::collections::btree_map::Entry;
+use std::collections::{BTreeMap, VecDeque};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use state::{Budget, Happening, State};
@@ -67,7 +67,7 @@ fn explore(start: &State) -> Found {
         start,
         nodes: vec![first],
     };
-    let mut ids = HashMap::from([(start.key(), 0)]);
+    let mut ids = BTreeMap::from([(start.key(), 0)]);
     let mut ahead = VecDeque::from([(0, start.clone())]);
     let mut steps = 0;
     while let Some((id, state)) = ahead.pop_front() {
