@@ -9,7 +9,7 @@ use super::Policy;
 use super::event::{Effect, Ticket};
 use super::ledger::{self, Need};
 use super::lifecycle::{ModelState, Waiter};
-use super::verdict::{Verdict, Victim, least};
+use super::verdict::{Claims, Verdict, Victim, least};
 use super::words::{Expected, Phase, Refusal};
 use crate::clock::Timestamp;
 use crate::model::{Domain, Gaps, ModelName, WorkerId};
@@ -186,13 +186,14 @@ impl Policy {
     /// Looks at every wanted model and starts, unparks, waits, parks, evicts or
     /// refuses.
     pub(super) fn plan(&mut self, now: Timestamp, out: &mut Vec<Effect>) {
-        let mut claims = Need::new();
+        let mut claims = Claims::default();
         self.blocked = false;
         self.patience_at = None;
         for name in self.wanted_in_order(now) {
             match self.admit(&name, &claims) {
                 Verdict::Spawn(expected, gpus) => self.spawn(now, &name, expected, gpus, out),
-                Verdict::Wait(need) => ledger::add(&mut claims, &need),
+                Verdict::Wait(need) => claims.add(&need),
+                Verdict::WaitForDrains(need) => ledger::add(&mut claims.all, &need),
                 Verdict::Unpark(expected) => {
                     let worker = self.models[&name].worker();
                     self.unpark(now, &worker, expected, out);
@@ -205,7 +206,7 @@ impl Policy {
                             false => self.evict(now, &worker, reason, false, out),
                         }
                     }
-                    ledger::add(&mut claims, &need);
+                    claims.add(&need);
                 }
                 Verdict::Blocked(need, short) => {
                     self.blocked = true;
@@ -214,8 +215,8 @@ impl Policy {
                             let next = self.patience_at.map_or(ends, |at| at.min(ends));
                             self.patience_at = Some(next);
                         }
-                        Some(_) if self.drain_for(now, &name, &claims, out) => {
-                            ledger::add(&mut claims, &need);
+                        Some(_) if self.drain_for(now, &name, &claims.all, out) => {
+                            ledger::add(&mut claims.all, &need);
                         }
                         Some(_) | None => {}
                     }

@@ -343,6 +343,9 @@ impl Policy {
 
     pub(super) fn begin_shutdown(&mut self, until: Timestamp, out: &mut Vec<Effect>) {
         self.shutdown = Some(self.shutdown.map_or(until, |earlier| earlier.min(until)));
+        // Nobody is planned for any more.
+        self.blocked = false;
+        self.patience_at = None;
         let names: Vec<_> = self.models.keys().cloned().collect();
         for name in names {
             self.refuse_all(&name, &Refusal::ShuttingDown, out);

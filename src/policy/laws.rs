@@ -12,11 +12,18 @@
 //! - nobody is parked that cannot be, or that is pinned or busy;
 //! - nobody is cut because the configuration changed, unless a drain took too
 //!   long, and what is no longer configured serves nobody new;
+//! - what comes late of an old life changes nothing;
 //! - what is explained is what then happens.
+//!
+//! `space` holds them in every state that small worlds can get into, and
+//! `naive` tells the rules once more, to compare with.
 
 mod court;
+mod digest;
+mod naive;
 mod parks;
 mod reload;
+mod space;
 
 use std::time::Duration;
 
@@ -195,6 +202,44 @@ fn a15_the_laws_hold_where_models_park_and_come_back() {
     );
 }
 
+/// What a copy of the policy does about an event, and what it is then.
+fn comes_to(world: &World, event: Event) -> (Vec<Effect>, String) {
+    let mut trial = world.policy.clone();
+    let effects = trial.step(world.now, event);
+    (effects, format!("{trial:?}"))
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 100, ..ProptestConfig::default() })]
+
+    #[test]
+    fn a15_what_comes_late_of_an_old_life_changes_nothing((policy, patience) in settings(), moves in moves()) {
+        let mut court = Court::new(policy, patience);
+        for made in &moves {
+            court.play(made);
+            let (Move::Acquire(m) | Move::Ready(m) | Move::Exit(m) | Move::Unload(m)) = made else {
+                continue;
+            };
+            let mut worker = court.world.worker(MODELS[*m]);
+            if worker.generation < 2 {
+                continue;
+            }
+            worker.generation -= 1;
+            let nothing = comes_to(&court.world, Event::Tick);
+            let (after, inside, last_lines) = (Duration::from_secs(9), 1, Vec::new());
+            let late = [
+                Event::Ready { worker: worker.clone() },
+                Event::NeverReady { worker: worker.clone(), after, last_lines: last_lines.clone() },
+                Event::EvictRefused { worker: worker.clone(), inside },
+                Event::Exited { worker, status: "late".into(), out_of_memory: Vec::new(), last_lines },
+            ];
+            for event in late {
+                prop_assert_eq!(&comes_to(&court.world, event), &nothing);
+            }
+        }
+    }
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { cases: 600, ..ProptestConfig::default() })]
 
@@ -233,7 +278,7 @@ proptest! {
             court.world.pass(Duration::from_secs(3));
             court.measure();
         }
-        let open = court.asked.keys().filter(|t| !court.answered.contains(t) && !court.left.contains(t)).count();
+        let open = court.open().count();
         prop_assert_eq!(open, 0);
     }
 

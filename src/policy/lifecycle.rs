@@ -83,6 +83,8 @@ pub struct ModelState {
     pub life: BTreeMap<Domain, Bytes>,
     /// This life was ready once.
     pub served: bool,
+    /// It was measured since it was ready.
+    pub weighed: bool,
     /// Failures and what they said.
     pub failures: Failures,
     /// What happened to it.
@@ -148,6 +150,7 @@ impl ModelState {
             footprint,
             life: BTreeMap::new(),
             served: false,
+            weighed: false,
             failures: Failures::default(),
             history: History::default(),
             asked_at: None,
@@ -350,10 +353,11 @@ impl ModelState {
     }
 
     fn reserved(&self, domain: Domain) -> Bytes {
-        // What was promised to a model nobody knew ends with its load: from
-        // then on its measured bytes are the truth.
+        // What was promised to a model nobody knew ends when it is ready and
+        // was measured since: from then on its measured bytes are the truth. One
+        // that is told to go before may still take more.
         let promised = self.reservation.0.get(&domain);
-        if self.reservation.is_unknown(domain) && self.phase != Phase::Starting {
+        if self.reservation.is_unknown(domain) && self.weighed {
             return Bytes::ZERO;
         }
         promised.map_or(Bytes::ZERO, |promised| promised.bytes)
@@ -388,6 +392,7 @@ impl ModelState {
         self.usage.clear();
         self.life.clear();
         self.served = false;
+        self.weighed = false;
         self.leaving = None;
         self.killed = false;
         self.outdated = false;
@@ -397,10 +402,10 @@ impl ModelState {
         self.enter(Phase::Starting, now);
     }
 
-    /// Takes in a measurement of the current life. Of a worker that is being
-    /// ended the most counts: what a dying tree no longer shows is not back
-    /// before the tree is reaped.
-    pub fn measure(&mut self, usage: &BTreeMap<Domain, Measure>) {
+    /// Takes in a measurement of the current life, that began at `at`. Of a
+    /// worker that is being ended the most counts: what a dying tree no longer
+    /// shows is not back before the tree is reaped.
+    pub fn measure(&mut self, usage: &BTreeMap<Domain, Measure>, at: Timestamp) {
         if self.phase == Phase::Stopping {
             for (domain, measure) in usage {
                 let kept = self.usage.entry(*domain).or_default();
@@ -409,6 +414,7 @@ impl ModelState {
             }
             return;
         }
+        self.weighed |= self.served && at >= self.since;
         let same = self.usage.keys().eq(usage.keys());
         if same {
             for (kept, measure) in self.usage.values_mut().zip(usage.values()) {

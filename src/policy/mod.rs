@@ -309,8 +309,9 @@ impl Policy {
             let waiters = m.queue.iter().map(|w| w.deadline);
             let drain = m.drain_until.filter(|_| m.phase == Phase::Draining);
             let idle = self.idle_deadline(m);
-            let retry = (m.wanted && matches!(m.phase, Phase::Backoff | Phase::Failed))
-                .then_some(m.failures.retry_at);
+            let rests = matches!(m.phase, Phase::Backoff | Phase::Failed);
+            let is_tried = rests && m.wanted && self.shutdown.is_none();
+            let retry = is_tried.then_some(m.failures.retry_at);
             waiters.chain(drain).chain(idle).chain(retry.flatten())
         });
         of_models
@@ -318,10 +319,10 @@ impl Policy {
             .chain(self.ledger.next_deadline())
             .chain(self.next_park_deadline())
             .chain(self.patience_at)
-            .chain(
-                self.shutdown
-                    .filter(|_| self.models.values().any(ModelState::is_live)),
-            )
+            .chain(self.shutdown.filter(|_| {
+                let is_told = |m: &ModelState| m.phase == Phase::Stopping;
+                self.models.values().any(|m| m.is_live() && !is_told(m))
+            }))
             .min()
     }
 
@@ -403,7 +404,7 @@ impl Policy {
             while let Some((worker, usage)) = workers.next_if(|(w, _)| w.model <= *name) {
                 if worker.model == *name && worker.generation == model.generation && model.is_live()
                 {
-                    model.measure(usage);
+                    model.measure(usage, measured.at);
                 }
             }
         }

@@ -28,7 +28,7 @@ const RESTORE_WITHIN: std::time::Duration = std::time::Duration::from_secs(300);
 
 /// A set that drains keeps others from draining in its domain for so many times
 /// the patience.
-const ALONE_PATIENCES: u32 = 12;
+pub(super) const ALONE_PATIENCES: u32 = 12;
 
 impl ModelState {
     /// Returns for whom it drains, when that is to make room.

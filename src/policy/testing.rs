@@ -140,10 +140,10 @@ impl World {
         for effect in &effects {
             match effect {
                 Effect::Grant { worker, .. } => {
-                    self.inside
-                        .get_mut(worker)
-                        .expect("granted workers are ready")
-                        .inside += 1;
+                    let gate = self.inside.get_mut(worker);
+                    let gate = gate.expect("granted workers are ready");
+                    gate.inside += 1;
+                    gate.last_entered = self.now;
                 }
                 Effect::Evict { worker, .. } => {
                     let inside = self.inside.remove(worker).map_or(0, |a| a.inside);

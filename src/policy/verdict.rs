@@ -17,6 +17,8 @@ pub(super) enum Verdict {
     Spawn(Expected, Vec<u32>),
     /// Bytes are on their way back that will suffice.
     Wait(Need),
+    /// The same, when workers that drain to make room are done, if they are.
+    WaitForDrains(Need),
     /// There is room for what a parked worker held: make it ready again with this
     /// promise.
     Unpark(Expected),
@@ -35,6 +37,23 @@ pub(super) struct Victim {
     pub(super) parks: bool,
 }
 
+/// What is meant for models that were looked at before.
+#[derive(Default)]
+pub(super) struct Claims {
+    /// All of it.
+    pub(super) all: Need,
+    /// What does not depend on workers that drain to make room.
+    pub(super) sure: Need,
+}
+
+impl Claims {
+    /// Means so much for a model that waits for what surely comes.
+    pub(super) fn add(&mut self, need: &Need) {
+        ledger::add(&mut self.all, need);
+        ledger::add(&mut self.sure, need);
+    }
+}
+
 /// What it takes to have a model ready.
 pub(super) struct Plan {
     /// What its worker is expected to hold.
@@ -45,13 +64,13 @@ pub(super) struct Plan {
 }
 
 impl Policy {
-    pub(super) fn admit(&self, name: &ModelName, claims: &Need) -> Verdict {
+    pub(super) fn admit(&self, name: &ModelName, claims: &Claims) -> Verdict {
         let model = &self.models[name];
         let Plan {
             expected,
             need,
             gpus,
-        } = match self.plan_of(model, claims) {
+        } = match self.plan_of(model, &claims.all) {
             Ok(plan) => plan,
             Err(refusal) => return Verdict::Refuse(refusal),
         };
@@ -64,10 +83,15 @@ impl Policy {
         if let Some(refusal) = self.never(model, &expected) {
             return Verdict::Refuse(refusal);
         }
-        let (now_there, later) = self.rooms(expected.domains(), claims);
+        let (now_there, later) = self.rooms(expected.domains(), &claims.all);
         let still = expected.domains().all(|domain| self.is_still(domain));
         let fits = missing(&need, &now_there).is_empty();
-        if fits && still && missing(&need, &later).is_empty() {
+        let drains = self.draining_for_room();
+        // Who surely gets room keeps it: nobody starts in it because others
+        // drain, whenever they are done.
+        let (_, unclaimed) = self.rooms(expected.domains(), &claims.sure);
+        let others_keep = missing(&need, &less(&unclaimed, &drains)).is_empty();
+        if fits && still && others_keep && missing(&need, &later).is_empty() {
             if model.phase == Phase::Parked {
                 return Verdict::Unpark(expected);
             }
@@ -75,10 +99,7 @@ impl Policy {
         }
         // Whoever drains may take long, and stays when it is not needed: idle
         // workers are the better victims as soon as there are enough of them.
-        let mut sure = later.clone();
-        for (key, bytes) in self.draining_for_room() {
-            sure.entry(key).and_modify(|room| *room -= bytes);
-        }
+        let sure = less(&later, &drains);
         let short = missing(&need, &sure);
         if short.is_empty() {
             return Verdict::Wait(need);
@@ -111,7 +132,7 @@ impl Policy {
                 });
                 Verdict::Evict(victims.collect(), need, shortage)
             }
-            None if missing(&need, &later).is_empty() => Verdict::Wait(need),
+            None if missing(&need, &later).is_empty() => Verdict::WaitForDrains(need),
             // Whom to drain is decided when the memory of this GPU is known again.
             None if gpus.iter().any(|index| !self.is_still(Domain::Gpu(*index))) => {
                 Verdict::Wait(Need::new())
@@ -324,6 +345,14 @@ pub(super) fn missing(need: &Need, room: &Need) -> Need {
     need.iter()
         .map(|(key, bytes)| (*key, bytes - room.get(key).copied().unwrap_or(0)))
         .filter(|(_, short)| *short > 0)
+        .collect()
+}
+
+/// Room without a part of it.
+fn less(room: &Need, part: &Need) -> Need {
+    let part = |key| part.get(key).copied().unwrap_or(0);
+    room.iter()
+        .map(|(key, bytes)| (*key, bytes - part(key)))
         .collect()
 }
 

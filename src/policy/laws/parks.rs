@@ -107,7 +107,8 @@ impl Court {
             return;
         };
         let worker = self.world.worker(MODELS[m]);
-        let event = match (made, self.world.policy.models()[MODELS[m]].phase) {
+        let state = self.world.policy.models().get(MODELS[m]);
+        let event = match (made, state.map_or(Phase::Stopped, |state| state.phase)) {
             (Move::Moved(_), Phase::Parking) => {
                 self.world.parked.insert(worker.clone());
                 Event::Parked { worker }

@@ -8,3 +8,4 @@ mod leaving;
 mod parked;
 mod parking;
 mod patience;
+mod waking;
