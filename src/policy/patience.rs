@@ -58,12 +58,12 @@ impl Policy {
         Some(turn.fold(patience, Timestamp::max))
     }
 
-    /// Returns what workers hold that drain to make room, and so come back
-    /// whenever their requests are done, or never.
-    pub(super) fn draining_for_room(&self) -> Need {
+    /// Returns what workers hold that drain to make room for such models, and so
+    /// come back whenever their requests are done, or never.
+    pub(super) fn draining_for(&self, whom: impl Fn(&ModelName) -> bool) -> Need {
         let mut held = Need::new();
-        let draining = self.models.values().filter(|m| m.drains_for().is_some());
-        for model in draining {
+        let draining = self.models.values();
+        for model in draining.filter(|m| m.drains_for().is_some_and(&whom)) {
             ledger::add(&mut held, &self.ledger.gives(model));
         }
         held

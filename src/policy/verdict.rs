@@ -86,12 +86,15 @@ impl Policy {
         let (now_there, later) = self.rooms(expected.domains(), &claims.all);
         let still = expected.domains().all(|domain| self.is_still(domain));
         let fits = missing(&need, &now_there).is_empty();
-        let drains = self.draining_for_room();
+        let drains = self.draining_for(|_| true);
         // Who surely gets room keeps it: nobody starts in it because others
         // drain, whenever they are done.
         let (_, unclaimed) = self.rooms(expected.domains(), &claims.sure);
         let others_keep = missing(&need, &less(&unclaimed, &drains)).is_empty();
-        if fits && still && others_keep && missing(&need, &later).is_empty() {
+        // What drains for this model stays when it starts, and was no help to them.
+        let own = self.draining_for(|whom| whom == name);
+        let without = less(&later, &own);
+        if fits && still && others_keep && missing(&need, &without).is_empty() {
             if model.phase == Phase::Parked {
                 return Verdict::Unpark(expected);
             }

@@ -16,7 +16,8 @@
 //!    the oldest waiter first. What is there and what is coming, less what is
 //!    meant for those before it, is the room of each:
 //!    - it can never fit beside what is pinned: all its waiters are refused;
-//!    - there is room now: it starts, unless another was surely to get that;
+//!    - there is room now: it starts, unless another was surely to get that, or
+//!      was to get it with what drains for this one;
 //!    - what is surely coming suffices: it waits, and that is meant for it;
 //!    - idle workers suffice: the longest unused go, and none too many;
 //!    - what drains suffices too: it waits, and that is meant for it;
@@ -337,7 +338,10 @@ impl Naive {
             let drains = self.held(|m| matches!(m.life, Life::DrainsFor(..)));
             let room = there + self.held(Model::is_leaving);
             let (surely, room) = (room - drains - surely_meant, room - meant);
-            if size <= there && size <= room && size <= surely {
+            // What drains for it opens again when it starts.
+            let own =
+                self.held(|other| matches!(other.life, Life::DrainsFor(whom, _) if whom == m));
+            if size <= there && size <= room - own && size <= surely {
                 self.models[m].life = Life::Loading;
                 self.deeds.push(Deed::Start(m));
             } else if size <= room - drains {
