@@ -86,6 +86,12 @@ pub struct SettingArgs {
     /// How long requests may finish at shutdown, as 30s
     #[arg(long, value_name = "TIME")]
     pub shutdown_grace: Option<String>,
+    /// Whether workers outlive a residentd that dies and are taken back by the next: true or false
+    #[arg(long, value_name = "BOOL")]
+    pub adopt: Option<String>,
+    /// The same as --adopt false: workers that are found are ended, and none outlives residentd
+    #[arg(long, conflicts_with = "adopt")]
+    pub no_adopt: bool,
     /// text or json
     #[arg(long, value_name = "FORMAT")]
     pub log_format: Option<String>,
@@ -129,6 +135,7 @@ impl SettingArgs {
         let all = [
             ("server.state_dir", &self.state_dir),
             ("server.shutdown_grace", &self.shutdown_grace),
+            ("server.adopt", &self.adopt),
             ("server.log_format", &self.log_format),
             ("server.log_level", &self.log_level),
             ("server.max_body", &self.max_body),
@@ -141,8 +148,10 @@ impl SettingArgs {
             ("memory.policy", &self.policy),
             ("memory.patience", &self.patience),
         ];
+        let no_adopt = self.no_adopt.then_some(("server.adopt", "false"));
         all.into_iter()
             .filter_map(|(key, text)| Some((key, text.as_deref()?)))
+            .chain(no_adopt)
             .collect()
     }
 }
