@@ -1,9 +1,12 @@
 //! Builds everything, binds the listeners, and takes it apart again.
 //!
-//! Order of the start: store, instruments, policy, controller, listeners. A
+//! Order of the start: store, workers of an earlier residentd, instruments,
+//! policy, controller, listeners. A
 //! listener is bound before the first worker is spawned, so that a port that
 //! is taken costs no model load. Order of the end: the controller refuses new
 //! work and drains, workers end, listeners close.
+
+mod survivors;
 
 use std::collections::BTreeMap;
 use std::convert::Infallible;
@@ -34,7 +37,7 @@ use crate::proxy::{AccessLog, Proxy, ProxyBody, ProxySettings};
 pub use crate::store::Learned;
 use crate::store::{Store, StoreError};
 use crate::telemetry;
-use crate::worker::{self, ProcessSpawner, WorkerSettings};
+use crate::worker::{self, Adoptee, ProcessSpawner, WorkerSettings};
 
 /// Share of what is available at start that workers get when no limit is set.
 const DEFAULT_LIMIT_PERCENT: u64 = 80;
@@ -122,9 +125,12 @@ impl App {
         let store = Store::open(&config.server.state_dir, &config.models)?;
         let access = access_log(&config)?;
         let owner = Owner::this_process(store.name().to_owned());
-        // The state is held by us now: whoever held it before is no more.
-        worker::end_left_behind(&owner, clock).await;
-        let controller = start_controller(&config, store.clone(), owner, clock, options);
+        let adoptees = survivors::find(&config, &store, &owner, clock).await;
+        let ready = adoptees.iter().filter(|adoptee| adoptee.record.ready);
+        let ready = ready.map(|adoptee| adoptee.spec.name.clone()).collect();
+        let spawner = spawner(&config, owner, clock, options);
+        let controller = start_controller(&config, store.clone(), spawner, clock, adoptees);
+        survivors::settle(&controller, ready).await;
         let proxy = Proxy::new(
             controller.clone(),
             ProxySettings {
@@ -227,14 +233,21 @@ fn access_log(config: &Config) -> Result<Option<AccessLog>, AppError> {
     }
 }
 
+fn spawner(config: &Config, owner: Owner, clock: Clock, options: Options) -> ProcessSpawner {
+    worker::become_subreaper();
+    ProcessSpawner::new(WorkerSettings {
+        reap_all: options.owns_process,
+        ..WorkerSettings::new(clock, config.server.state_dir.clone(), owner)
+    })
+}
+
 fn start_controller(
     config: &Config,
     store: Store,
-    owner: Owner,
+    spawner: ProcessSpawner,
     clock: Clock,
-    options: Options,
+    adoptees: Vec<Adoptee>,
 ) -> Controller {
-    worker::become_subreaper();
     let sampler = Sampler::start(
         clock,
         SamplerSettings {
@@ -270,10 +283,6 @@ fn start_controller(
         footprint: store.footprint(&spec.name),
     });
     let policy = Policy::new(settings, setups);
-    let spawner = ProcessSpawner::new(WorkerSettings {
-        reap_all: options.owns_process,
-        ..WorkerSettings::new(clock, config.server.state_dir.clone(), owner)
-    });
     control::start(control::Parts {
         policy,
         routes: Arc::new(Routes::new(config.models.iter().cloned())),
@@ -283,6 +292,7 @@ fn start_controller(
         clock,
         limit_source,
         auto_cleanup: config.memory.auto_cleanup,
+        adoptees,
     })
 }
 

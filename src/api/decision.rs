@@ -59,6 +59,14 @@ fn numbers(what: &What) -> Value {
             let expected: BTreeMap<_, _> = known.collect();
             json!({"waiting": waiting, "expected": expected, "gpus": gpus})
         }
+        What::Adopt {
+            pid,
+            age,
+            ready,
+            held,
+        } => {
+            json!({"pid": pid, "age_seconds": age.as_secs(), "ready": ready, "held": by_domain(held)})
+        }
         What::Ready { took, reload } => {
             json!({"load_ms": took.as_millis(), "reload": reload})
         }

@@ -38,6 +38,17 @@ pub enum What {
         /// The GPUs it is placed on.
         gpus: Vec<u32>,
     },
+    /// A worker of an earlier residentd is taken back.
+    Adopt {
+        /// Its leader.
+        pid: i32,
+        /// How long it has run.
+        age: Duration,
+        /// It had answered the earlier residentd; else it still loads.
+        ready: bool,
+        /// What it is measured to hold.
+        held: BTreeMap<Domain, Bytes>,
+    },
     /// A worker is ready.
     Ready {
         /// From its spawn.
@@ -231,6 +242,7 @@ impl LoadFailure {
 #[expect(missing_docs, reason = "each is what `What` says of the same name")]
 pub enum Kind {
     Spawn,
+    Adopt,
     Ready,
     Wait,
     Evict,
@@ -251,8 +263,9 @@ pub enum Kind {
 
 impl Kind {
     /// Every kind.
-    pub const ALL: [Self; 17] = [
+    pub const ALL: [Self; 18] = [
         Self::Spawn,
+        Self::Adopt,
         Self::Ready,
         Self::Wait,
         Self::Evict,
@@ -276,6 +289,7 @@ impl Kind {
     pub const fn as_str(self) -> &'static str {
         match self {
             Self::Spawn => "spawn",
+            Self::Adopt => "adopt",
             Self::Ready => "ready",
             Self::Wait => "wait",
             Self::Evict => "evict",
@@ -311,6 +325,7 @@ impl What {
     pub const fn kind(&self) -> Kind {
         match self {
             Self::Spawn { .. } => Kind::Spawn,
+            Self::Adopt { .. } => Kind::Adopt,
             Self::Ready { .. } => Kind::Ready,
             Self::Wait { .. } => Kind::Wait,
             Self::Evict { .. } => Kind::Evict,
@@ -356,7 +371,8 @@ impl What {
                     "unpin"
                 }
             }
-            Self::Ready { .. }
+            Self::Adopt { .. }
+            | Self::Ready { .. }
             | Self::Wait { .. }
             | Self::Resume { .. }
             | Self::Backoff { .. }

@@ -142,6 +142,8 @@ impl Task {
                 gpus,
                 tree: None,
                 ready: None,
+                adoption: None,
+                record: None,
             },
         );
     }

@@ -6,8 +6,9 @@ use std::sync::Arc;
 
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
-use tracing::{debug, info, warn};
+use tracing::{debug, warn};
 
+use super::adopt::Adoption;
 use super::command::Reply;
 use super::tell::Told;
 use super::{
@@ -16,13 +17,13 @@ use super::{
 };
 use crate::clock::{Clock, Timestamp};
 use crate::gate::Gate;
-use crate::memory::{MemorySource, OomWatch, Pace, Reading, Subject};
-use crate::model::{ModelName, Upstream, WorkerId};
+use crate::memory::{MemorySource, OomWatch, Pace, Reading};
+use crate::model::{ModelName, Upstream, WorkerId, WorkerRecord};
 use crate::policy::{Activity, Event, Phase, Policy, Ticket};
 use crate::procfs::ProcessTree;
 use crate::store::Store;
 use crate::telemetry;
-use crate::worker::{Spawner, Stop, Tail, WorkerEvent, WorkerHandle};
+use crate::worker::{Adoptee, Spawner, Stop, Tail, WorkerEvent, WorkerHandle};
 
 /// Arrivals handled before the next snapshot is published, so that a burst
 /// costs one snapshot and a quiet moment shows each step.
@@ -47,6 +48,8 @@ pub struct Parts {
     pub limit_source: LimitSource,
     /// Idle models are unloaded under pressure without being asked.
     pub auto_cleanup: bool,
+    /// Workers of an earlier residentd that are taken back.
+    pub adoptees: Vec<Adoptee>,
 }
 
 /// Starts the controller task and returns the handle to it.
@@ -91,6 +94,7 @@ pub fn start(parts: Parts) -> Controller {
         next_serial: 0,
         seq: 0,
     };
+    task.take_back(parts.adoptees);
     task.take_reading();
     let (publish, snapshots) = watch::channel(Arc::new(task.snapshot()));
     let handle = Controller::from_parts(
@@ -190,6 +194,10 @@ pub(super) struct Live {
     pub(super) gpus: Vec<u32>,
     pub(super) tree: Option<Arc<ProcessTree>>,
     pub(super) ready: Option<Arc<ReadyWorker>>,
+    /// How it came to be ours, when we did not spawn it.
+    pub(super) adoption: Option<Adoption>,
+    /// What is kept of it for a later residentd.
+    pub(super) record: Option<Box<WorkerRecord>>,
 }
 
 impl Live {
@@ -265,21 +273,8 @@ impl Task {
             WorkerEvent::Spawned {
                 worker,
                 tree,
-                report,
-            } => {
-                if let Some(live) = self.workers.get_mut(&worker) {
-                    info!(%worker, pid = tree.leader().pid, "worker spawned");
-                    live.tree = Some(Arc::clone(&tree));
-                    let subject = Subject {
-                        tree,
-                        gpus: live.gpus.clone(),
-                        report: Some(report),
-                        loading: true,
-                    };
-                    self.memory.follow(worker, subject);
-                    self.memory.sample_now();
-                }
-            }
+                record,
+            } => self.worker_runs(worker, tree, record),
             WorkerEvent::Ready { worker, upstream } => self.worker_ready(&worker, upstream),
             WorkerEvent::NeverReady { worker, after } => {
                 warn!(%worker, after_s = after.as_secs_f64(), "worker missed its start deadline");
@@ -301,6 +296,7 @@ impl Task {
                 self.tell_exit(&worker, &exit, verdict);
                 self.bury(&worker);
                 self.memory.forget(&worker);
+                self.store.forget_worker(&worker);
                 let from = last_lines.len().saturating_sub(ERROR_LINES);
                 last_lines.drain(..from);
                 self.feed(Event::Exited {
@@ -326,12 +322,13 @@ impl Task {
         };
         let now = self.clock.now();
         debug!(%worker, %upstream, "worker answers");
-        let took = now.since(model.since);
-        let what = What::Ready {
-            took,
-            reload: model.history.evicted,
+        let took = match &live.adoption {
+            // It was ready all the time.
+            Some(adoption) if adoption.was_ready => None,
+            Some(adoption) => Some(adoption.age(now)),
+            None => Some(now.since(model.since)),
         };
-        self.store.loaded(&worker.model, took);
+        let reload = model.history.evicted;
         self.next_serial += 1;
         let ready = Arc::new(ReadyWorker {
             id: worker.clone(),
@@ -346,7 +343,11 @@ impl Task {
         if let Some(route) = self.routes.get(worker.model.as_str()) {
             route.set_ready(Some(ready));
         }
-        self.tell(worker, what);
+        if let Some(took) = took {
+            self.store.loaded(&worker.model, took);
+            self.tell(worker, What::Ready { took, reload });
+            self.keep_ready(worker);
+        }
         self.memory.loaded(worker);
         self.memory.sample_now();
         self.feed(Event::Ready {
@@ -438,6 +439,7 @@ impl Task {
         self.oom.notice(self.clock.now(), self.reading.host.oom);
         let measured = self.measured();
         self.feed(Event::Measured(measured));
+        self.follow_peaks();
         self.tell_refusals();
     }
 

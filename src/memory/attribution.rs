@@ -33,6 +33,8 @@ pub(super) struct Claim<'a> {
     pub(super) told: Vec<VramUsage>,
     /// The file it may report in.
     pub(super) report: Option<&'a Path>,
+    /// What it was known to hold before we saw it.
+    pub(super) held: Option<&'a BTreeMap<u32, Bytes>>,
 }
 
 /// Keeps what each load added to its devices.
@@ -107,6 +109,19 @@ impl Attribution {
             if !self.is_weighed(claim, device) {
                 continue;
             }
+            let key = (claim.worker.clone(), device);
+            if let Some(held) = claim.held.filter(|_| !self.loads.contains_key(&key)) {
+                // Nobody saw what was there before its load.
+                if let Some(added) = held.get(&device).copied() {
+                    let load = Load {
+                        before: used - added,
+                        added,
+                        settled: true,
+                    };
+                    self.loads.insert(key, load);
+                }
+                continue;
+            }
             let held_by = |other: &&Claim<'_>| other.worker != claim.worker;
             let others: Bytes = claims
                 .iter()
@@ -114,14 +129,11 @@ impl Attribution {
                 .filter_map(|other| self.held(other, device))
                 .sum();
             let now = used - others;
-            let load = self
-                .loads
-                .entry((claim.worker.clone(), device))
-                .or_insert(Load {
-                    before: rest.unwrap_or(now),
-                    added: Bytes::ZERO,
-                    settled: false,
-                });
+            let load = self.loads.entry(key).or_insert(Load {
+                before: rest.unwrap_or(now),
+                added: Bytes::ZERO,
+                settled: false,
+            });
             if !load.settled {
                 load.added = now - load.before;
                 // The first pass after the load is the last that counts.

@@ -1,7 +1,7 @@
 //! One model: its phases, failures and history.
 //!
 //! ```text
-//! Stopped    spawn → Starting
+//! Stopped    spawn, or taken back from an earlier residentd → Starting
 //! Starting   ready → Ready; exit → Backoff; never ready, or unload → Stopping
 //! Ready      evict or idle (no leases) → Stopping; unload, or room for a patient
 //!            waiter → Draining; exit → Backoff
@@ -73,6 +73,8 @@ pub struct ModelState {
     pub life: BTreeMap<Domain, Bytes>,
     /// This life was ready once.
     pub served: bool,
+    /// This life was spawned by an earlier residentd.
+    pub adopted: bool,
     /// Failures and what they said.
     pub failures: Failures,
     /// What happened to it.
@@ -153,6 +155,7 @@ impl ModelState {
             footprint,
             life: BTreeMap::new(),
             served: false,
+            adopted: false,
             failures: Failures::default(),
             history: History::default(),
             used_at: None,
@@ -358,6 +361,7 @@ impl ModelState {
         self.usage.clear();
         self.life.clear();
         self.served = false;
+        self.adopted = false;
         self.leaving = None;
         self.killed = false;
         self.wanted = false;

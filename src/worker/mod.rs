@@ -12,7 +12,9 @@
 //!
 //! `Exited` means that the whole tree is gone and reaped, not just the leader.
 
+mod adopt;
 mod command;
+mod exit;
 mod leftovers;
 mod listener;
 mod output;
@@ -33,16 +35,17 @@ use std::time::Duration;
 
 use tokio::sync::{mpsc, watch};
 
-pub use self::leftovers::{end_left_behind, end_orphans};
+pub use self::adopt::{Adoptee, Inspected, Unfit, inspect, origin};
+pub use self::leftovers::{end_left_behind, end_orphans, tidy};
 pub use self::output::{TAIL_LINES, Tail};
 use self::port::Ports;
 use self::reaper::Leaders;
 pub use self::reaper::become_subreaper;
 use self::task::Life;
 use crate::clock::Clock;
-use crate::model::{Bytes, ModelSpec, PlacedGpu, Upstream, WorkerId};
-use crate::procfs::ProcessTree;
+use crate::model::{Bytes, ModelSpec, PlacedGpu, Upstream, WorkerId, WorkerRecord};
 use crate::procfs::mark::{Marks, Owner};
+use crate::procfs::{ProcessKey, ProcessTree};
 use crate::telemetry;
 
 /// Starts workers. The seam along which tests put a fake and a worker host in
@@ -51,6 +54,9 @@ pub trait Spawner: fmt::Debug + Send + Sync + 'static {
     /// Starts a worker task and returns at once; everything that can go wrong
     /// arrives as an event.
     fn spawn(&self, order: SpawnOrder) -> WorkerHandle;
+    /// Goes on with a worker that an earlier residentd started. As with
+    /// [`Spawner::spawn`], what becomes of it arrives as events, `Spawned` first.
+    fn adopt(&self, adoptee: Adoptee, events: mpsc::UnboundedSender<WorkerEvent>) -> WorkerHandle;
 }
 
 /// What to start, and where to tell what became of it.
@@ -112,8 +118,9 @@ pub enum WorkerEvent {
         worker: WorkerId,
         /// Its processes.
         tree: Arc<ProcessTree>,
-        /// The file in which it may report its own GPU memory.
-        report: PathBuf,
+        /// What a later residentd must know of it; `origin` is for whoever keeps
+        /// it to fill in.
+        record: Box<WorkerRecord>,
     },
     /// The worker can answer.
     Ready {
@@ -236,17 +243,19 @@ impl Shared {
     /// Returns a path in a folder of the state that no other life has and where
     /// nothing is.
     fn own_file(&self, folder: &str) -> Result<PathBuf, String> {
+        debug_assert!(OWN_FOLDERS.contains(&folder), "tidied at the start");
         let folder = self.state_dir.join(folder);
         std::fs::create_dir_all(&folder)
             .map_err(|error| format!("make {}: {error}", folder.display()))?;
         let number = self.files.fetch_add(1, Ordering::Relaxed);
-        let path = folder.join(format!("{}-{number}", std::process::id()));
-        // Of an earlier residentd with this pid; mostly there is none.
-        let _ = std::fs::remove_file(&path);
-        Ok(path)
+        // Also in a container, where every residentd has the same pid.
+        let ProcessKey { pid, start_time } = self.owner.process;
+        Ok(folder.join(format!("{pid}-{start_time}-{number}")))
     }
 }
 
+/// Folders of the state that hold a file of each life.
+const OWN_FOLDERS: [&str; 2] = ["sockets", "reports"];
 /// The kernel's bound on a Unix socket's path, less the closing zero; see
 /// `unix(7)`.
 const LONGEST_SOCKET: usize = 107;
@@ -279,6 +288,23 @@ impl Spawner for ProcessSpawner {
         let tail = Arc::new(Tail::default());
         let life = Life::new(Arc::clone(&self.shared), order, orders, Arc::clone(&tail));
         telemetry::spawn("worker", life.run());
+        WorkerHandle {
+            stop: Arc::new(stop),
+            tail,
+        }
+    }
+
+    fn adopt(&self, adoptee: Adoptee, events: mpsc::UnboundedSender<WorkerEvent>) -> WorkerHandle {
+        let (stop, orders) = watch::channel(Stop::Run);
+        let tail = Arc::new(Tail::default());
+        let order = SpawnOrder {
+            worker: adoptee.record.worker.clone(),
+            spec: Arc::clone(&adoptee.spec),
+            gpus: Vec::new(),
+            events,
+        };
+        let life = Life::new(Arc::clone(&self.shared), order, orders, Arc::clone(&tail));
+        telemetry::spawn("worker", life.go_on(adoptee));
         WorkerHandle {
             stop: Arc::new(stop),
             tail,

@@ -2,6 +2,7 @@
 
 mod access_log;
 mod adapter;
+mod adopt;
 mod api;
 mod cli;
 mod config;

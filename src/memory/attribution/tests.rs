@@ -68,6 +68,7 @@ impl Bench {
             .workers
             .iter()
             .map(|(worker, loading, told, report)| Claim {
+                held: None,
                 worker,
                 gpus: &[0],
                 loading: *loading,

@@ -202,6 +202,7 @@ fn stopped(spec: Arc<ModelSpec>) -> ModelView {
         generation: 0,
         pid: None,
         ready: None,
+        adopted: false,
         pinned: false,
         queued: 0,
         usage: None,
@@ -366,6 +367,7 @@ pub(crate) fn snapshot() -> Snapshot {
             refusals: BTreeMap::from([("queue_full", 3)]),
             reclaim_shortfall: Bytes::mib(1),
         },
+        state_error: None,
         draining: false,
     }
 }

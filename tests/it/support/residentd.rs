@@ -32,12 +32,7 @@ impl Residentd {
     /// As [`Residentd::start`], with environment variables.
     pub(crate) fn start_with(config: &str, environment: &[(&str, &str)]) -> Self {
         let folder = tempfile::tempdir().expect("a folder for the test");
-        let file = folder.path().join("residentd.toml");
-        let state = folder.path().join("state");
-        let head = format!(
-            "[server]\nlisten = \"127.0.0.1:0\"\nstate_dir = {state:?}\nlog_level = \"debug\"\n\n"
-        );
-        std::fs::write(&file, head + config).expect("the config can be written");
+        let file = write_config(folder.path(), config);
         let mut command = command(&file, environment);
         command.current_dir(folder.path());
         Self::launch(folder, command)
@@ -57,10 +52,21 @@ impl Residentd {
     pub(crate) fn restart_after(&mut self, signal: nix::sys::signal::Signal) {
         self.signal(signal);
         self.wait();
+        self.start_again(&[]);
+    }
+
+    /// Starts another with the same state and these arguments, when it has
+    /// ended.
+    pub(crate) fn start_again(&mut self, arguments: &[&str]) {
         let file = self.folder.path().join("residentd.toml");
         let mut command = command(&file, &[]);
-        command.current_dir(self.folder.path());
+        command.current_dir(self.folder.path()).args(arguments);
         (self.child, self.address) = serve(command, self.folder.path());
+    }
+
+    /// Writes other lines of configuration for the next start.
+    pub(crate) fn configure(&self, config: &str) {
+        write_config(self.folder.path(), config);
     }
 
     /// Returns `host:port`.
@@ -162,6 +168,17 @@ impl Residentd {
             self.child.try_wait().expect("it is our child")
         })
     }
+}
+
+/// Writes the configuration, its listener, state folder and log level first.
+fn write_config(folder: &Path, config: &str) -> PathBuf {
+    let file = folder.join("residentd.toml");
+    let state = folder.join("state");
+    let head = format!(
+        "[server]\nlisten = \"127.0.0.1:0\"\nstate_dir = {state:?}\nlog_level = \"debug\"\n"
+    );
+    std::fs::write(&file, head + config).expect("the config can be written");
+    file
 }
 
 /// Returns the command that serves this file.
