@@ -1,31 +1,25 @@
 //! Builds everything, binds the listeners, and takes it apart again.
 //!
 //! Order of the start: store, workers of an earlier residentd, instruments,
-//! policy, controller, listeners. A
-//! listener is bound before the first worker is spawned, so that a port that
-//! is taken costs no model load. Order of the end: the controller refuses new
+//! policy, controller, listeners. A listener is bound before the first worker is
+//! spawned, so that a port that is taken costs no model load. Order of the end: the controller refuses new
 //! work and drains, workers end, listeners close.
 
+mod listeners;
 mod survivors;
 
 use std::collections::BTreeMap;
-use std::convert::Infallible;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use http_body_util::Either;
-use hyper::body::Incoming;
-use hyper::service::service_fn;
-use hyper::{Request, Response};
-use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
-use hyper_util::server::conn::auto;
-use tokio::net::{TcpListener, UnixListener};
+pub use listeners::address_text;
+use listeners::{Server, bind, listen};
+pub use survivors::keep_guard;
 use tokio_util::sync::CancellationToken;
-use tower::ServiceExt;
-use tracing::{debug, info, warn};
+use tracing::{debug, info};
 
-use crate::api::{self, ApiState, PeerAddr};
+use crate::api::{self, ApiState};
 use crate::clock::Clock;
 use crate::config::{Config, LimitOrigin, Listen};
 use crate::control::{self, Controller, LimitSource, Routes};
@@ -33,11 +27,11 @@ use crate::memory::{self, HostReading, MemorySource, Sampler, SamplerSettings};
 use crate::model::{Bytes, DeviceRef, Domain, ModelName};
 use crate::policy::{Policy, Settings, Setup, Threshold};
 use crate::procfs::mark::Owner;
-use crate::proxy::{AccessLog, Proxy, ProxyBody, ProxySettings};
+use crate::proxy::{AccessLog, Proxy, ProxySettings};
 pub use crate::store::Learned;
 use crate::store::{Store, StoreError};
 use crate::telemetry;
-use crate::worker::{self, Adoptee, ProcessSpawner, WorkerSettings};
+use crate::worker::{self, Adoptee, Guard, ProcessSpawner, WorkerSettings};
 
 /// Share of what is available at start that workers get when no limit is set.
 const DEFAULT_LIMIT_PERCENT: u64 = 80;
@@ -46,14 +40,10 @@ const DEFAULT_LIMIT_PERCENT: u64 = 80;
 const RESERVE_PERCENT: u64 = 5;
 /// See [`RESERVE_PERCENT`].
 const LEAST_RESERVE: Bytes = Bytes::mib(512);
-/// Longest time for a client to send a request's head.
-const HEAD_TIMEOUT: Duration = Duration::from_secs(30);
 /// The access log is this long at most, and one as long is kept beside it.
 const ACCESS_LOG: u64 = 64 << 20;
 /// How long open connections may take to end after the last worker is gone.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
-/// Wait after an accept that failed, as it does when descriptors run out.
-const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// Why residentd could not start.
 #[derive(Debug, thiserror::Error)]
@@ -82,6 +72,9 @@ pub enum AppError {
         /// Why.
         source: std::io::Error,
     },
+    /// Workers are not to outlive residentd, and nobody could be found to see to it.
+    #[error("start the guard that ends workers with residentd")]
+    Guard(#[source] std::io::Error),
     /// The state could not be opened.
     #[error("open state")]
     Store(#[from] StoreError),
@@ -104,6 +97,7 @@ pub struct App {
     access: Option<AccessLog>,
     clock: Clock,
     options: Options,
+    guard: Option<Arc<Guard>>,
     addresses: Vec<Listen>,
     closing: CancellationToken,
     connections: tokio_util::task::TaskTracker,
@@ -128,7 +122,15 @@ impl App {
         let adoptees = survivors::find(&config, &store, &owner, clock).await;
         let ready = adoptees.iter().filter(|adoptee| adoptee.record.ready);
         let ready = ready.map(|adoptee| adoptee.spec.name.clone()).collect();
-        let spawner = spawner(&config, owner, clock, options);
+        let spawner = spawner(&config, owner.clone(), clock, options);
+        let guard = match options.owns_process && !config.server.adopt {
+            true => {
+                let (program, arguments) = survivors::guard(&config, &owner);
+                let started = spawner.start_guard(program, arguments);
+                Some(started.map_err(AppError::Guard)?)
+            }
+            false => None,
+        };
         let controller = start_controller(&config, store.clone(), spawner, clock, adoptees);
         survivors::settle(&controller, ready).await;
         let proxy = Proxy::new(
@@ -151,6 +153,7 @@ impl App {
             access,
             clock,
             options,
+            guard,
             addresses,
             closing: server.closing.clone(),
             connections: server.connections.clone(),
@@ -184,9 +187,19 @@ impl App {
     /// grace while the first call waits.
     pub async fn shutdown(&self, grace: Duration) {
         self.controller.shutdown(grace).await;
+        if let Some(guard) = &self.guard {
+            guard.dismiss().await;
+        }
         if self.options.owns_process {
             worker::end_orphans(self.clock).await;
         }
+        self.close().await;
+    }
+
+    /// Writes what is to be kept and closes the listeners. Workers are left as
+    /// they are: those that still run then are taken back by the next residentd
+    /// with this state.
+    pub async fn close(&self) {
         let (store, access) = (self.store.clone(), self.access.clone());
         // Only a panic of it could fail, which has been told.
         let _ = tokio::task::spawn_blocking(move || {
@@ -332,150 +345,5 @@ fn threshold(threshold: crate::config::Threshold) -> Threshold {
     match threshold {
         crate::config::Threshold::Percent(percent) => Threshold::Percent(u64::from(percent)),
         crate::config::Threshold::Size(bytes) => Threshold::Size(bytes),
-    }
-}
-
-enum Listener {
-    Tcp(TcpListener),
-    Unix(UnixListener),
-}
-
-async fn bind(listen: &Listen) -> Result<(Listen, Listener), AppError> {
-    let failed = |source: std::io::Error| {
-        let address = address_text(listen);
-        match source.kind() {
-            std::io::ErrorKind::AddrInUse => AppError::Taken { address },
-            _ => AppError::Listen { address, source },
-        }
-    };
-    match listen {
-        Listen::Tcp(address) => {
-            let listener = TcpListener::bind(address).await.map_err(failed)?;
-            let bound = listener.local_addr().map_err(failed)?;
-            Ok((Listen::Tcp(bound), Listener::Tcp(listener)))
-        }
-        Listen::Unix(path) => {
-            remove_stale_socket(path).await.map_err(failed)?;
-            let listener = UnixListener::bind(path).map_err(failed)?;
-            Ok((Listen::Unix(path.clone()), Listener::Unix(listener)))
-        }
-    }
-}
-
-/// Shows an address as it is written in the configuration, `http://` before a
-/// TCP one.
-#[must_use]
-pub fn address_text(listen: &Listen) -> String {
-    match listen {
-        Listen::Tcp(address) => format!("http://{address}"),
-        Listen::Unix(path) => format!("unix:{}", path.display()),
-    }
-}
-
-/// Takes away a socket file that nobody listens on; one that answers stays.
-async fn remove_stale_socket(path: &PathBuf) -> std::io::Result<()> {
-    if !path.exists() {
-        return Ok(());
-    }
-    match tokio::net::UnixStream::connect(path).await {
-        Ok(_) => Err(std::io::ErrorKind::AddrInUse.into()),
-        Err(error) if error.kind() == std::io::ErrorKind::ConnectionRefused => {
-            std::fs::remove_file(path)
-        }
-        Err(error) => Err(error),
-    }
-}
-
-/// What every connection is served with.
-#[derive(Clone)]
-struct Server {
-    proxy: Proxy,
-    api: axum::Router,
-    closing: CancellationToken,
-    connections: tokio_util::task::TaskTracker,
-}
-
-async fn listen(listener: Listener, server: Server) {
-    loop {
-        let accepted = tokio::select! {
-            accepted = accept(&listener) => accepted,
-            () = server.closing.cancelled() => return,
-        };
-        match accepted {
-            Ok((Stream::Tcp(stream), peer)) => server.serve(TokioIo::new(stream), peer),
-            Ok((Stream::Unix(stream), peer)) => server.serve(TokioIo::new(stream), peer),
-            Err(error) => {
-                warn!(%error, "accepting a connection failed");
-                tokio::time::sleep(ACCEPT_PAUSE).await;
-            }
-        }
-    }
-}
-
-enum Stream {
-    Tcp(tokio::net::TcpStream),
-    Unix(tokio::net::UnixStream),
-}
-
-async fn accept(listener: &Listener) -> std::io::Result<(Stream, PeerAddr)> {
-    match listener {
-        Listener::Tcp(listener) => {
-            let (stream, peer) = listener.accept().await?;
-            stream.set_nodelay(true)?;
-            Ok((Stream::Tcp(stream), PeerAddr(Some(peer))))
-        }
-        Listener::Unix(listener) => {
-            let (stream, _) = listener.accept().await?;
-            Ok((Stream::Unix(stream), PeerAddr(None)))
-        }
-    }
-}
-
-type Body = Either<ProxyBody, axum::body::Body>;
-
-impl Server {
-    fn serve<I>(&self, io: TokioIo<I>, peer: PeerAddr)
-    where
-        TokioIo<I>: hyper::rt::Read + hyper::rt::Write + Unpin + Send + 'static,
-        I: Send + 'static,
-    {
-        let server = self.clone();
-        let closing = self.closing.clone();
-        let task = async move {
-            let service = service_fn(move |request| {
-                let server = server.clone();
-                async move { Ok::<_, Infallible>(server.answer(request, peer).await) }
-            });
-            let mut builder = auto::Builder::new(TokioExecutor::new());
-            builder
-                .http1()
-                .timer(TokioTimer::new())
-                .header_read_timeout(HEAD_TIMEOUT);
-            builder.http2().timer(TokioTimer::new());
-            let connection = builder.serve_connection_with_upgrades(io, service);
-            tokio::pin!(connection);
-            let ended = tokio::select! {
-                ended = connection.as_mut() => ended,
-                () = closing.cancelled() => {
-                    connection.as_mut().graceful_shutdown();
-                    connection.await
-                }
-            };
-            if let Err(error) = ended {
-                debug!(error = %error, "a connection ended early");
-            }
-        };
-        telemetry::spawn("connection", self.connections.track_future(task));
-    }
-
-    async fn answer(&self, mut request: Request<Incoming>, peer: PeerAddr) -> Response<Body> {
-        if Proxy::takes(request.uri().path()) {
-            return self.proxy.handle(request, peer.0).await.map(Either::Left);
-        }
-        request.extensions_mut().insert(peer);
-        let answer = self.api.clone().oneshot(request).await;
-        answer
-            .unwrap_or_else(|never| match never {})
-            .map(Either::Right)
     }
 }

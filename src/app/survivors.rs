@@ -1,13 +1,17 @@
-//! Workers that outlived the residentd before this one.
+//! Workers that outlived the residentd before this one, and those that are not
+//! to outlive this one.
 
+use std::ffi::OsString;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use tracing::{info, warn};
 
 use crate::clock::Clock;
-use crate::config::Config;
+use crate::config::{Config, LogFormat};
 use crate::control::{Controller, ModelView, Phase};
 use crate::model::{ModelName, ModelSpec};
+use crate::procfs::ProcessKey;
 use crate::procfs::mark::Owner;
 use crate::store::Store;
 use crate::worker::{self, Adoptee};
@@ -65,4 +69,35 @@ pub(super) async fn settle(controller: &Controller, ready: Vec<ModelName>) {
         Ok(Err(_)) => {}
         Err(_) => warn!("workers that are taken back do not answer yet"),
     }
+}
+
+/// Returns what a guard of workers of `owner` is started with: this very
+/// program, whatever has been put in its file's place meanwhile.
+pub(super) fn guard(config: &Config, owner: &Owner) -> (PathBuf, Vec<OsString>) {
+    let ProcessKey { pid, start_time } = owner.process;
+    let mut arguments: Vec<OsString> = vec![
+        "guard".into(),
+        "--state".into(),
+        owner.state.clone().into(),
+        "--pid".into(),
+        pid.to_string().into(),
+        "--start-time".into(),
+        start_time.to_string().into(),
+        "--log-level".into(),
+        config.server.log_level.clone().into(),
+    ];
+    if config.server.log_format == LogFormat::Json {
+        arguments.push("--json".into());
+    }
+    ("/proc/self/exe".into(), arguments)
+}
+
+/// Is the guard of the residentd with this state, pid and start time: returns
+/// when that has ended and nothing is left of its workers.
+///
+/// # Errors
+/// When standard input, the pipe from it, cannot be read.
+pub fn keep_guard(state: String, pid: i32, start_time: u64) -> std::io::Result<()> {
+    let process = ProcessKey { pid, start_time };
+    worker::keep_guard(&Owner { state, process })
 }

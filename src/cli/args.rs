@@ -47,6 +47,9 @@ pub(super) enum Command {
     Events(EventsArgs),
     /// Play recorded requests under a virtual clock: will these models fit?
     Simulate(Box<SimulateArgs>),
+    /// End the workers of a residentd that dies; started by it
+    #[command(hide = true)]
+    Guard(GuardArgs),
     /// Print the completions of a shell
     Completions {
         /// Which shell
@@ -154,6 +157,26 @@ impl SettingArgs {
             .chain(no_adopt)
             .collect()
     }
+}
+
+/// What a guard is told by the residentd that starts it.
+#[derive(Args, Clone, Debug)]
+pub(super) struct GuardArgs {
+    /// Name of its state
+    #[arg(long)]
+    pub(super) state: String,
+    /// Its pid
+    #[arg(long)]
+    pub(super) pid: i32,
+    /// When it started, in clock ticks since the machine came up
+    #[arg(long)]
+    pub(super) start_time: u64,
+    /// Log lines are JSON objects
+    #[arg(long)]
+    pub(super) json: bool,
+    /// How much is logged
+    #[arg(long)]
+    pub(super) log_level: String,
 }
 
 /// What every command needs that talks to a running residentd.

@@ -270,6 +270,17 @@ fn queue_limit(path: &Path) -> Option<u64> {
     line.split_ascii_whitespace().nth(1)?.parse().ok()
 }
 
+/// Returns the processes that the residentd `owner` spawned, or their
+/// descendants.
+#[must_use]
+pub fn of_run(owner: &Owner, table: &ProcessTable) -> Vec<ProcessKey> {
+    let theirs = table.iter().filter(|stat| {
+        let mark = Mark::read(stat.key.pid);
+        mark.as_ref().and_then(Owner::parse).as_ref() == Some(owner)
+    });
+    theirs.map(|stat| stat.key).collect()
+}
+
 /// Returns whether the process has exactly this limit on message queues.
 #[must_use]
 pub fn is_stamped(pid: i32, stamp: u64) -> bool {

@@ -15,6 +15,7 @@
 mod adopt;
 mod command;
 mod exit;
+mod guard;
 mod leftovers;
 mod listener;
 mod output;
@@ -26,16 +27,18 @@ mod release;
 mod task;
 mod watched;
 
-use std::fmt;
+use std::ffi::OsString;
 use std::ops::RangeInclusive;
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
+use std::{fmt, io};
 
 use tokio::sync::{mpsc, watch};
 
 pub use self::adopt::{Adoptee, Inspected, Unfit, inspect, origin};
+pub use self::guard::{Guard, keep_guard};
 pub use self::leftovers::{end_left_behind, end_orphans, tidy};
 pub use self::output::{TAIL_LINES, Tail};
 use self::port::Ports;
@@ -222,6 +225,8 @@ struct Shared {
     log_cap: Bytes,
     ports: Ports,
     leaders: Arc<Leaders>,
+    /// Ends workers when we die, where they are not to outlive us.
+    guard: OnceLock<Arc<Guard>>,
     /// Numbers the files that one life has for itself.
     files: AtomicU64,
 }
@@ -274,11 +279,29 @@ impl ProcessSpawner {
             log_cap: settings.log_cap,
             ports: Ports::new(settings.ports),
             leaders,
+            guard: OnceLock::new(),
             files: AtomicU64::new(0),
         };
         Self {
             shared: Arc::new(shared),
         }
+    }
+}
+
+impl ProcessSpawner {
+    /// Has workers ended when this process dies, by a guard that `program` with
+    /// these arguments becomes: it is to call [`keep_guard`]. Called in a
+    /// runtime, before the first worker is spawned.
+    ///
+    /// # Errors
+    /// When it cannot be started.
+    pub fn start_guard(
+        &self,
+        program: PathBuf,
+        arguments: Vec<OsString>,
+    ) -> io::Result<Arc<Guard>> {
+        let guard = Guard::start((program, arguments), Arc::clone(&self.shared.leaders))?;
+        Ok(Arc::clone(self.shared.guard.get_or_init(|| guard)))
     }
 }
 

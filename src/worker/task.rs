@@ -178,6 +178,9 @@ impl Life {
             .log
             .note(&format!("--- {} ended: {status} ---", self.worker));
         self.shared.leaders.lock().remove(&body.process.pid());
+        if let Some(guard) = self.shared.guard.get() {
+            guard.forget(body.process.tree.leader());
+        }
         for file in body.record.socket.iter().chain([&body.record.report]) {
             // It may never have been made, or taken away by the worker itself.
             let _ = std::fs::remove_file(file);
@@ -420,6 +423,9 @@ impl Body {
             .map_err(failed("take charge of it"))?;
         leaders.insert(process.pid(), Arc::clone(&process.tree));
         drop(leaders);
+        if let Some(guard) = shared.guard.get() {
+            guard.protect(process.tree.leader(), stamp.as_ref().ok().copied());
+        }
         let pid = process.pid();
         // Best effort: raising it needs no right, but it may be gone already.
         let _ = std::fs::write(format!("/proc/{pid}/oom_score_adj"), OOM_SCORE_ADJ);

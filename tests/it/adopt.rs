@@ -64,93 +64,173 @@ fn load(address: &str, model: &str, stop: &AtomicBool, served: &AtomicU64) {
     }
 }
 
+const NAMES: [&str; 3] = ["a", "b", "s"];
+/// Tells the processes of one test's worker from those of all others.
+const OWN_SIZE: &str = "24577KiB";
+
 #[test]
 fn a42_workers_are_taken_back_after_kill_9_under_load_again_and_again() {
+    let flags = format!("--anon {OWN_SIZE} --daemon-child --child-anon 8MiB");
+    let on_socket = model("s", "", "upstream = \"unix:${SOCKET}\"");
     let config = [
         ROOM.to_owned(),
-        model("a", "--anon 24577KiB --daemon-child --child-anon 8MiB", ""),
+        model("a", &flags, ""),
         model("b", "--anon 16MiB", ""),
-        model("s", "", "upstream = \"unix:${SOCKET}\"")
-            .replace("--port ${PORT}", "--socket ${SOCKET}"),
+        on_socket.replace("--port ${PORT}", "--socket ${SOCKET}"),
     ];
     let mut residentd = Residentd::start(&config.concat());
-    let names = ["a", "b", "s"];
-    let pids = names.map(|name| residentd.complete(name).worker_pid());
-    let mark = "24577KiB";
-    let mut memory = names.map(|_| 0);
-    wait_until("all to be measured", || {
-        memory = names.map(|name| residentd.model(name)["memory_usage"].as_u64().unwrap_or(0));
-        (memory[0] > 32 << 20 && memory[1] > 16 << 20 && memory[2] > 0).then_some(())
+    let pids = NAMES.map(|name| residentd.complete(name).worker_pid());
+    let memory = wait_until("all to be measured", || {
+        let held = NAMES.map(|name| residentd.model(name)["memory_usage"].as_u64().unwrap_or(0));
+        (held[0] > 32 << 20 && held[1] > 16 << 20 && held[2] > 0).then_some(held)
     });
-    for name in names {
-        wait_until_kept(&residentd, name);
-    }
+    wait_until_kept(&residentd, "all");
     for round in 1..=rounds() {
-        let (stop, served) = (AtomicBool::new(false), AtomicU64::new(0));
-        let address = residentd.address().to_owned();
-        std::thread::scope(|scope| {
-            for name in names {
-                scope.spawn(|| load(&address, name, &stop, &served));
-            }
-            wait_until("the load to run", || {
-                (served.load(Ordering::Relaxed) > 20).then_some(())
-            });
-            residentd.restart_after(Signal::SIGKILL);
-            stop.store(true, Ordering::Relaxed);
-        });
-        for (name, pid) in names.iter().zip(pids) {
-            let view = residentd.model(name);
-            assert_eq!(view["phase"], "ready", "round {round}: {view}");
-            assert_eq!(
-                (&view["pid"], &view["generation"]),
-                (&json!(pid), &json!(1))
-            );
-            assert_eq!(
-                (&view["adopted"], &view["loads"]),
-                (&json!(true), &json!(0))
-            );
-            let answer = residentd.complete(name);
-            assert_eq!(
-                (answer.status, answer.worker_pid()),
-                (200, pid),
-                "round {round}"
-            );
-        }
-        let views = names.map(|name| residentd.model(name));
-        for (view, before) in views.iter().zip(memory) {
-            let now = view["memory_usage"].as_u64().expect("it is measured");
-            assert!(
-                now.abs_diff(before) < 8 << 20,
-                "round {round}: {now} after {before}: {view}"
-            );
-            assert_eq!(view["loads"], 0, "round {round}");
-        }
-        assert_eq!(
-            processes_with(mark).len(),
-            1,
-            "round {round}: no second copy"
-        );
-        let told = events(&residentd, "adopt");
-        assert_eq!(told.len(), names.len(), "round {round}: {told:?}");
-        assert!(
-            told.iter()
-                .all(|event| event["held"]["host"].as_u64() > Some(0))
-        );
-        assert_eq!(events(&residentd, "spawn").len(), 0, "round {round}");
+        kill_under_load(&mut residentd);
+        look_at_survivors(&residentd, round, pids, memory);
     }
     let answer = residentd.ask("POST", "/api/v1/models/a/unload", None);
     assert_eq!(answer.status, 200, "{}", answer.text());
-    assert!(!runs(pids[0]));
-    assert_eq!(processes_with(mark).len(), 0);
+    assert!(!runs(pids[0]) && processes_with(OWN_SIZE).is_empty());
     let again = residentd.complete("a");
     assert_eq!(again.status, 200, "{}", again.text());
     let view = residentd.model("a");
-    assert_eq!(
-        (&view["generation"], &view["adopted"]),
-        (&json!(2), &json!(false))
-    );
+    let (generation, adopted) = (&view["generation"], &view["adopted"]);
+    assert_eq!((generation, adopted), (&json!(2), &json!(false)));
     assert!(residentd.stop().success());
     assert!(pids.iter().all(|pid| !runs(*pid)), "a normal end ends them");
+}
+
+/// Kills residentd while all models are asked, and starts the next.
+fn kill_under_load(residentd: &mut Residentd) {
+    let (stop, served) = (AtomicBool::new(false), AtomicU64::new(0));
+    let address = residentd.address().to_owned();
+    std::thread::scope(|scope| {
+        for name in NAMES {
+            let (address, stop, served) = (&address, &stop, &served);
+            scope.spawn(move || load(address, name, stop, served));
+        }
+        wait_until("the load to run", || {
+            (served.load(Ordering::Relaxed) > 20).then_some(())
+        });
+        residentd.restart_after(Signal::SIGKILL);
+        stop.store(true, Ordering::Relaxed);
+    });
+}
+
+/// Everything is as it was, from the first look on.
+fn look_at_survivors(residentd: &Residentd, round: u64, pids: [i64; 3], memory: [u64; 3]) {
+    for ((name, pid), before) in NAMES.iter().zip(pids).zip(memory) {
+        let view = residentd.model(name);
+        assert_eq!(view["phase"], "ready", "round {round}: {view}");
+        let identity = (&view["pid"], &view["generation"], &view["adopted"]);
+        let expected = (&json!(pid), &json!(1), &json!(true));
+        assert_eq!(identity, expected, "round {round}");
+        let now = view["memory_usage"].as_u64().expect("it is measured");
+        assert!(
+            now.abs_diff(before) < 8 << 20,
+            "round {round}: {now}, was {before}: {view}"
+        );
+        let answer = residentd.complete(name);
+        assert_eq!(
+            (answer.status, answer.worker_pid()),
+            (200, pid),
+            "round {round}"
+        );
+        assert_eq!(residentd.model(name)["loads"], 0, "round {round}");
+    }
+    let copies = processes_with(OWN_SIZE);
+    assert_eq!(copies, [pids[0]], "round {round}: no second copy");
+    let told = events(residentd, "adopt");
+    assert_eq!(told.len(), NAMES.len(), "round {round}: {told:?}");
+    let measured = |event: &Value| event["held"]["host"].as_u64() > Some(0);
+    assert!(told.iter().all(measured), "{told:?}");
+    assert_eq!(events(residentd, "spawn").len(), 0, "round {round}");
+}
+
+/// Returns the pid of residentd's guard.
+fn guard(residentd: &Residentd) -> i64 {
+    let own = residentd.pid().to_string();
+    let is_own = |pid: &i64| {
+        let line = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        let line = String::from_utf8_lossy(&line).into_owned();
+        let mut words = line.split('\0');
+        words.nth(1) == Some("guard") && words.any(|word| word == own)
+    };
+    wait_until("a guard", || {
+        processes_with("guard").into_iter().find(is_own)
+    })
+}
+
+#[test]
+fn a42_without_adoption_no_worker_is_alive_a_second_after_kill_9() {
+    let flags = "--child --daemon-child --child-ignore-term --ignore-term";
+    let config = format!(
+        "adopt = false\n{ROOM}{}{}",
+        model("a", flags, ""),
+        model("b", "", "")
+    );
+    let mut residentd = Residentd::start(&config);
+    let mut all: Vec<_> = ["a", "b"]
+        .map(|name| residentd.complete(name).worker_pid())
+        .into();
+    let stats = residentd.ask("GET", "/upstream/a/stats", None).json();
+    let children = stats["children"]
+        .as_array()
+        .expect("it has children")
+        .clone();
+    all.extend(children.iter().filter_map(Value::as_i64));
+    assert_eq!(all.len(), 4);
+    all.push(guard(&residentd));
+    residentd.signal(Signal::SIGKILL);
+    let start = now();
+    residentd.wait();
+    wait_until("all to be gone", || {
+        all.iter().all(|pid| !runs(*pid)).then_some(())
+    });
+    assert!(
+        start.elapsed() < Duration::from_secs(1),
+        "{:?}",
+        start.elapsed()
+    );
+    residentd.start_again(&[]);
+    assert_eq!(residentd.complete("b").status, 200);
+}
+
+#[test]
+fn a_guard_outlives_signals_to_the_group_is_replaced_when_it_dies_and_leaves_in_silence() {
+    let config = format!("adopt = false\n{ROOM}{}", model("m", "", ""));
+    let mut residentd = Residentd::start(&config);
+    let worker = residentd.complete("m").worker_pid();
+    let first = guard(&residentd);
+    for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP] {
+        kill(first, signal);
+    }
+    assert_eq!(residentd.complete("m").status, 200);
+    assert!(runs(first), "only SIGKILL ends it");
+    kill(first, Signal::SIGKILL);
+    wait_until("the first to be gone", || (!runs(first)).then_some(()));
+    let second = guard(&residentd);
+    assert!(residentd.log().contains("starting another"));
+    assert!(runs(worker), "the end of a guard ends no worker");
+    residentd.signal(Signal::SIGKILL);
+    residentd.wait();
+    wait_until("the second to end the worker", || {
+        (!runs(worker) && !runs(second)).then_some(())
+    });
+    assert!(
+        residentd
+            .log()
+            .contains("residentd is gone: ending its workers")
+    );
+    residentd.start_again(&[]);
+    residentd.complete("m");
+    let third = guard(&residentd);
+    let before = residentd.log().matches("residentd is gone").count();
+    residentd.signal(Signal::SIGTERM);
+    assert!(residentd.wait().success());
+    assert!(!runs(third), "it leaves before residentd");
+    assert_eq!(residentd.log().matches("residentd is gone").count(), before);
 }
 
 #[test]
