@@ -5,6 +5,7 @@
 //! spawned, so that a port that is taken costs no model load. Order of the end: the controller refuses new
 //! work and drains, workers end, listeners close.
 
+mod keeper;
 mod listeners;
 mod survivors;
 
@@ -13,6 +14,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use keeper::Keeper;
 pub use listeners::address_text;
 use listeners::{Server, bind, listen};
 pub use survivors::keep_guard;
@@ -94,6 +96,7 @@ pub struct Options {
 pub struct App {
     controller: Controller,
     store: Store,
+    keeper: Arc<Keeper>,
     access: Option<AccessLog>,
     clock: Clock,
     options: Options,
@@ -143,11 +146,12 @@ impl App {
         .with_access_log(access.clone());
         let server = Server {
             proxy: proxy.clone(),
-            api: api::router(ApiState::new(controller.clone())),
+            api: api::router(ApiState::new(controller.clone()).with_past(keeper::past(&store))),
             closing: CancellationToken::new(),
             connections: tokio_util::task::TaskTracker::new(),
         };
         let app = Self {
+            keeper: Keeper::start(&controller, store.clone()),
             controller,
             store,
             access,
@@ -200,6 +204,7 @@ impl App {
     /// they are: those that still run then are taken back by the next residentd
     /// with this state.
     pub async fn close(&self) {
+        self.keeper.keep();
         let (store, access) = (self.store.clone(), self.access.clone());
         // Only a panic of it could fail, which has been told.
         let _ = tokio::task::spawn_blocking(move || {
@@ -296,6 +301,7 @@ fn start_controller(
         footprint: store.footprint(&spec.name),
     });
     let policy = Policy::new(settings, setups);
+    let first_decision = keeper::next_id(&store);
     control::start(control::Parts {
         policy,
         routes: Arc::new(Routes::new(config.models.iter().cloned())),
@@ -304,6 +310,7 @@ fn start_controller(
         store,
         clock,
         limit_source,
+        first_decision,
         auto_cleanup: config.memory.auto_cleanup,
         adoptees,
     })

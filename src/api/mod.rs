@@ -15,6 +15,7 @@ mod logs;
 mod memory;
 mod metrics;
 mod models;
+mod past;
 mod probes;
 mod query;
 mod system;
@@ -29,6 +30,7 @@ use axum::routing::{get, post};
 use self::envelope::ApiError;
 pub use self::guard::PeerAddr;
 use self::metrics::Page;
+pub use self::past::{Past, written};
 use crate::control::Controller;
 
 /// What every route needs. Cheap to clone.
@@ -36,6 +38,7 @@ use crate::control::Controller;
 pub struct ApiState {
     controller: Controller,
     metrics: Arc<Page>,
+    past: Arc<Past>,
 }
 
 impl ApiState {
@@ -45,6 +48,16 @@ impl ApiState {
         Self {
             metrics: Arc::new(Page::new(controller.clone())),
             controller,
+            past: Arc::default(),
+        }
+    }
+
+    /// Has events of earlier runs told too.
+    #[must_use]
+    pub fn with_past(self, past: Past) -> Self {
+        Self {
+            past: Arc::new(past),
+            ..self
         }
     }
 }

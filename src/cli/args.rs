@@ -83,7 +83,7 @@ pub struct ServeArgs {
 /// configuration checks them with everything else.
 #[derive(Args, Clone, Debug, Default)]
 pub struct SettingArgs {
-    /// Folder for learned footprints and worker logs
+    /// Folder for learned footprints, live workers, events and worker logs
     #[arg(long, value_name = "PATH")]
     pub state_dir: Option<String>,
     /// How long requests may finish at shutdown, as 30s

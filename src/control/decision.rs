@@ -12,7 +12,7 @@ use crate::policy::{EvictReason, Expected, Outlook, PressureLevel, Refusal};
 /// One decision, or one thing that happened and led to some.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Decision {
-    /// Counts from 1 since residentd started, without a gap.
+    /// Counts on without a gap, also over restarts, as long as the state is kept.
     pub id: u64,
     /// When.
     pub at: Timestamp,
@@ -265,7 +265,6 @@ impl Kind {
     /// Every kind.
     pub const ALL: [Self; 18] = [
         Self::Spawn,
-        Self::Adopt,
         Self::Ready,
         Self::Wait,
         Self::Evict,
@@ -282,6 +281,7 @@ impl Kind {
         Self::Limit,
         Self::Pressure,
         Self::Shutdown,
+        Self::Adopt,
     ];
 
     /// Returns the word used in the API.

@@ -48,6 +48,8 @@ pub struct Parts {
     pub limit_source: LimitSource,
     /// Idle models are unloaded under pressure without being asked.
     pub auto_cleanup: bool,
+    /// Number of the first decision.
+    pub first_decision: u64,
     /// Workers of an earlier residentd that are taken back.
     pub adoptees: Vec<Adoptee>,
 }
@@ -68,7 +70,7 @@ pub fn start(parts: Parts) -> Controller {
     let (events_in, events) = mpsc::unbounded_channel();
     let readings = parts.memory.readings();
     let reading = readings.borrow().clone();
-    let (recorder, decisions) = super::record(parts.clock);
+    let (recorder, decisions) = super::record(parts.clock, parts.first_decision);
     let mut task = Task {
         policy: parts.policy,
         clock: parts.clock,

@@ -1,5 +1,5 @@
-//! What is kept over restarts: learned footprints, live workers and persistent
-//! limits, in one embedded database.
+//! What is kept over restarts: learned footprints, live workers, decisions and
+//! persistent limits, in one embedded database.
 //!
 //! Reads happen at start. Writes go to a thread of their own, since a commit
 //! waits for the disk and the controller may not. A write that fails is kept
@@ -36,6 +36,10 @@ const LOADS: TableDefinition<&str, u64> = TableDefinition::new("loads_v1");
 const LIMITS: TableDefinition<&str, u64> = TableDefinition::new("limits_v1");
 /// Live workers as JSON by `model ␟ generation`.
 const WORKERS: TableDefinition<&str, &str> = TableDefinition::new("workers_v1");
+/// Decisions as JSON by number.
+const DECISIONS: TableDefinition<u64, &str> = TableDefinition::new("decisions_v1");
+/// First decisions by run.
+const RUNS: TableDefinition<u64, u64> = TableDefinition::new("runs_v1");
 /// Facts about the database itself.
 const META: TableDefinition<&str, &str> = TableDefinition::new("meta_v1");
 /// The database's file.
@@ -123,6 +127,8 @@ struct Kept {
     footprints: BTreeMap<String, u64>,
     limits: BTreeMap<String, u64>,
     workers: Vec<WorkerRecord>,
+    decisions: Vec<(u64, String)>,
+    runs: BTreeMap<u64, u64>,
 }
 
 /// What is known of one model from its past lives.
@@ -295,6 +301,29 @@ impl Store {
     /// Forgets a worker that is gone.
     pub fn forget_worker(&self, worker: &WorkerId) {
         self.writer.desk().keep(worker_key(worker), Value::Nothing);
+    }
+
+    /// Returns the newest decisions of earlier runs, as they were written, by
+    /// number.
+    #[must_use]
+    pub fn decisions(&self) -> &[(u64, String)] {
+        &self.kept.decisions
+    }
+
+    /// Returns the number of the first decision of each of the last runs.
+    #[must_use]
+    pub fn runs(&self) -> &BTreeMap<u64, u64> {
+        &self.kept.runs
+    }
+
+    /// Keeps decisions, and forgets the oldest when there are too many.
+    pub fn keep_decisions(&self, decisions: impl Iterator<Item = (u64, String)>) {
+        self.writer.desk().keep_decisions(decisions);
+    }
+
+    /// Keeps with which decision a run begins.
+    pub fn keep_run(&self, run: u64, first: u64) {
+        self.writer.desk().keep(Key::Run(run), Value::Number(first));
     }
 
     /// Returns what a worker of this model that is started now is started from,

@@ -1,14 +1,16 @@
 //! Opening what may be absent, held, read-only, full, newer or damaged.
 
+use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 
-use redb::{Database, ReadableDatabase, ReadableTable};
+use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition};
 use tracing::{error, warn};
 
-use super::{FILE, FOOTPRINTS, Kept, LIMITS, META, StoreError, WORKERS, workers};
+use super::{DECISIONS, FILE, FOOTPRINTS, Kept, LIMITS, META, RUNS, StoreError, WORKERS, workers};
+use crate::model::WorkerRecord;
 use crate::telemetry;
 
 /// Held by the one residentd that uses the folder.
@@ -138,7 +140,17 @@ fn begin(database: &Database, name: Option<&str>) -> Result<Result<(), String>, 
 
 fn read(database: &Database) -> Result<Kept, redb::Error> {
     let name = database.begin_read()?.open_table(META)?.get(NAME)?;
+    let mut decisions = Vec::new();
+    for_each(database, DECISIONS, |id, text| {
+        decisions.push((id, text.to_owned()));
+    })?;
+    let mut runs = BTreeMap::new();
+    for_each(database, RUNS, |run, first| {
+        runs.insert(run, first);
+    })?;
     Ok(Kept {
+        decisions,
+        runs,
         name: name.map(|name| name.value().to_owned()).unwrap_or_default(),
         footprints: super::read_all(database, FOOTPRINTS)?,
         limits: super::read_all(database, LIMITS)?,
@@ -146,23 +158,33 @@ fn read(database: &Database) -> Result<Kept, redb::Error> {
     })
 }
 
-fn read_workers(database: &Database) -> Result<Vec<crate::model::WorkerRecord>, redb::Error> {
-    let table = match database.begin_read()?.open_table(WORKERS) {
-        Err(redb::TableError::TableDoesNotExist(_)) => return Ok(Vec::new()),
+fn read_workers(database: &Database) -> Result<Vec<WorkerRecord>, redb::Error> {
+    let mut all = Vec::new();
+    for_each(database, WORKERS, |key, text| match workers::read(text) {
+        Ok(record) => all.push(record),
+        Err(why) => {
+            let key = key.replace(super::SEPARATOR, "#");
+            warn!(worker = key, error = %telemetry::chain(&why), "the record of a worker cannot be read: it is ended if it runs");
+        }
+    })?;
+    Ok(all)
+}
+
+/// Shows every entry of a table, if there is such a table.
+fn for_each<K: redb::Key + 'static, V: redb::Value + 'static>(
+    database: &Database,
+    table: TableDefinition<K, V>,
+    mut show: impl FnMut(K::SelfType<'_>, V::SelfType<'_>),
+) -> Result<(), redb::Error> {
+    let table = match database.begin_read()?.open_table(table) {
+        Err(redb::TableError::TableDoesNotExist(_)) => return Ok(()),
         other => other?,
     };
-    let mut all = Vec::new();
     for entry in table.iter()? {
         let (key, value) = entry?;
-        match workers::read(value.value()) {
-            Ok(record) => all.push(record),
-            Err(why) => {
-                let key = key.value().replace(super::SEPARATOR, "#");
-                warn!(worker = key, error = %telemetry::chain(&why), "the record of a worker cannot be read: it is ended if it runs");
-            }
-        }
+        show(key.value(), value.value());
     }
-    Ok(all)
+    Ok(())
 }
 
 /// Returns whether the file's content is to blame.

@@ -10,16 +10,21 @@ use std::path::PathBuf;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use redb::Database;
+use redb::{Database, ReadableTableMetadata};
 use tracing::{error, info};
 
-use super::{FOOTPRINTS, LIMITS, LOADS, WORKERS};
+use super::{DECISIONS, FOOTPRINTS, LIMITS, LOADS, RUNS, WORKERS};
 use crate::clock::{Clock, Timestamp};
 use crate::model::Domain;
 use crate::telemetry;
 
 /// Between two tries while writing fails.
 const RETRY: Duration = Duration::from_secs(5);
+
+/// Decisions that are kept: as many as a run keeps in memory.
+const DECISIONS_KEPT: u64 = 1000;
+/// Runs of which it is kept where they began.
+const RUNS_KEPT: u64 = 32;
 
 /// What is written under one key replaces what was there.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -32,12 +37,17 @@ pub(super) enum Key {
     Limit(Domain),
     /// A live worker.
     Worker(String),
+    /// A decision, by its number.
+    Decision(u64),
+    /// The first decision of the run with this number.
+    Run(u64),
 }
 
 /// What is to be there from now on.
 #[derive(Clone, Debug)]
 pub(super) enum Value {
     Numbers(BTreeMap<String, u64>),
+    Number(u64),
     Text(String),
     Nothing,
 }
@@ -104,6 +114,29 @@ impl Desk {
     pub(super) fn keep(&self, key: Key, value: Value) {
         self.lock().pending.insert(key, value);
         self.changed.notify_all();
+    }
+
+    /// Has decisions written, and forgets those that are too old by then.
+    pub(super) fn keep_decisions(&self, decisions: impl Iterator<Item = (u64, String)>) {
+        let mut papers = self.lock();
+        let before = papers.pending.len();
+        for (id, text) in decisions {
+            papers.pending.insert(Key::Decision(id), Value::Text(text));
+        }
+        let newest = papers.pending.keys().filter_map(|key| match key {
+            Key::Decision(id) => Some(*id),
+            _ => None,
+        });
+        if let Some(oldest) = newest
+            .max()
+            .map(|newest| newest.saturating_sub(DECISIONS_KEPT))
+        {
+            let is_old = |key: &Key| matches!(key, Key::Decision(id) if *id <= oldest);
+            papers.pending.retain(|key, _| !is_old(key));
+        }
+        if papers.pending.len() > before {
+            self.changed.notify_all();
+        }
     }
 
     /// Waits until everything is written; returns false when that takes longer.
@@ -217,6 +250,8 @@ fn commit(database: &Database, pending: &Pending) -> Result<(), redb::Error> {
         let mut limits = transaction.open_table(LIMITS)?;
         let mut loads = transaction.open_table(LOADS)?;
         let mut workers = transaction.open_table(WORKERS)?;
+        let mut decisions = transaction.open_table(DECISIONS)?;
+        let mut runs = transaction.open_table(RUNS)?;
         for (key, value) in pending {
             match (key, value) {
                 (Key::Footprint(model), Value::Numbers(numbers)) => {
@@ -236,7 +271,26 @@ fn commit(database: &Database, pending: &Pending) -> Result<(), redb::Error> {
                 (Key::Worker(key), _) => {
                     workers.remove(key.as_str())?;
                 }
-                (Key::Footprint(_) | Key::Load(_) | Key::Limit(_), _) => {}
+                (Key::Decision(id), Value::Text(text)) => {
+                    decisions.insert(id, text.as_str())?;
+                    let oldest = id.saturating_sub(DECISIONS_KEPT);
+                    decisions.retain_in(..=oldest, |_, _| false)?;
+                }
+                (Key::Run(run), Value::Number(first)) => {
+                    runs.insert(run, first)?;
+                    while runs.len()? > RUNS_KEPT {
+                        runs.pop_first()?;
+                    }
+                }
+                // No key goes with any other value.
+                (
+                    Key::Footprint(_)
+                    | Key::Load(_)
+                    | Key::Limit(_)
+                    | Key::Decision(_)
+                    | Key::Run(_),
+                    _,
+                ) => {}
             }
         }
     }

@@ -16,6 +16,7 @@ mod proxy;
 mod replay;
 mod scenarios;
 mod simulate;
+mod state;
 mod story;
 mod stub;
 mod support;

@@ -52,7 +52,7 @@ impl World {
         let (signals, heard) = mpsc::unbounded_channel();
         let (publish, snapshots) = watch::channel(Arc::new(snapshot));
         let clock = Clock::start_at(UNIX_START);
-        let (recorder, decisions) = record(clock);
+        let (recorder, decisions) = record(clock, 1);
         let seen = (snapshots, decisions);
         let controller = Controller::from_parts(routes, commands, signals, seen, clock);
         residentd::telemetry::spawn("controller", async move {
