@@ -370,6 +370,38 @@ mod tests {
     }
 
     #[test]
+    fn orphans_of_a_worker_that_was_taken_back_are_found_at_whoever_takes_them() {
+        let me = Owner::this_process("a-state".into()).process.pid;
+        let marks = Arc::new(Marks::new(-1));
+        let mark = Mark::kept("a-state 1 2 m#1");
+        let scan = || ProcessTable::scan().expect("/proc can be listed");
+        let own = getrlimit(Resource::Msgqueue).maximum.unwrap_or(QUEUE_BYTES);
+        assert!(marks.resume((&mark, Some(own - 1)), me, &scan()).is_empty());
+        let sleep = |mark: Option<&Mark>| {
+            let mut command = std::process::Command::new("sleep");
+            command.arg("60").env_remove(VARIABLE);
+            command.envs(mark.map(|mark| (VARIABLE, mark.as_str())));
+            command.spawn().expect("sleep can be spawned")
+        };
+        let mut children = [sleep(Some(&mark)), sleep(Some(&mark)), sleep(None)];
+        let pids = [0, 1, 2].map(|n: usize| i32::try_from(children[n].id()).expect("a pid fits"));
+        let leader = ProcessStat::read(pids[0]).expect("it runs").key;
+        let tree = crate::procfs::ProcessTree::marked(leader, mark, Arc::clone(&marks));
+        let members: Vec<_> = tree.refresh(&scan()).iter().map(|key| key.pid).collect();
+        // Looked at again and again, a stranger stays one.
+        for _ in 0..5 {
+            assert!(!tree.refresh(&scan()).iter().any(|key| key.pid == pids[2]));
+        }
+        let stamp = marks.stamp(pids[2], &Mark::kept("a-state 3 4 n#1"));
+        for child in &mut children {
+            child.kill().expect("it runs");
+            child.wait().expect("it is our child");
+        }
+        assert_eq!(members, pids[..2]);
+        assert!(stamp.expect("a lower limit needs no right") < own - 1);
+    }
+
+    #[test]
     fn only_workers_of_a_dead_residentd_with_the_same_state_were_left_behind() {
         let me = Owner::this_process("a-state".into());
         let dead = Owner {

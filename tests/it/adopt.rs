@@ -80,6 +80,8 @@ fn a42_workers_are_taken_back_after_kill_9_under_load_again_and_again() {
     ];
     let mut residentd = Residentd::start(&config.concat());
     let pids = NAMES.map(|name| residentd.complete(name).worker_pid());
+    let stats = residentd.ask("GET", "/upstream/a/stats", None).json();
+    let daemon = stats["children"][0].as_i64().expect("it has a daemon");
     let memory = wait_until("all to be measured", || {
         let held = NAMES.map(|name| residentd.model(name)["memory_usage"].as_u64().unwrap_or(0));
         (held[0] > 32 << 20 && held[1] > 16 << 20 && held[2] > 0).then_some(held)
@@ -91,7 +93,8 @@ fn a42_workers_are_taken_back_after_kill_9_under_load_again_and_again() {
     }
     let answer = residentd.ask("POST", "/api/v1/models/a/unload", None);
     assert_eq!(answer.status, 200, "{}", answer.text());
-    assert!(!runs(pids[0]) && processes_with(OWN_SIZE).is_empty());
+    assert!(!runs(pids[0]) && !runs(daemon));
+    assert!(processes_with(OWN_SIZE).is_empty());
     let again = residentd.complete("a");
     assert_eq!(again.status, 200, "{}", again.text());
     let view = residentd.model("a");
