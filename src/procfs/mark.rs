@@ -385,6 +385,10 @@ mod tests {
         };
         let mut children = [sleep(Some(&mark)), sleep(Some(&mark)), sleep(None)];
         let pids = [0, 1, 2].map(|n: usize| i32::try_from(children[n].id()).expect("a pid fits"));
+        // In the middle of an exec the environment is not there yet.
+        while pids[..2].iter().any(|pid| Mark::read(*pid).is_none()) {
+            std::thread::yield_now();
+        }
         let leader = ProcessStat::read(pids[0]).expect("it runs").key;
         let tree = crate::procfs::ProcessTree::marked(leader, mark, Arc::clone(&marks));
         let members: Vec<_> = tree.refresh(&scan()).iter().map(|key| key.pid).collect();

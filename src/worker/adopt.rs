@@ -273,6 +273,13 @@ mod tests {
             command.spawn().expect("sleep can be spawned")
         };
         let mut children = [sleep(Some(MARK)), sleep(Some("other 1 2 m#3")), sleep(None)];
+        // In the middle of an exec the environment is not there yet.
+        while children[..2].iter().any(|child| {
+            let pid = i32::try_from(child.id()).expect("a pid fits");
+            Mark::read(pid).is_none()
+        }) {
+            std::thread::yield_now();
+        }
         let records: Vec<_> = children
             .iter()
             .map(|child| record(i32::try_from(child.id()).expect("a pid fits")))

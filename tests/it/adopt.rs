@@ -154,7 +154,7 @@ fn look_at_survivors(residentd: &Residentd, round: u64, pids: [i64; 3], memory: 
     assert!(newest.iter().all(measured), "round {round}: {told:?}");
 }
 
-/// Returns the pid of residentd's guard.
+/// Returns the pid of residentd's guard, once it blocks signals.
 fn guard(residentd: &Residentd) -> i64 {
     let own = residentd.pid().to_string();
     let is_own = |pid: &i64| {
@@ -163,8 +163,16 @@ fn guard(residentd: &Residentd) -> i64 {
         let mut words = line.split('\0');
         words.nth(1) == Some("guard") && words.any(|word| word == own)
     };
+    let blocks = |pid: &i64| {
+        let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+        let mut lines = status.lines();
+        let blocked = lines.find_map(|line| line.strip_prefix("SigBlk:"));
+        let blocked = blocked.and_then(|set| u64::from_str_radix(set.trim(), 16).ok());
+        blocked.is_some_and(|set| set & (1 << (Signal::SIGTERM as u32 - 1)) != 0)
+    };
     wait_until("a guard", || {
-        processes_with("guard").into_iter().find(is_own)
+        let guards = processes_with("guard");
+        guards.into_iter().find(|pid| is_own(pid) && blocks(pid))
     })
 }
 
