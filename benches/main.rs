@@ -6,11 +6,13 @@
 //! arguments (`S20 S13`) pick some.
 
 mod measuring;
+mod policies;
 mod policy;
 mod serving;
 #[path = "../tests/it/support/mod.rs"]
 #[expect(dead_code, reason = "shared with the integration tests")]
 mod support;
+mod traffic;
 
 use std::time::Duration;
 
@@ -23,8 +25,9 @@ fn main() {
         .skip(1)
         .filter(|argument| !argument.starts_with('-'))
         .collect();
-    let all: [(&str, fn()); 6] = [
+    let all: [(&str, fn()); 7] = [
         ("S21", policy::steps),
+        ("policies", policies::waits),
         ("S20", measuring::passes),
         ("S13", measuring::next_start),
         ("request", serving::proxied_request),

@@ -2,46 +2,44 @@
 //!
 //! Order of the start: store, workers of an earlier residentd, instruments,
 //! policy, controller, listeners. A listener is bound before the first worker is
-//! spawned, so that a port that is taken costs no model load. Order of the end: the controller refuses new
-//! work and drains, workers end, listeners close.
+//! spawned, so that a port that is taken costs no model load. Order of the end:
+//! the controller refuses new work and drains, workers end, listeners close.
 
+mod inputs;
 mod keeper;
-mod listeners;
+mod listen;
+mod reload;
 mod survivors;
+mod watch;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use keeper::Keeper;
-pub use listeners::address_text;
-use listeners::{Server, bind, listen};
-pub use survivors::keep_guard;
 use tokio_util::sync::CancellationToken;
-use tracing::{debug, info};
+use tracing::{debug, info, warn};
 
+use self::inputs::Defaults;
+use self::keeper::Keeper;
+pub use self::listen::address_text;
+use self::listen::{Server, bind, listen};
+use self::reload::{Grace, Reloading, proxy_settings};
+pub use self::survivors::keep_guard;
 use crate::api::{self, ApiState};
 use crate::clock::Clock;
-use crate::config::{Config, LimitOrigin, Listen};
-use crate::control::{self, Controller, LimitSource, Routes};
-use crate::memory::{self, HostReading, MemorySource, Sampler, SamplerSettings};
-use crate::model::{Bytes, DeviceRef, Domain, ModelName};
-use crate::policy::{Policy, Settings, Setup, Threshold};
+use crate::config::{Config, Listen, Sources, diff};
+use crate::control::{self, Controller, ReloadOrigin, Reloader, Routes};
+use crate::memory::{self, MemorySource, Sampler, SamplerSettings};
+use crate::model::ModelName;
+use crate::policy::{Policy, Setup};
 use crate::procfs::mark::Owner;
-use crate::proxy::{AccessLog, Proxy, ProxySettings};
+use crate::proxy::{AccessLog, Proxy};
 pub use crate::store::Learned;
 use crate::store::{Store, StoreError};
 use crate::telemetry;
 use crate::worker::{self, Adoptee, Guard, ProcessSpawner, WorkerSettings};
 
-/// Share of what is available at start that workers get when no limit is set.
-const DEFAULT_LIMIT_PERCENT: u64 = 80;
-/// The default reserve is this share of the host, and at least
-/// [`LEAST_RESERVE`].
-const RESERVE_PERCENT: u64 = 5;
-/// See [`RESERVE_PERCENT`].
-const LEAST_RESERVE: Bytes = Bytes::mib(512);
 /// The access log is this long at most, and one as long is kept beside it.
 const ACCESS_LOG: u64 = 64 << 20;
 /// How long open connections may take to end after the last worker is gone.
@@ -102,17 +100,24 @@ pub struct App {
     options: Options,
     guard: Option<Arc<Guard>>,
     addresses: Vec<Listen>,
+    reloader: Reloader,
+    grace: Arc<Grace>,
     closing: CancellationToken,
     connections: tokio_util::task::TaskTracker,
 }
 
 impl App {
-    /// Starts everything the configuration says.
+    /// Starts everything that `config` says, which was read from `sources` and
+    /// is read from there again at a reload.
     ///
     /// # Errors
     /// When an address is taken or the state folder cannot be used. No worker
     /// has been spawned then.
-    pub async fn start(config: Config, options: Options) -> Result<Self, AppError> {
+    pub async fn start(
+        sources: Sources,
+        config: Config,
+        options: Options,
+    ) -> Result<Self, AppError> {
         let clock = Clock::start();
         let mut listeners = Vec::new();
         for address in &config.server.listen {
@@ -123,33 +128,43 @@ impl App {
         let access = access_log(&config)?;
         let owner = Owner::this_process(store.name().to_owned());
         let adoptees = survivors::find(&config, &store, &owner, clock).await;
-        let ready = adoptees.iter().filter(|adoptee| adoptee.record.ready);
-        let ready = ready.map(|adoptee| adoptee.spec.name.clone()).collect();
+        let ready = survivors::ready(&adoptees);
         let spawner = spawner(&config, owner.clone(), clock, options);
         let guard = match options.owns_process && !config.server.adopt {
-            true => {
-                let (program, arguments) = survivors::guard(&config, &owner);
-                let started = spawner.start_guard(program, arguments);
-                Some(started.map_err(AppError::Guard)?)
-            }
+            true => Some(survivors::start_guard(&spawner, &config, &owner)?),
             false => None,
         };
-        let controller = start_controller(&config, store.clone(), spawner, clock, adoptees);
+        let (controller, defaults) =
+            start_controller(&config, store.clone(), spawner, clock, adoptees);
         survivors::settle(&controller, ready).await;
-        let proxy = Proxy::new(
-            controller.clone(),
-            ProxySettings {
-                max_body: config.server.max_body,
-                model_prefix: config.server.model_prefix,
-            },
-        )
-        .with_access_log(access.clone());
+        let proxy =
+            Proxy::new(controller.clone(), proxy_settings(&config)).with_access_log(access.clone());
+        let (reloader, requests) = Reloader::channel();
+        let state = ApiState::new(controller.clone(), Some(reloader.clone()));
         let server = Server {
             proxy: proxy.clone(),
-            api: api::router(ApiState::new(controller.clone()).with_past(keeper::past(&store))),
+            api: api::router(state.with_past(keeper::past(&store))),
             closing: CancellationToken::new(),
             connections: tokio_util::task::TaskTracker::new(),
         };
+        let grace = Arc::new(Grace::new(config.server.shutdown_grace));
+        let sources = Arc::new(sources);
+        if config.server.watch_config {
+            let (sources, closing) = (Arc::clone(&sources), server.closing.clone());
+            let watch = watch::watch(sources, reloader.clone(), closing);
+            telemetry::spawn("watch", watch);
+        }
+        let reloading = Reloading {
+            sources,
+            running: config,
+            defaults,
+            store: store.clone(),
+            controller: controller.clone(),
+            proxy,
+            grace: Arc::clone(&grace),
+            refused: None,
+        };
+        telemetry::spawn("reload", reloading.run(requests));
         let app = Self {
             keeper: Keeper::start(&controller, store.clone()),
             controller,
@@ -159,6 +174,8 @@ impl App {
             options,
             guard,
             addresses,
+            reloader,
+            grace,
             closing: server.closing.clone(),
             connections: server.connections.clone(),
         };
@@ -184,6 +201,24 @@ impl App {
     #[must_use]
     pub fn controller(&self) -> &Controller {
         &self.controller
+    }
+
+    /// Has the configuration read anew as a signal asks for it: by a task of its
+    /// own, and what is wrong with it is logged.
+    pub fn reload(&self) {
+        let reloader = self.reloader.clone();
+        telemetry::spawn("reload", async move {
+            if let Err(error) = reloader.reload(ReloadOrigin::Signal, false).await {
+                warn!(%error, "the configuration stays as it is");
+            }
+        });
+    }
+
+    /// Returns how long requests inside may take at the end, as it is
+    /// configured now.
+    #[must_use]
+    pub fn grace(&self) -> Duration {
+        self.grace.get()
     }
 
     /// Refuses new work, lets requests inside finish within `grace`, ends all
@@ -265,7 +300,7 @@ fn start_controller(
     spawner: ProcessSpawner,
     clock: Clock,
     adoptees: Vec<Adoptee>,
-) -> Controller {
+) -> (Controller, Defaults) {
     let sampler = Sampler::start(
         clock,
         SamplerSettings {
@@ -276,25 +311,9 @@ fn start_controller(
         },
     );
     let host = sampler.readings().borrow().host.clone();
-    let (limit, limit_source) = limit(config, &store, &host);
-    let reserve = config.memory.reserve.unwrap_or_else(|| {
-        host.domain_total()
-            .percent(RESERVE_PERCENT)
-            .max(LEAST_RESERVE)
-    });
-    info!(%limit, source = limit_source.as_str(), %reserve, headroom = %host.headroom, models = config.models.len(), "memory");
-    let settings = Settings {
-        limit,
-        reserve,
-        gpu_limits: gpu_limits(config, &store),
-        soft: threshold(config.pressure.soft),
-        hard: threshold(config.pressure.hard),
-        auto_cleanup: config.memory.auto_cleanup,
-        eviction: config.memory.policy,
-        patience: config.memory.patience,
-        emergency: config.pressure.emergency,
-        drain_timeout: config.server.shutdown_grace,
-    };
+    let defaults = Defaults::of(&host);
+    let (settings, limit_source) = defaults.settings(config, &store);
+    info!(limit = %settings.limit, source = limit_source.as_str(), reserve = %settings.reserve, headroom = %host.headroom, models = config.models.len(), "memory");
     let setups = config.models.iter().map(|spec| Setup {
         spec: Arc::clone(spec),
         weights: crate::config::weights::total(&spec.weights),
@@ -302,7 +321,7 @@ fn start_controller(
     });
     let policy = Policy::new(settings, setups);
     let first_decision = keeper::next_id(&store);
-    control::start(control::Parts {
+    let controller = control::start(control::Parts {
         policy,
         routes: Arc::new(Routes::new(config.models.iter().cloned())),
         spawner: Arc::new(spawner),
@@ -310,47 +329,10 @@ fn start_controller(
         store,
         clock,
         limit_source,
-        first_decision,
         auto_cleanup: config.memory.auto_cleanup,
+        first_decision,
         adoptees,
-    })
-}
-
-/// The limit on host RAM and who set it: kept by an operator, else
-/// configured, else a share of what is available now.
-fn limit(config: &Config, store: &Store, host: &HostReading) -> (Bytes, LimitSource) {
-    if let Some(kept) = store.limit(Domain::Host) {
-        return (kept, LimitSource::Api);
-    }
-    match config.memory.limit {
-        Some((limit, LimitOrigin::Config)) => (limit, LimitSource::Config),
-        Some((limit, LimitOrigin::Env)) => (limit, LimitSource::Env),
-        None => {
-            let by_cgroup = host.headroom < host.available;
-            let source = if by_cgroup {
-                LimitSource::Cgroup
-            } else {
-                LimitSource::Default
-            };
-            (host.headroom.percent(DEFAULT_LIMIT_PERCENT), source)
-        }
-    }
-}
-
-/// Limits on GPUs: kept by an operator, else configured.
-fn gpu_limits(config: &Config, store: &Store) -> BTreeMap<DeviceRef, Bytes> {
-    let mut limits = config.gpu_limits.clone();
-    limits.extend(
-        store
-            .gpu_limits()
-            .map(|(index, limit)| (DeviceRef::Index(index), limit)),
-    );
-    limits
-}
-
-fn threshold(threshold: crate::config::Threshold) -> Threshold {
-    match threshold {
-        crate::config::Threshold::Percent(percent) => Threshold::Percent(u64::from(percent)),
-        crate::config::Threshold::Size(bytes) => Threshold::Size(bytes),
-    }
+        config_hash: diff::hash(config),
+    });
+    (controller, defaults)
 }

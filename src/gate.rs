@@ -19,22 +19,25 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
 
 use crate::clock::Timestamp;
-use crate::model::{GAP_CLASSES, IdleGaps};
+use crate::model::{GAP_CLASSES, Gaps};
 
 const OPEN: u64 = 1 << 63;
 const WATCHED: u64 = 1 << 62;
 const HELD: u64 = 1 << 61;
 const INSIDE: u64 = (1 << 32) - 1;
+/// The capacity of a gate without any bound.
+const UNBOUNDED: u32 = u32::MAX;
 
 /// Admits requests to one ready worker.
 #[derive(Debug)]
 pub struct Gate {
     word: AtomicU64,
     /// Most requests inside at once.
-    capacity: u32,
+    capacity: AtomicU32,
     entered: AtomicU64,
     last_left_micros: AtomicU64,
-    /// Idle times between two uses that nobody has taken yet, and how many.
+    last_entered_micros: AtomicU64,
+    /// Times between two requests that nobody has taken yet, and how many.
     gaps: [AtomicU32; GAP_CLASSES],
     gaps_count: AtomicU32,
 }
@@ -48,6 +51,8 @@ pub struct GateReading {
     pub entered: u64,
     /// When a request last left; the time of opening when none has.
     pub last_left: Timestamp,
+    /// When a request last entered; the time of opening when none has.
+    pub last_entered: Timestamp,
 }
 
 /// What leaving did.
@@ -67,12 +72,29 @@ impl Gate {
     pub fn open(now: Timestamp, capacity: Option<NonZeroU32>) -> Self {
         Self {
             word: AtomicU64::new(OPEN),
-            capacity: capacity.map_or(u32::MAX, NonZeroU32::get),
+            capacity: AtomicU32::new(capacity.map_or(UNBOUNDED, NonZeroU32::get)),
             entered: AtomicU64::new(0),
             last_left_micros: AtomicU64::new(now.as_micros()),
+            last_entered_micros: AtomicU64::new(now.as_micros()),
             gaps: [const { AtomicU32::new(0) }; GAP_CLASSES],
             gaps_count: AtomicU32::new(0),
         }
+    }
+
+    /// Sets how many may be inside from now on; whoever is inside stays. The
+    /// controller's only: a gate without a bound is held for nobody.
+    pub fn set_capacity(&self, capacity: Option<NonZeroU32>) {
+        let most = capacity.map_or(UNBOUNDED, NonZeroU32::get);
+        self.capacity.store(most, Ordering::Relaxed);
+        if capacity.is_none() {
+            self.hold(false);
+        }
+    }
+
+    /// Returns whether there is a bound on how many may be inside.
+    #[must_use]
+    pub fn is_bounded(&self) -> bool {
+        self.capacity.load(Ordering::Relaxed) != UNBOUNDED
     }
 
     /// Enters, at `now`, when the gate is open, not held, and has room. Returns
@@ -92,7 +114,8 @@ impl Gate {
     fn enter(&self, now: Timestamp, barred_by: u64) -> bool {
         let mut word = self.word.load(Ordering::Relaxed);
         loop {
-            if word & OPEN == 0 || word & barred_by != 0 || inside(word) >= self.capacity {
+            let full = inside(word) >= self.capacity.load(Ordering::Relaxed);
+            if word & OPEN == 0 || word & barred_by != 0 || full {
                 return false;
             }
             match self.word.compare_exchange_weak(
@@ -105,28 +128,26 @@ impl Gate {
                 Err(other) => word = other,
             }
         }
-        let entered = self.entered.fetch_add(1, Ordering::Relaxed);
-        if word & INSIDE == 0 && entered > 0 {
-            self.note_gap(now);
+        let micros = now.as_micros();
+        let before = self
+            .last_entered_micros
+            .fetch_max(micros, Ordering::Relaxed);
+        if self.entered.fetch_add(1, Ordering::Relaxed) > 0 {
+            let gap = Duration::from_micros(micros.saturating_sub(before));
+            self.gaps[Gaps::class(gap)].fetch_add(1, Ordering::Relaxed);
+            self.gaps_count.fetch_add(1, Ordering::Release);
         }
         true
     }
 
-    /// Notes how long nobody was inside.
-    fn note_gap(&self, now: Timestamp) {
-        let gap = now.since(self.last_left());
-        self.gaps[IdleGaps::class(gap)].fetch_add(1, Ordering::Relaxed);
-        self.gaps_count.fetch_add(1, Ordering::Release);
-    }
-
-    /// Takes the idle times since the last call; `None` without any.
+    /// Takes the times between requests since the last call; `None` without any.
     #[must_use]
-    pub fn take_gaps(&self) -> Option<IdleGaps> {
+    pub fn take_gaps(&self) -> Option<Gaps> {
         if self.gaps_count.swap(0, Ordering::Acquire) == 0 {
             return None;
         }
         let taken = self.gaps.iter().map(|gap| gap.swap(0, Ordering::Relaxed));
-        let mut gaps = IdleGaps::default();
+        let mut gaps = Gaps::default();
         for (class, taken) in gaps.0.iter_mut().zip(taken) {
             *class = taken;
         }
@@ -208,13 +229,18 @@ impl Gate {
             inside: inside(word),
             entered: self.entered.load(Ordering::Relaxed),
             last_left: self.last_left(),
+            last_entered: time(&self.last_entered_micros),
         }
     }
 
     fn last_left(&self) -> Timestamp {
-        let micros = self.last_left_micros.load(Ordering::Acquire);
-        Timestamp::from_start(Duration::from_micros(micros))
+        time(&self.last_left_micros)
     }
+}
+
+fn time(micros: &AtomicU64) -> Timestamp {
+    let micros = micros.load(Ordering::Acquire);
+    Timestamp::from_start(Duration::from_micros(micros))
 }
 
 fn inside(word: u64) -> u32 {
@@ -283,21 +309,21 @@ mod tests {
     }
 
     #[test]
-    fn the_time_between_two_uses_is_noted_once_and_that_before_the_first_is_not() {
+    fn the_time_from_one_request_to_the_next_is_noted_once_and_that_before_the_first_is_not() {
         let gate = Gate::open(Timestamp::START, None);
         assert!(gate.try_enter(Timestamp::from_millis(9_000)));
-        assert!(gate.try_enter(Timestamp::from_millis(9_000)));
-        gate.leave(Timestamp::from_millis(9_500));
-        assert!(gate.try_enter(Timestamp::from_millis(9_600)));
-        gate.leave(Timestamp::from_millis(10_000));
-        gate.leave(Timestamp::from_millis(10_000));
         assert_eq!(gate.take_gaps(), None);
-        assert!(gate.try_enter(Timestamp::from_millis(13_000)));
+        assert!(gate.try_enter(Timestamp::from_millis(9_300)));
+        gate.leave(Timestamp::from_millis(9_900));
         assert_eq!(
             gate.take_gaps(),
-            Some(IdleGaps::one(Duration::from_secs(3)))
+            Some(Gaps::one(Duration::from_millis(300)))
         );
+        gate.leave(Timestamp::from_millis(10_000));
+        assert!(gate.try_enter(Timestamp::from_millis(13_300)));
+        assert_eq!(gate.take_gaps(), Some(Gaps::one(Duration::from_secs(4))));
         assert_eq!(gate.take_gaps(), None);
+        assert_eq!(gate.read().last_entered, Timestamp::from_millis(13_300));
     }
 
     #[test]

@@ -11,13 +11,17 @@ use std::sync::Arc;
 use std::time::Duration;
 
 mod bytes;
+mod difference;
 mod fingerprint;
 mod gaps;
+mod park;
 mod record;
 
 pub use bytes::Bytes;
+pub use difference::{ChangedModel, Difference, Takes};
 pub use fingerprint::Fingerprint;
-pub use gaps::{GAP_CLASSES, IdleGaps};
+pub use gaps::{GAP_CLASSES, Gaps};
+pub use park::{ParkCall, ParkSpec};
 pub use record::WorkerRecord;
 
 /// What a client asks for: 1 to 128 of letters, digits and `._-/:@+`.
@@ -363,6 +367,8 @@ pub struct ModelSpec {
     pub vram: Option<Bytes>,
     /// A ceiling of its own for host RAM: over it, recycled when idle.
     pub max_memory: Option<Bytes>,
+    /// How its worker gives memory back while it lives; absent when it cannot.
+    pub park: Option<Arc<ParkSpec>>,
     /// Weight files: declared, else found among the command's arguments.
     pub weights: Vec<PathBuf>,
     /// Most requests in its worker at once; more wait. Absent: no bound.
@@ -399,6 +405,7 @@ impl ModelSpec {
             gpus: GpuRequest::None,
             vram: None,
             max_memory: None,
+            park: None,
             weights: Vec::new(),
             concurrency: None,
             max_queue: 256,

@@ -9,7 +9,8 @@ use axum::http::{HeaderValue, StatusCode};
 use axum::response::{IntoResponse, Response};
 use serde::Serialize;
 
-use crate::control::Refusal;
+use super::reload::ProblemEntry;
+use crate::control::{Refusal, ReloadError};
 use crate::model::Bytes;
 use crate::reply;
 
@@ -47,6 +48,9 @@ pub(crate) enum ApiError {
     /// The controller's answer.
     #[error(transparent)]
     Refused(#[from] Refusal),
+    /// A configuration that was read anew is not valid.
+    #[error(transparent)]
+    Reload(ReloadError),
     /// The task that did the work panicked.
     #[error("the work was cut off by a fault of residentd itself")]
     Broken,
@@ -62,7 +66,11 @@ impl ApiError {
                 StatusCode::NOT_FOUND
             }
             Self::MethodNotAllowed { .. } => StatusCode::METHOD_NOT_ALLOWED,
-            Self::Refused(refusal) => reply::status_of(refusal),
+            Self::Refused(refusal) | Self::Reload(ReloadError::Refused(refusal)) => {
+                reply::status_of(refusal)
+            }
+            Self::Reload(ReloadError::Invalid(_)) => StatusCode::UNPROCESSABLE_ENTITY,
+            Self::Reload(ReloadError::Impossible) => StatusCode::NOT_IMPLEMENTED,
             Self::Broken => StatusCode::INTERNAL_SERVER_ERROR,
         }
     }
@@ -76,15 +84,27 @@ impl ApiError {
             Self::MethodNotAllowed { .. } => "method_not_allowed",
             Self::UnknownModel(_) => "model_not_found",
             Self::UnknownDevice(_) => "device_not_found",
-            Self::Refused(refusal) => refusal.code(),
+            Self::Refused(refusal) | Self::Reload(ReloadError::Refused(refusal)) => refusal.code(),
+            Self::Reload(ReloadError::Invalid(_)) => "invalid_config",
+            Self::Reload(ReloadError::Impossible) => "not_implemented",
             Self::Broken => "internal",
         }
     }
 
     fn retry_after(&self) -> Option<Duration> {
         match self {
-            Self::Refused(refusal) => reply::retry_after(refusal),
+            Self::Refused(refusal) | Self::Reload(ReloadError::Refused(refusal)) => {
+                reply::retry_after(refusal)
+            }
             _ => None,
+        }
+    }
+
+    /// Returns everything that is wrong with a configuration.
+    fn problems(&self) -> Vec<ProblemEntry<'_>> {
+        match self {
+            Self::Reload(ReloadError::Invalid(problems)) => ProblemEntry::list(problems),
+            _ => Vec::new(),
         }
     }
 
@@ -108,6 +128,7 @@ impl IntoResponse for ApiError {
                 code: self.code(),
                 message: &message,
                 last_lines: self.last_lines(),
+                problems: self.problems(),
             },
             detail: &message,
         };
@@ -166,6 +187,8 @@ struct FailureParts<'a> {
     message: &'a str,
     #[serde(skip_serializing_if = "<[String]>::is_empty")]
     last_lines: &'a [String],
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    problems: Vec<ProblemEntry<'a>>,
 }
 
 fn json(status: StatusCode, body: &impl Serialize) -> Response {

@@ -18,6 +18,7 @@ use prometheus_client::registry::Registry;
 use super::ApiState;
 use super::entry::is_loaded;
 use super::memory::usage_ratio;
+use crate::clock::{Clock, Timestamp};
 use crate::control::{Controller, DomainView, ModelView, Phase, PressureLevel, Snapshot};
 use crate::memory::Usage;
 use crate::model::Domain;
@@ -59,6 +60,7 @@ impl Collector for View {
         let snapshot = self.0.snapshot();
         let out = &mut encoder;
         about(out, &snapshot)?;
+        config(out, &snapshot, self.0.clock())?;
         memory(out, &snapshot)?;
         devices(out, &snapshot)?;
         events(out, &snapshot)?;
@@ -98,6 +100,19 @@ fn about(out: Out<'_, '_>, snapshot: &Snapshot) -> fmt::Result {
             .map(|view| view.queued)
             .sum::<usize>(),
     )
+}
+
+fn config(out: Out<'_, '_>, snapshot: &Snapshot, clock: Clock) -> fmt::Result {
+    let config = &snapshot.counters.config;
+    let help = "Tells the configuration that holds from others, always 1";
+    gauge(out, "config_info", help)?.sample(&[("hash", &config.hash)], 1_u64)?;
+    let help = "0 while the last reload of the configuration was refused";
+    let mut good = gauge(out, "config_last_reload_successful", help)?;
+    good.sample(&[], u64::from(!config.last_refused))?;
+    let help = "When a configuration was last taken in: at a reload, else at the start";
+    let name = "config_last_reload_success_timestamp_seconds";
+    let at = config.last_applied.unwrap_or(Timestamp::START);
+    gauge(out, name, help)?.sample(&[], clock.unix(at))
 }
 
 fn memory(out: Out<'_, '_>, snapshot: &Snapshot) -> fmt::Result {
@@ -187,6 +202,13 @@ fn events(out: Out<'_, '_>, snapshot: &Snapshot) -> fmt::Result {
     )?;
     requests.sample(&[("result", "hit")], snapshot.hits())?;
     requests.sample(&[("result", "miss")], counters.misses)?;
+    let mut reloads = counter(
+        out,
+        "config_reloads_total",
+        "Reloads of the configuration by whether it was valid and taken in",
+    )?;
+    reloads.sample(&[("result", "success")], counters.config.applied)?;
+    reloads.sample(&[("result", "failure")], counters.config.refused)?;
     let plain = [
         ("loads_total", "Workers that became ready", counters.loads),
         (
@@ -198,6 +220,11 @@ fn events(out: Out<'_, '_>, snapshot: &Snapshot) -> fmt::Result {
             "crashes_total",
             "Workers that ended by themselves after they were ready",
             counters.crashes,
+        ),
+        (
+            "unparks_total",
+            "Parked workers that became ready again",
+            counters.unparks,
         ),
         (
             "reclaim_shortfall_bytes_total",
@@ -220,6 +247,12 @@ fn events(out: Out<'_, '_>, snapshot: &Snapshot) -> fmt::Result {
             "Workers ended by reason",
             "reason",
             &counters.evictions,
+        ),
+        (
+            "parks_total",
+            "Workers parked, their memory measured back, by reason",
+            "reason",
+            &counters.parks,
         ),
         (
             "kills_total",

@@ -18,6 +18,7 @@ mod models;
 mod past;
 mod probes;
 mod query;
+mod reload;
 mod system;
 
 use std::sync::Arc;
@@ -31,23 +32,26 @@ use self::envelope::ApiError;
 pub use self::guard::PeerAddr;
 use self::metrics::Page;
 pub use self::past::{Past, written};
-use crate::control::Controller;
+use crate::control::{Controller, Reloader};
 
 /// What every route needs. Cheap to clone.
 #[derive(Clone, Debug)]
 pub struct ApiState {
     controller: Controller,
+    reloader: Option<Reloader>,
     metrics: Arc<Page>,
     past: Arc<Past>,
 }
 
 impl ApiState {
-    /// Builds the state around the controller's handle.
+    /// Builds the state around the controller's handle, and the way to a reload
+    /// where there is one.
     #[must_use]
-    pub fn new(controller: Controller) -> Self {
+    pub fn new(controller: Controller, reloader: Option<Reloader>) -> Self {
         Self {
             metrics: Arc::new(Page::new(controller.clone())),
             controller,
+            reloader,
             past: Arc::default(),
         }
     }
@@ -80,6 +84,7 @@ pub fn router(state: ApiState) -> Router {
             get(models::read).post(models::act),
         )
         .route("/api/v1/events", get(events::events))
+        .route("/api/v1/reload", post(reload::reload))
         .route("/", get(probes::index))
         .route("/health", get(probes::health))
         .route("/startupz", get(probes::startupz))

@@ -56,7 +56,7 @@ pub(crate) async fn read(
     let weigh = params.flag("pss", false)?;
     params.finish()?;
     if weigh {
-        await_share(&state.controller, route).await?;
+        await_share(&state.controller, &route).await?;
     }
     let snapshot = state.controller.snapshot();
     let view = snapshot.models.get(route.name());
@@ -110,7 +110,7 @@ pub(crate) async fn act(State(state): State<ApiState>, uri: Uri) -> Result<Respo
         });
     };
     let route = find(routes, &head).ok_or_else(|| unknown(&head))?;
-    carry_out(&state.controller, route, action, wait).await
+    carry_out(&state.controller, &route, action, wait).await
 }
 
 /// Does what an operator wishes. A task of its own does it, so that a wish
@@ -239,7 +239,7 @@ fn decode(text: &str) -> Cow<'_, str> {
     percent_decode_str(text).decode_utf8_lossy()
 }
 
-fn find<'a>(routes: &'a Routes, name: &str) -> Option<&'a Arc<ModelRoute>> {
+fn find(routes: &Routes, name: &str) -> Option<Arc<ModelRoute>> {
     routes.get(name)
 }
 

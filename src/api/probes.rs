@@ -36,6 +36,9 @@ models
 events
   GET  /api/v1/events?model=NAME&kind=evict&since=ID&limit=100&follow=true
 
+configuration
+  POST /api/v1/reload?dry_run=true
+
 health and metrics
   GET  /health /startupz /livez /readyz
   GET  /metrics

@@ -2,11 +2,12 @@
 //! to outlive this one.
 
 use std::ffi::OsString;
-use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use tracing::{info, warn};
 
+use super::AppError;
 use crate::clock::Clock;
 use crate::config::{Config, LogFormat};
 use crate::control::{Controller, ModelView, Phase};
@@ -14,7 +15,7 @@ use crate::model::{ModelName, ModelSpec};
 use crate::procfs::ProcessKey;
 use crate::procfs::mark::Owner;
 use crate::store::Store;
-use crate::worker::{self, Adoptee};
+use crate::worker::{self, Adoptee, Guard, ProcessSpawner};
 
 /// Longest wait at the start for workers to answer again and to be measured;
 /// one that takes longer is waited for by its requests.
@@ -29,7 +30,7 @@ pub(super) async fn find(
 ) -> Vec<Adoptee> {
     let origin = |spec: &ModelSpec| {
         let files = store.fingerprint(&spec.name).unwrap_or_default();
-        worker::origin(spec, files)
+        worker::origin(spec, &files)
     };
     let mut found = worker::inspect(store.workers(), &config.models, origin);
     if !config.server.adopt {
@@ -46,6 +47,12 @@ pub(super) async fn find(
         store.forget_worker(&gone.worker);
     }
     found.adoptees
+}
+
+/// Returns the models of those that had answered before.
+pub(super) fn ready(adoptees: &[Adoptee]) -> Vec<ModelName> {
+    let ready = adoptees.iter().filter(|adoptee| adoptee.record.ready);
+    ready.map(|adoptee| adoptee.spec.name.clone()).collect()
 }
 
 /// Waits until those that had answered before do so again and are measured, so
@@ -71,9 +78,13 @@ pub(super) async fn settle(controller: &Controller, ready: Vec<ModelName>) {
     }
 }
 
-/// Returns what a guard of workers of `owner` is started with: this very
-/// program, whatever has been put in its file's place meanwhile.
-pub(super) fn guard(config: &Config, owner: &Owner) -> (PathBuf, Vec<OsString>) {
+/// Starts the guard of workers of `owner`: this very program, whatever has been
+/// put in its file's place meanwhile.
+pub(super) fn start_guard(
+    spawner: &ProcessSpawner,
+    config: &Config,
+    owner: &Owner,
+) -> Result<Arc<Guard>, AppError> {
     let ProcessKey { pid, start_time } = owner.process;
     let mut arguments: Vec<OsString> = vec![
         "guard".into(),
@@ -89,7 +100,8 @@ pub(super) fn guard(config: &Config, owner: &Owner) -> (PathBuf, Vec<OsString>) 
     if config.server.log_format == LogFormat::Json {
         arguments.push("--json".into());
     }
-    ("/proc/self/exe".into(), arguments)
+    let started = spawner.start_guard("/proc/self/exe".into(), arguments);
+    started.map_err(AppError::Guard)
 }
 
 /// Is the guard of the residentd with this state, pid and start time: returns

@@ -41,6 +41,8 @@ pub(super) enum Command {
     Cleanup(CleanupArgs),
     /// Set or show the memory limit
     Limit(LimitArgs),
+    /// Read the configuration anew and say what that changed, or what is wrong with it
+    Reload(ReloadArgs),
     /// Show what a model's worker printed
     Logs(LogsArgs),
     /// Show what was decided, and why
@@ -110,6 +112,9 @@ pub struct SettingArgs {
     /// Whether each request is written to access.jsonl in the state folder: true or false
     #[arg(long, value_name = "BOOL")]
     pub access_log: Option<String>,
+    /// Whether the configuration is read anew when its files change: true or false
+    #[arg(long, value_name = "BOOL")]
+    pub watch_config: Option<String>,
     /// Memory limit of all workers together, as 8GiB
     #[arg(long, value_name = "SIZE")]
     pub limit: Option<String>,
@@ -144,6 +149,7 @@ impl SettingArgs {
             ("server.max_body", &self.max_body),
             ("server.model_prefix", &self.model_prefix),
             ("server.access_log", &self.access_log),
+            ("server.watch_config", &self.watch_config),
             ("memory.limit", &self.limit),
             ("memory.reserve", &self.reserve),
             ("memory.check_interval", &self.check_interval),
@@ -252,6 +258,17 @@ pub(super) struct LimitArgs {
     /// Keep it over restarts
     #[arg(long, requires = "size")]
     pub(super) persist: bool,
+    /// Whom to ask.
+    #[command(flatten)]
+    pub(super) client: ClientArgs,
+}
+
+/// What `reload` is told.
+#[derive(Args, Clone, Debug)]
+pub(super) struct ReloadArgs {
+    /// Say what would change and change nothing
+    #[arg(long)]
+    pub(super) dry_run: bool,
     /// Whom to ask.
     #[command(flatten)]
     pub(super) client: ClientArgs,

@@ -95,19 +95,39 @@ pub(super) enum CallError {
         status: StatusCode,
     },
     /// residentd refused.
-    #[error("{}", refused(message, last_lines))]
+    #[error("{}", refused(message, last_lines, problems))]
     Refused {
         /// Its reason.
         message: String,
         /// What the worker printed last, where that explains it.
         last_lines: Vec<String>,
+        /// Everything that is wrong with the configuration, where that is why.
+        problems: Vec<ConfigProblem>,
         /// The whole answer.
         body: String,
     },
 }
 
-fn refused(message: &str, last_lines: &[String]) -> String {
+impl CallError {
+    /// Returns whether a configuration with errors is why.
+    pub(super) fn is_wrong_config(&self) -> bool {
+        matches!(self, Self::Refused { problems, .. } if !problems.is_empty())
+    }
+}
+
+/// One thing that is wrong with a configuration.
+#[derive(Clone, Debug, Deserialize)]
+pub(super) struct ConfigProblem {
+    /// What it is and how to mend it.
+    pub(super) message: String,
+}
+
+fn refused(message: &str, last_lines: &[String], problems: &[ConfigProblem]) -> String {
     let mut text = message.to_owned();
+    for problem in problems {
+        text.push_str("\n  ");
+        text.push_str(&problem.message);
+    }
     if !last_lines.is_empty() {
         text.push_str("\nits last lines were:");
     }
@@ -155,6 +175,8 @@ struct FailureParts {
     message: String,
     #[serde(default)]
     last_lines: Vec<String>,
+    #[serde(default)]
+    problems: Vec<ConfigProblem>,
 }
 
 /// One residentd, asked one thing at a time, each on a connection of its own.
@@ -278,6 +300,7 @@ impl Client {
             Ok(failure) => CallError::Refused {
                 message: failure.error.message,
                 last_lines: failure.error.last_lines,
+                problems: failure.error.problems,
                 body,
             },
             Err(_) => CallError::Stranger {

@@ -11,6 +11,7 @@ mod memory;
 mod models;
 mod output;
 mod ps;
+mod reload;
 pub mod serve;
 mod simulate;
 
@@ -73,6 +74,7 @@ async fn ask(command: Command) -> anyhow::Result<ExitCode> {
         Command::Unpin(args) => models::act(args, "unpin").await,
         Command::Cleanup(args) => memory::cleanup(args).await,
         Command::Limit(args) => memory::limit(args).await,
+        Command::Reload(args) => reload::reload(args).await,
         Command::Logs(args) => logs::logs(args).await,
         Command::Events(args) => events::events(args).await,
         Command::Serve(_)
@@ -81,14 +83,21 @@ async fn ask(command: Command) -> anyhow::Result<ExitCode> {
         | Command::Guard(_)
         | Command::Completions { .. } => Ok(()),
     };
-    if json
-        && let Err(error) = &done
-        && let Some(CallError::Refused { body, .. }) = error.downcast_ref()
-    {
+    let Err(error) = done else {
+        return Ok(ExitCode::SUCCESS);
+    };
+    let Some(refused @ CallError::Refused { body, .. }) = error.downcast_ref() else {
+        return Err(error);
+    };
+    if json {
         output::write_text(body)?;
-        return Ok(ExitCode::FAILURE);
+    } else {
+        output::complain(&error);
     }
-    done.map(|()| ExitCode::SUCCESS)
+    Ok(match refused.is_wrong_config() {
+        true => ExitCode::from(serve::WRONG_CONFIG),
+        false => ExitCode::FAILURE,
+    })
 }
 
 fn wants_json(command: &Command) -> bool {
@@ -98,6 +107,7 @@ fn wants_json(command: &Command) -> bool {
         Command::Unload(args) | Command::Pin(args) | Command::Unpin(args) => args.client.json,
         Command::Cleanup(args) => args.client.json,
         Command::Limit(args) => args.client.json,
+        Command::Reload(args) => args.client.json,
         Command::Logs(args) => args.model.client.json,
         Command::Events(args) => args.client.json,
         Command::Simulate(args) => args.json,

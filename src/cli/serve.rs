@@ -49,7 +49,7 @@ pub fn run(args: &ServeArgs) -> anyhow::Result<ExitCode> {
         .enable_all()
         .build()
         .context("start the runtime")?
-        .block_on(serve(config))
+        .block_on(serve(sources, config))
 }
 
 /// Reads the configuration and names every problem.
@@ -87,17 +87,16 @@ fn complain(problems: &Problems) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::from(WRONG_CONFIG))
 }
 
-async fn serve(config: Config) -> anyhow::Result<ExitCode> {
+async fn serve(sources: Sources, config: Config) -> anyhow::Result<ExitCode> {
     for problem in config.warnings.iter() {
         warn!(%problem, "configuration");
     }
-    let grace = config.server.shutdown_grace;
     // Before the first worker, so that no signal finds nobody listening.
     let mut terminate = signal(SignalKind::terminate()).context("listen for SIGTERM")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("listen for SIGINT")?;
-    // A terminal that is closed must not leave workers behind.
     let mut hangup = signal(SignalKind::hangup()).context("listen for SIGHUP")?;
-    let app = App::start(config, Options { owns_process: true }).await?;
+    let options = Options { owns_process: true };
+    let app = App::start(sources, config, options).await?;
     for address in app.addresses() {
         // Scripts wait for this line; logs go to standard error.
         writeln!(
@@ -106,12 +105,19 @@ async fn serve(config: Config) -> anyhow::Result<ExitCode> {
             app::address_text(address)
         )?;
     }
-    tokio::select! {
-        _ = terminate.recv() => info!("SIGTERM: draining"),
-        _ = interrupt.recv() => info!("SIGINT: draining"),
-        _ = hangup.recv() => info!("SIGHUP: draining"),
+    loop {
+        tokio::select! {
+            _ = terminate.recv() => info!("SIGTERM: draining"),
+            _ = interrupt.recv() => info!("SIGINT: draining"),
+            _ = hangup.recv() => {
+                info!("SIGHUP: reloading the configuration");
+                app.reload();
+                continue;
+            }
+        }
+        break;
     }
-    let graceful = app.shutdown(grace);
+    let graceful = app.shutdown(app.grace());
     tokio::pin!(graceful);
     tokio::select! {
         () = &mut graceful => {}

@@ -57,6 +57,7 @@ fn server(raw: RawServer, context: &Context<'_>, problems: &mut Problems) -> Ser
         model_prefix: given(raw.model_prefix),
         adopt: given(raw.adopt),
         access_log: given(raw.access_log),
+        watch_config: given(raw.watch_config),
     };
     if let Some(place) = listen {
         check_listen(&server.listen, &place, problems);

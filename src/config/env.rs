@@ -87,7 +87,7 @@ const fn variable(name: &'static str, table: Table, key: &'static str) -> Variab
     }
 }
 
-const VARIABLES: [Variable; 18] = [
+const VARIABLES: [Variable; 19] = [
     variable("RESIDENTD_LISTEN", Table::Server, "listen"),
     variable("RESIDENTD_STATE_DIR", Table::Server, "state_dir"),
     variable("RESIDENTD_SHUTDOWN_GRACE", Table::Server, "shutdown_grace"),
@@ -97,6 +97,7 @@ const VARIABLES: [Variable; 18] = [
     variable("RESIDENTD_MAX_BODY", Table::Server, "max_body"),
     variable("RESIDENTD_MODEL_PREFIX", Table::Server, "model_prefix"),
     variable("RESIDENTD_ACCESS_LOG", Table::Server, "access_log"),
+    variable("RESIDENTD_WATCH_CONFIG", Table::Server, "watch_config"),
     variable("RESIDENTD_LIMIT", Table::Memory, "limit"),
     variable("RESIDENTD_RESERVE", Table::Memory, "reserve"),
     variable("RESIDENTD_CHECK_INTERVAL", Table::Memory, "check_interval"),

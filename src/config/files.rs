@@ -115,12 +115,10 @@ fn find(
     environment: &Environment,
     problems: &mut Problems,
 ) -> (Vec<PathBuf>, bool) {
-    let named: Vec<PathBuf> = match environment.get(CONFIG_VARIABLE) {
-        _ if !sources.paths.is_empty() => sources.paths.clone(),
-        Some(paths) => std::env::split_paths(paths).collect(),
-        None if sources.working_dir.join(FALLBACK).exists() => vec![PathBuf::from(FALLBACK)],
-        None => Vec::new(),
-    };
+    let mut named = named(sources, environment);
+    let by_nobody = sources.paths.is_empty() && !environment.contains_key(CONFIG_VARIABLE);
+    // Nobody has to have the one that nobody named.
+    named.retain(|path| !by_nobody || sources.working_dir.join(path).exists());
     let mut files = Vec::new();
     let mut found_all = true;
     for path in named {
@@ -143,6 +141,31 @@ fn find(
         }
     }
     (files, found_all)
+}
+
+/// Returns every file and folder that the configuration is read from, whether
+/// it is there or not, as absolute paths.
+#[must_use]
+pub fn places(sources: &Sources) -> Vec<PathBuf> {
+    // What is wrong with them is told by whoever reads them.
+    let mut ignored = Problems::default();
+    let mut environment = super::env::read_dotenv(&sources.working_dir, &mut ignored);
+    environment.extend(sources.environment.clone());
+    let (files, _) = find(sources, &environment, &mut ignored);
+    let named = named(sources, &environment);
+    let fixed = [PathBuf::from(".env")];
+    let all = fixed.into_iter().chain(named).chain(files);
+    all.map(|path| sources.working_dir.join(path)).collect()
+}
+
+/// Returns the files and folders that somebody named, or the one that is looked
+/// for when nobody did.
+fn named(sources: &Sources, environment: &Environment) -> Vec<PathBuf> {
+    match environment.get(CONFIG_VARIABLE) {
+        _ if !sources.paths.is_empty() => sources.paths.clone(),
+        Some(paths) => std::env::split_paths(paths).collect(),
+        None => vec![PathBuf::from(FALLBACK)],
+    }
 }
 
 /// Returns the `*.toml` of a folder in name order, less hidden ones, such as

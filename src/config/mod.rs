@@ -14,10 +14,12 @@
 
 mod check;
 mod context;
+pub mod diff;
 mod env;
 mod files;
 mod gpus;
 mod models;
+mod park;
 mod problem;
 mod program;
 mod raw;
@@ -37,7 +39,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 pub use env::{Environment, Sources};
-pub use files::DEFAULTS;
+pub use files::{DEFAULTS, places};
 pub use problem::{Complaint, Problem, Problems, Severity};
 
 use crate::model::{Bytes, DeviceRef, EvictionPolicy, ModelSpec};
@@ -82,6 +84,8 @@ pub struct Server {
     pub model_prefix: Bytes,
     /// Whether each request is written down in the state folder.
     pub access_log: bool,
+    /// Whether the configuration is read anew when its files change.
+    pub watch_config: bool,
 }
 
 /// An address to listen on.

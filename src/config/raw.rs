@@ -12,7 +12,7 @@ use toml::de::DeTable;
 use super::problem::{Complaint, Origin, Place, Problems};
 use super::section::{Section, Setting, Text};
 use super::value::{NAME_FIX, Value};
-use super::{Listen, LogFormat, Threshold, gpus, ready};
+use super::{Listen, LogFormat, Threshold, gpus, park, ready};
 use crate::model::{Bytes, DeviceRef, EvictionPolicy, GpuRequest, ModelName, ReadyCheck};
 
 /// Tables and keys of the documentation that this version has no feature for.
@@ -50,6 +50,7 @@ pub(super) struct RawServer {
     pub(super) max_body: Option<Setting<Bytes>>,
     pub(super) model_prefix: Option<Setting<Bytes>>,
     pub(super) access_log: Option<Setting<bool>>,
+    pub(super) watch_config: Option<Setting<bool>>,
 }
 
 #[derive(Clone, Debug, Default)]
@@ -90,6 +91,7 @@ pub(super) struct RawModel {
     pub(super) gpus: Option<Setting<GpuRequest>>,
     pub(super) vram: Option<Setting<Bytes>>,
     pub(super) max_memory: Option<Setting<Bytes>>,
+    pub(super) park: Option<Setting<park::RawPark>>,
     pub(super) weights: Option<Setting<Vec<String>>>,
     pub(super) concurrency: Option<Setting<Option<NonZeroU32>>>,
     pub(super) max_queue: Option<Setting<usize>>,
@@ -196,6 +198,7 @@ impl RawServer {
             max_body: s.get("max_body", Value::size_over_zero, problems),
             model_prefix: s.get("model_prefix", Value::size_over_zero, problems),
             access_log: s.get("access_log", Value::flag, problems),
+            watch_config: s.get("watch_config", Value::flag, problems),
         };
         section.finish(&[], problems);
         raw
@@ -212,6 +215,7 @@ impl RawServer {
             max_body: self.max_body.or(weaker.max_body),
             model_prefix: self.model_prefix.or(weaker.model_prefix),
             access_log: self.access_log.or(weaker.access_log),
+            watch_config: self.watch_config.or(weaker.watch_config),
         }
     }
 }
@@ -294,6 +298,9 @@ impl RawModel {
             gpus: s.get("gpus", gpus::read, problems),
             vram: s.get("vram", Value::size_over_zero, problems),
             max_memory: s.get("max_memory", Value::size_over_zero, problems),
+            park: s
+                .table("park", problems)
+                .and_then(|table| park::read(table, problems)),
             weights: s.list("weights", Value::filled_text, problems),
             concurrency: s.get("concurrency", Value::bound, problems),
             max_queue: s.get("max_queue", Value::count, problems),
@@ -324,6 +331,7 @@ impl RawModel {
             gpus: self.gpus.or(weaker.gpus),
             vram: self.vram.or(weaker.vram),
             max_memory: self.max_memory.or(weaker.max_memory),
+            park: self.park.or(weaker.park),
             weights: self.weights.or(weaker.weights),
             concurrency: self.concurrency.or(weaker.concurrency),
             max_queue: self.max_queue.or(weaker.max_queue),

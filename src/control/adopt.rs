@@ -14,7 +14,8 @@ use crate::memory::{DeviceReading, Subject};
 use crate::model::{Bytes, Domain, WorkerId, WorkerRecord};
 use crate::policy::Adopted;
 use crate::procfs::ProcessTree;
-use crate::worker::{self, Adoptee};
+use crate::store::Written;
+use crate::worker::Adoptee;
 
 /// A peak that grew by less than this share is not written down again.
 const GROWTH_PERCENT: u64 = 105;
@@ -89,7 +90,7 @@ impl Task {
         &mut self,
         worker: WorkerId,
         tree: Arc<ProcessTree>,
-        mut record: Box<WorkerRecord>,
+        record: Box<WorkerRecord>,
     ) {
         let Some(live) = self.workers.get_mut(&worker) else {
             return;
@@ -105,9 +106,6 @@ impl Task {
         };
         if live.adoption.is_none() {
             info!(%worker, pid = tree.leader().pid, "worker spawned");
-            let spec = &self.policy.models()[&worker.model].spec;
-            let files = self.store.fingerprint(&worker.model).unwrap_or_default();
-            record.origin = worker::origin(spec, files);
             self.store.keep_worker(&record);
             live.record = Some(record);
         }
@@ -122,6 +120,20 @@ impl Task {
             record.peak.clone_from(peak);
             true
         });
+    }
+
+    /// Keeps that a worker is about to be parked: from then on until it is ready
+    /// again it cannot be taken back. Returns what tells when that is written.
+    pub(super) fn keep_parked(&mut self, worker: &WorkerId) -> Option<Written> {
+        let record = self.workers.get_mut(worker)?.record.as_mut()?;
+        record.parked = true;
+        self.store.keep_worker(record);
+        Some(self.store.written())
+    }
+
+    /// Keeps that a worker has its memory again.
+    pub(super) fn keep_unparked(&mut self, worker: &WorkerId) {
+        self.update(worker, |record, _| std::mem::take(&mut record.parked));
     }
 
     /// Keeps peaks that grew, and tells of workers taken back that are measured
@@ -148,7 +160,9 @@ impl Task {
         worker: &WorkerId,
         change: impl FnOnce(&mut WorkerRecord, &BTreeMap<Domain, Bytes>) -> bool,
     ) {
-        let model = &self.policy.models()[&worker.model];
+        let Some(model) = self.policy.models().get(&worker.model) else {
+            return;
+        };
         let live = self.workers.get_mut(worker);
         let Some(record) = live.and_then(|live| live.record.as_mut()) else {
             return;

@@ -4,7 +4,9 @@ use std::time::Duration;
 
 use tokio::sync::oneshot;
 
-use super::{CleanupReport, Explanation, Lease, Refusal};
+use super::{
+    CleanupReport, Explanation, Lease, Reconfiguration, Refusal, ReloadOrigin, ReloadProblem,
+};
 use crate::clock::Timestamp;
 use crate::model::{Bytes, Domain, ModelName, WorkerId};
 
@@ -67,6 +69,12 @@ pub enum Command {
         model: ModelName,
         lines: usize,
         reply: Reply<LogTail>,
+    },
+    /// See [`super::Controller::reload`].
+    Reload {
+        origin: ReloadOrigin,
+        outcome: Result<Box<Reconfiguration>, Vec<ReloadProblem>>,
+        reply: Reply<()>,
     },
     /// See [`super::Controller::shutdown`].
     Shutdown { grace: Duration, reply: Reply<()> },

@@ -3,8 +3,10 @@
 
 use std::collections::BTreeMap;
 use std::str::FromStr;
+use std::sync::Arc;
 use std::time::Duration;
 
+use super::{ReloadOrigin, ReloadProblem, ReloadReport};
 use crate::clock::Timestamp;
 use crate::model::{Bytes, Domain, ModelName};
 use crate::policy::{EvictReason, Expected, Outlook, PressureLevel, Refusal};
@@ -69,6 +71,36 @@ pub enum What {
         charge: BTreeMap<Domain, Bytes>,
         /// Without grace.
         kill: bool,
+    },
+    /// An idle worker is told to give memory back and live on.
+    Park {
+        /// Why.
+        reason: EvictReason,
+        /// What it is charged with.
+        charge: BTreeMap<Domain, Bytes>,
+        /// What it is expected to hold then.
+        holds: BTreeMap<Domain, Bytes>,
+    },
+    /// The memory of a parked worker is measured to be back.
+    Parked {
+        /// How much, by domain.
+        freed: BTreeMap<Domain, Bytes>,
+        /// How long it took.
+        took: Duration,
+    },
+    /// A parked worker is told to take its memory again.
+    Unpark {
+        /// For whom.
+        reason: LoadReason,
+        /// Requests that wait for it.
+        waiting: usize,
+        /// What is promised to it.
+        expected: Expected,
+    },
+    /// A worker that was parked is ready again.
+    Unparked {
+        /// How long it took.
+        took: Duration,
     },
     /// A worker that was to go turned out to be in use, and stays.
     Keep {
@@ -164,6 +196,20 @@ pub enum What {
         /// What physics still gives.
         headroom: Bytes,
     },
+    /// The configuration was read anew and holds.
+    Reload {
+        /// Who asked.
+        origin: ReloadOrigin,
+        /// What it changes.
+        report: Arc<ReloadReport>,
+    },
+    /// The configuration was read anew and is not valid: nothing changes.
+    ReloadRefused {
+        /// Who asked.
+        origin: ReloadOrigin,
+        /// All that is wrong.
+        problems: Arc<[ReloadProblem]>,
+    },
     /// residentd ends.
     Shutdown {
         /// How long requests inside may take.
@@ -246,6 +292,10 @@ pub enum Kind {
     Ready,
     Wait,
     Evict,
+    Park,
+    Parked,
+    Unpark,
+    Unparked,
     Keep,
     Drain,
     Resume,
@@ -258,16 +308,21 @@ pub enum Kind {
     Pin,
     Limit,
     Pressure,
+    Reload,
     Shutdown,
 }
 
 impl Kind {
     /// Every kind.
-    pub const ALL: [Self; 18] = [
+    pub const ALL: [Self; 23] = [
         Self::Spawn,
         Self::Ready,
         Self::Wait,
         Self::Evict,
+        Self::Park,
+        Self::Parked,
+        Self::Unpark,
+        Self::Unparked,
         Self::Keep,
         Self::Drain,
         Self::Resume,
@@ -280,6 +335,7 @@ impl Kind {
         Self::Pin,
         Self::Limit,
         Self::Pressure,
+        Self::Reload,
         Self::Shutdown,
         Self::Adopt,
     ];
@@ -293,6 +349,10 @@ impl Kind {
             Self::Ready => "ready",
             Self::Wait => "wait",
             Self::Evict => "evict",
+            Self::Park => "park",
+            Self::Parked => "parked",
+            Self::Unpark => "unpark",
+            Self::Unparked => "unparked",
             Self::Keep => "keep",
             Self::Drain => "drain",
             Self::Resume => "resume",
@@ -305,6 +365,7 @@ impl Kind {
             Self::Pin => "pin",
             Self::Limit => "limit",
             Self::Pressure => "pressure",
+            Self::Reload => "reload",
             Self::Shutdown => "shutdown",
         }
     }
@@ -329,6 +390,10 @@ impl What {
             Self::Ready { .. } => Kind::Ready,
             Self::Wait { .. } => Kind::Wait,
             Self::Evict { .. } => Kind::Evict,
+            Self::Park { .. } => Kind::Park,
+            Self::Parked { .. } => Kind::Parked,
+            Self::Unpark { .. } => Kind::Unpark,
+            Self::Unparked { .. } => Kind::Unparked,
             Self::Keep { .. } => Kind::Keep,
             Self::Drain { .. } => Kind::Drain,
             Self::Resume { .. } => Kind::Resume,
@@ -341,6 +406,7 @@ impl What {
             Self::Pin { .. } => Kind::Pin,
             Self::Limit { .. } => Kind::Limit,
             Self::Pressure { .. } => Kind::Pressure,
+            Self::Reload { .. } | Self::ReloadRefused { .. } => Kind::Reload,
             Self::Shutdown { .. } => Kind::Shutdown,
         }
     }
@@ -350,9 +416,10 @@ impl What {
     #[must_use]
     pub const fn reason(&self) -> Option<&'static str> {
         Some(match self {
-            Self::Spawn { reason, .. } => reason.as_str(),
+            Self::Spawn { reason, .. } | Self::Unpark { reason, .. } => reason.as_str(),
             Self::Ready { reload: true, .. } => "reload",
             Self::Evict { reason, .. }
+            | Self::Park { reason, .. }
             | Self::Keep { reason, .. }
             | Self::Drain { reason, .. }
             | Self::Terminate { reason, .. } => reason.as_str(),
@@ -364,6 +431,8 @@ impl What {
             Self::Refuse { refusal, .. } => refusal.code(),
             Self::Pressure { level, .. } => level.as_str(),
             Self::Reclaim { missing, .. } if missing.get() > 0 => "shortfall",
+            Self::Reload { .. } => "applied",
+            Self::ReloadRefused { .. } => "invalid",
             Self::Pin { pinned } => {
                 if *pinned {
                     "pin"
@@ -374,6 +443,8 @@ impl What {
             Self::Adopt { .. }
             | Self::Ready { .. }
             | Self::Wait { .. }
+            | Self::Parked { .. }
+            | Self::Unparked { .. }
             | Self::Resume { .. }
             | Self::Backoff { .. }
             | Self::Reclaim { .. }

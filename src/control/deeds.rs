@@ -6,11 +6,11 @@ use std::sync::Arc;
 use tracing::error;
 
 use super::task::{Live, Pending, Task};
-use super::{EvictReason, Lease, LoadReason, Refusal, What};
+use super::{CleanupReport, EvictReason, Lease, LoadReason, Refusal, What};
 use crate::memory::DeviceReading;
 use crate::model::{PlacedGpu, WorkerId};
 use crate::policy::{self, Effect, Event, Ticket};
-use crate::worker::{SpawnOrder, Stop};
+use crate::worker::{self, SpawnOrder, Stop};
 
 impl Task {
     pub(super) fn carry_out(&mut self, effect: Effect) -> Option<Event> {
@@ -18,21 +18,11 @@ impl Task {
             Effect::Grant { ticket, worker } => self.grant(ticket, &worker),
             Effect::Done { ticket } => {
                 if let Some(Pending::Done(reply)) = self.waiting.remove(&ticket) {
-                    let _ = reply.send(Ok(()));
+                    self.answers.put(reply, Ok(()));
                 }
             }
             Effect::Reject { ticket, refusal } => self.reject(ticket, refusal),
-            Effect::CleanedUp { ticket, report } => {
-                let what = What::Cleanup {
-                    unloaded: report.unloaded.clone(),
-                    freed: report.freed,
-                    missing: report.shortfall,
-                };
-                self.tell_of(None, what);
-                if let Some(Pending::Cleanup(reply)) = self.waiting.remove(&ticket) {
-                    let _ = reply.send(Ok(report));
-                }
-            }
+            Effect::CleanedUp { ticket, report } => self.cleaned_up(ticket, report),
             Effect::Spawn {
                 worker,
                 expected,
@@ -43,12 +33,25 @@ impl Task {
                 reason,
                 kill,
             } => return self.evict(worker, reason, kill),
+            Effect::Park {
+                worker,
+                reason,
+                holds,
+            } => return self.park(worker, reason, holds),
+            Effect::Parked {
+                worker,
+                freed,
+                took,
+            } => self.parked(&worker, What::Parked { freed, took }),
+            Effect::Unpark { worker, expected } => self.unpark(&worker, expected),
             Effect::Drain { worker, reason } => {
                 let ready = self.workers.get(&worker)?.ready.as_ref()?;
                 ready.gate.close();
                 let inside = ready.gate.read().inside;
                 self.tell(&worker, What::Drain { reason, inside });
                 self.withdraw(&worker);
+                // Only now nobody comes in any more.
+                return Some(Event::Tick);
             }
             Effect::Resume { worker } => self.resume(&worker),
             Effect::Terminate {
@@ -80,24 +83,32 @@ impl Task {
                 self.counters.reclaim_shortfall += missing;
             }
             Effect::Learn { model, footprint } => self.store.learn(&model, &footprint),
+            Effect::Forget { model, history } => self.forget_model(&model, &history),
             Effect::Finished => {
                 self.finished = true;
                 for reply in self.finishing.drain(..) {
-                    let _ = reply.send(Ok(()));
+                    self.answers.put(reply, Ok(()));
                 }
             }
         }
         None
     }
 
+    fn cleaned_up(&mut self, ticket: Ticket, report: CleanupReport) {
+        let what = What::Cleanup {
+            unloaded: report.unloaded.clone(),
+            freed: report.freed,
+            missing: report.shortfall,
+        };
+        self.tell_of(None, what);
+        if let Some(Pending::Cleanup(reply)) = self.waiting.remove(&ticket) {
+            self.answers.put(reply, Ok(report));
+        }
+    }
+
     /// Ends a worker unless somebody is inside.
     fn evict(&mut self, worker: WorkerId, reason: EvictReason, kill: bool) -> Option<Event> {
-        let live = self.workers.get(&worker)?;
-        if let Some(ready) = &live.ready
-            && !ready.gate.close_if_empty()
-        {
-            // Whoever was inside may have left a moment ago.
-            let inside = ready.gate.read().inside.max(1);
+        if let Some(inside) = self.close_if_empty(&worker)? {
             self.tell(&worker, What::Keep { reason, inside });
             return Some(Event::EvictRefused { worker, inside });
         }
@@ -112,23 +123,40 @@ impl Task {
         None
     }
 
-    fn spawn(&mut self, worker: WorkerId, expected: &policy::Expected, gpus: Vec<u32>) {
+    /// Closes a worker's gate unless somebody is inside: then returns how many.
+    pub(super) fn close_if_empty(&self, worker: &WorkerId) -> Option<Option<u32>> {
+        let live = self.workers.get(worker)?;
+        let busy = live.ready.as_ref().filter(|r| !r.gate.close_if_empty());
+        // Whoever was inside may have left a moment ago.
+        Some(busy.map(|ready| ready.gate.read().inside.max(1)))
+    }
+
+    /// Returns for whom a worker is made ready, and how many requests wait.
+    pub(super) fn load_reason(&self, worker: &WorkerId) -> (LoadReason, usize) {
         let queue = &self.policy.models()[&worker.model].queue;
         let reason = match queue.front() {
             Some(waiter) if waiter.wants_lease => LoadReason::Request,
             Some(_) => LoadReason::Operator,
             None => LoadReason::Preload,
         };
+        let waiting = queue.iter().filter(|waiter| waiter.wants_lease).count();
+        (reason, waiting)
+    }
+
+    fn spawn(&mut self, worker: WorkerId, expected: &policy::Expected, gpus: Vec<u32>) {
+        let (reason, waiting) = self.load_reason(&worker);
         let what = What::Spawn {
             reason,
-            waiting: queue.iter().filter(|waiter| waiter.wants_lease).count(),
+            waiting,
             expected: expected.clone(),
             gpus: gpus.clone(),
         };
         self.tell(&worker, what);
         let spec = Arc::clone(&self.policy.models()[&worker.model].spec);
+        let files = self.store.fingerprint(&worker.model).unwrap_or_default();
         let handle = self.spawner.spawn(SpawnOrder {
             worker: worker.clone(),
+            origin: worker::origin(&spec, &files),
             spec,
             gpus: placed(&self.reading.devices, &gpus),
             events: self.events.clone(),
@@ -167,13 +195,19 @@ impl Task {
 
     /// The worker takes requests again.
     fn resume(&self, worker: &WorkerId) {
-        let ready = self.workers.get(worker).and_then(|live| live.ready.clone());
-        if let (Some(ready), Some(route)) = (ready, self.routes.get(worker.model.as_str())) {
-            ready.gate.reopen();
-            let inside = ready.gate.read().inside;
+        if let Some(inside) = self.admit_again(worker) {
             self.tell(worker, What::Resume { inside });
-            route.set_ready(Some(ready));
         }
+    }
+
+    /// Opens a worker's gate again, and returns how many are inside.
+    pub(super) fn admit_again(&self, worker: &WorkerId) -> Option<u32> {
+        let ready = self.workers.get(worker)?.ready.clone()?;
+        let route = self.routes.get(worker.model.as_str())?;
+        ready.gate.reopen();
+        let inside = ready.gate.read().inside;
+        route.set_ready(Some(ready));
+        Some(inside)
     }
 
     pub(super) fn reject(&mut self, ticket: Ticket, refusal: Refusal) {
@@ -187,12 +221,8 @@ impl Task {
                 self.counters.turned_away += u64::from(!found_worker(&refusal));
                 let _ = reply.send(Err(refusal));
             }
-            Pending::Done(reply) => {
-                let _ = reply.send(Err(refusal));
-            }
-            Pending::Cleanup(reply) => {
-                let _ = reply.send(Err(refusal));
-            }
+            Pending::Done(reply) => self.answers.put(reply, Err(refusal)),
+            Pending::Cleanup(reply) => self.answers.put(reply, Err(refusal)),
         }
     }
 
@@ -210,7 +240,7 @@ impl Task {
             .stop(if kill { Stop::Kill } else { Stop::Graceful });
     }
 
-    fn withdraw(&self, worker: &WorkerId) {
+    pub(super) fn withdraw(&self, worker: &WorkerId) {
         let Some(route) = self.routes.get(worker.model.as_str()) else {
             return;
         };

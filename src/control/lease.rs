@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use arc_swap::ArcSwapOption;
+use arc_swap::{ArcSwap, ArcSwapOption};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
@@ -13,38 +13,61 @@ use crate::clock::{Clock, Timestamp};
 use crate::gate::{Gate, Left};
 use crate::model::{ModelName, ModelSpec, Upstream, WorkerId};
 
-/// Every model there is, by name and alias.
+/// Every model there is, by name and alias. A reload replaces the whole table
+/// at once, so no reader sees half of it.
 #[derive(Debug)]
 pub struct Routes {
-    models: Vec<Arc<ModelRoute>>,
-    by_name: HashMap<ModelName, Arc<ModelRoute>>,
+    table: ArcSwap<Table>,
     overloads: AtomicU64,
 }
 
-impl Routes {
-    /// Builds the table. Aliases lead to their model.
-    #[must_use]
-    pub fn new(specs: impl IntoIterator<Item = Arc<ModelSpec>>) -> Self {
-        let models: Vec<_> = specs
-            .into_iter()
-            .map(|spec| {
-                Arc::new(ModelRoute {
-                    spec,
-                    ready: ArcSwapOption::empty(),
-                })
-            })
-            .collect();
+#[derive(Debug)]
+struct Table {
+    models: Vec<Arc<ModelRoute>>,
+    by_name: HashMap<ModelName, Arc<ModelRoute>>,
+}
+
+impl Table {
+    fn new(models: Vec<Arc<ModelRoute>>) -> Self {
         let mut by_name = HashMap::new();
         for route in &models {
             for name in route.spec.aliases.iter().chain([&route.spec.name]) {
                 by_name.insert(name.clone(), Arc::clone(route));
             }
         }
+        Self { models, by_name }
+    }
+}
+
+impl Routes {
+    /// Builds the table. Aliases lead to their model.
+    #[must_use]
+    pub fn new(specs: impl IntoIterator<Item = Arc<ModelSpec>>) -> Self {
+        let models = specs.into_iter().map(ModelRoute::new).map(Arc::new);
         Self {
-            models,
-            by_name,
+            table: ArcSwap::from_pointee(Table::new(models.collect())),
             overloads: AtomicU64::new(0),
         }
+    }
+
+    /// Puts another table in the place of this one. A model that both have
+    /// keeps its worker, also for requests that hold its old route. The
+    /// controller's only.
+    pub(super) fn replace(&self, specs: impl IntoIterator<Item = Arc<ModelSpec>>) {
+        let old = self.table.load_full();
+        let route = |spec: Arc<ModelSpec>| {
+            let before = old.models.iter().find(|route| route.spec.name == spec.name);
+            match before {
+                Some(route) if Arc::ptr_eq(&route.spec, &spec) => Arc::clone(route),
+                Some(route) => Arc::new(ModelRoute {
+                    spec,
+                    ready: Arc::clone(&route.ready),
+                }),
+                None => Arc::new(ModelRoute::new(spec)),
+            }
+        };
+        let models = specs.into_iter().map(route).collect();
+        self.table.store(Arc::new(Table::new(models)));
     }
 
     /// Counts a request that the controller could not even hear.
@@ -59,20 +82,21 @@ impl Routes {
 
     /// Returns the model with this name or alias.
     #[must_use]
-    pub fn get(&self, name: &str) -> Option<&Arc<ModelRoute>> {
-        self.by_name.get(name)
+    pub fn get(&self, name: &str) -> Option<Arc<ModelRoute>> {
+        self.table.load().by_name.get(name).map(Arc::clone)
     }
 
     /// Returns the models in the order of their names.
-    pub fn iter(&self) -> impl Iterator<Item = &Arc<ModelRoute>> {
-        self.models.iter()
+    #[must_use]
+    pub fn all(&self) -> Vec<Arc<ModelRoute>> {
+        self.table.load().models.clone()
     }
 
     /// Returns the one model there is, when there is exactly one.
     #[must_use]
-    pub fn only(&self) -> Option<&Arc<ModelRoute>> {
-        match self.models.as_slice() {
-            [one] => Some(one),
+    pub fn only(&self) -> Option<Arc<ModelRoute>> {
+        match self.table.load().models.as_slice() {
+            [one] => Some(Arc::clone(one)),
             _ => None,
         }
     }
@@ -82,10 +106,18 @@ impl Routes {
 #[derive(Debug)]
 pub struct ModelRoute {
     spec: Arc<ModelSpec>,
-    ready: ArcSwapOption<ReadyWorker>,
+    /// Shared with the routes that this one replaced and that replace it.
+    ready: Arc<ArcSwapOption<ReadyWorker>>,
 }
 
 impl ModelRoute {
+    fn new(spec: Arc<ModelSpec>) -> Self {
+        Self {
+            spec,
+            ready: Arc::default(),
+        }
+    }
+
     /// Returns the model's own name.
     #[must_use]
     pub fn name(&self) -> &ModelName {
@@ -126,8 +158,6 @@ impl ModelRoute {
 pub struct ReadyWorker {
     /// Which life of which model.
     pub id: WorkerId,
-    /// What the configuration says of its model.
-    pub spec: Arc<ModelSpec>,
     /// Where it answers.
     pub upstream: Upstream,
     /// Admits requests.

@@ -6,6 +6,7 @@
 //! Readers take the published [`Snapshot`] and never queue here.
 
 mod adopt;
+mod answers;
 mod autopsy;
 mod command;
 mod decision;
@@ -13,6 +14,8 @@ mod decisions;
 mod deeds;
 mod lease;
 mod obey;
+mod parking;
+mod reload;
 mod snapshot;
 mod task;
 mod tell;
@@ -26,6 +29,10 @@ pub use command::{CleanupRequest, Command, LimitReport, LimitRequest, LogTail, R
 pub use decision::{Decision, End, Kind, LoadFailure, LoadReason, What};
 pub use decisions::{Decisions, Found, KEPT, Recorder, Wanted, record};
 pub use lease::{Lease, ModelRoute, ReadyWorker, Routes};
+pub use reload::{
+    Reconfiguration, ReloadError, ReloadOrigin, ReloadProblem, ReloadReport, ReloadRequest,
+    Reloader, Reloads,
+};
 pub use snapshot::{
     Candidate, Counters, DomainView, LastEviction, LimitSource, MemoryView, ModelView, Snapshot,
 };
@@ -36,7 +43,7 @@ use crate::clock::{Clock, Timestamp};
 use crate::model::ModelName;
 pub use crate::policy::{
     CleanupReport, EvictReason, Expectation, Expected, ExpectedSource, Explanation, Holder,
-    Outlook, Phase, PressureLevel, Protection, Refusal, Shortage, Skip, Skipped, Why,
+    Outlook, ParkFault, Phase, PressureLevel, Protection, Refusal, Shortage, Skip, Skipped, Why,
 };
 
 /// Commands waiting at most. A full queue is answered with `503 overloaded`:
@@ -211,6 +218,24 @@ impl Controller {
         let _: Result<(), Refusal> = self
             .ask(|_, reply| Command::Shutdown { grace, reply })
             .await;
+    }
+
+    /// Has a configuration that was read anew taken in, or told that it is not
+    /// valid. Whoever wants a reload asks the [`Reloader`].
+    ///
+    /// # Errors
+    /// That residentd ends, or that the controller is gone.
+    pub async fn reload(
+        &self,
+        origin: ReloadOrigin,
+        outcome: Result<Box<Reconfiguration>, Vec<ReloadProblem>>,
+    ) -> Result<(), Refusal> {
+        self.ask(|_, reply| Command::Reload {
+            origin,
+            outcome,
+            reply,
+        })
+        .await
     }
 
     /// Explains why the model is not ready, and what asking for it would lead to

@@ -5,8 +5,9 @@ use std::time::Duration;
 use super::command::{LimitReport, LimitRequest, Reply};
 use super::task::{Pending, Task};
 use super::{
-    CleanupReport, CleanupRequest, Command, Explanation, LimitSource, LogTail, Refusal, What,
+    CleanupReport, CleanupRequest, Command, Explanation, Lease, LimitSource, LogTail, Refusal, What,
 };
+use crate::clock::Timestamp;
 use crate::model::{Domain, ModelName};
 use crate::policy::{CleanupOrder, Event, Phase, Ticket};
 
@@ -15,25 +16,13 @@ const CLEANUP_TIMEOUT: Duration = Duration::from_secs(30);
 
 impl Task {
     pub(super) fn obey(&mut self, command: Command) {
-        let now = self.clock.now();
         match command {
             Command::Acquire {
                 ticket,
                 model,
                 deadline,
                 reply,
-            } => {
-                if !reply.is_closed() {
-                    self.waiting
-                        .insert(ticket, Pending::Lease { reply, late: false });
-                    self.feed(Event::Acquire {
-                        ticket,
-                        model: model.clone(),
-                        deadline,
-                    });
-                    self.count_wait(ticket, &model);
-                }
-            }
+            } => self.acquire((ticket, deadline), model, reply),
             Command::Load {
                 ticket,
                 model,
@@ -60,39 +49,68 @@ impl Task {
                 request,
                 reply,
             } => self.clean_up(ticket, request, reply),
-            // Whoever asked may have left: then the answer goes nowhere.
             Command::Pin {
                 model,
                 pinned,
                 reply,
             } => {
-                let _ = reply.send(self.pin(model, pinned));
+                let answer = self.pin(model, pinned);
+                self.answers.put(reply, answer);
             }
             Command::Limit { request, reply } => {
-                let _ = reply.send(self.set_limit(request));
+                let answer = self.set_limit(request);
+                self.answers.put(reply, answer);
             }
             Command::Weigh { model, reply } => {
-                let _ = reply.send(self.weigh(model));
+                let answer = self.weigh(model);
+                self.answers.put(reply, answer);
             }
             Command::Explain { model, reply } => {
-                let _ = reply.send(self.explain(model));
+                let answer = self.explain(model);
+                self.answers.put(reply, answer);
             }
             Command::Tail {
                 model,
                 lines,
                 reply,
             } => {
-                let _ = reply.send(self.known_tail(model, lines));
+                let answer = self.known_tail(model, lines);
+                self.answers.put(reply, answer);
             }
+            Command::Reload {
+                origin,
+                outcome,
+                reply,
+            } => self.reload(origin, outcome, reply),
             Command::Shutdown { grace, reply } => {
-                self.tell_of(None, What::Shutdown { grace });
                 self.finishing.push(reply);
-                if grace.is_zero() {
-                    self.kill_all();
-                }
-                self.feed(Event::Shutdown { until: now + grace });
+                self.begin_shutdown(grace);
             }
         }
+    }
+
+    fn acquire(&mut self, asked: (Ticket, Timestamp), model: ModelName, reply: Reply<Lease>) {
+        if reply.is_closed() {
+            return;
+        }
+        let (ticket, deadline) = asked;
+        self.waiting
+            .insert(ticket, Pending::Lease { reply, late: false });
+        self.feed(Event::Acquire {
+            ticket,
+            model: model.clone(),
+            deadline,
+        });
+        self.count_wait(ticket, &model);
+    }
+
+    fn begin_shutdown(&mut self, grace: Duration) {
+        self.tell_of(None, What::Shutdown { grace });
+        if grace.is_zero() {
+            self.kill_all();
+        }
+        let until = self.clock.now() + grace;
+        self.feed(Event::Shutdown { until });
     }
 
     fn known_tail(&self, model: ModelName, lines: usize) -> Result<LogTail, Refusal> {
@@ -132,8 +150,8 @@ impl Task {
             .flatten()
             .find(|name| !self.policy.models().contains_key(*name));
         if let Some(name) = unknown {
-            // Whoever asked may have left.
-            let _ = reply.send(Err(Refusal::UnknownModel(name.clone())));
+            let unknown = Refusal::UnknownModel(name.clone());
+            self.answers.put(reply, Err(unknown));
             return;
         }
         self.waiting.insert(ticket, Pending::Cleanup(reply));

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::{EvictReason, Expected, Phase, PressureLevel, Protection, ReadyWorker};
+use super::{EvictReason, Expected, Phase, PressureLevel, Protection, ReadyWorker, Reloads};
 use crate::clock::Timestamp;
 use crate::memory::{Reading, Usage};
 use crate::model::{Bytes, Domain, ModelName, ModelSpec};
@@ -35,6 +35,7 @@ impl Snapshot {
     #[must_use]
     pub fn hits(&self) -> u64 {
         let admitted: u64 = self.models.values().map(ModelView::access_count).sum();
+        let admitted = admitted + self.counters.admitted;
         admitted.saturating_sub(self.counters.granted_late)
     }
 
@@ -233,6 +234,8 @@ impl LimitSource {
 /// What happened since the start.
 #[derive(Clone, Debug, Default)]
 pub struct Counters {
+    /// Requests admitted to workers of models that are no more.
+    pub admitted: u64,
     /// Requests admitted after they had waited; all others admitted found their
     /// model ready.
     pub granted_late: u64,
@@ -250,12 +253,18 @@ pub struct Counters {
     pub crashes: u64,
     /// Evictions by reason.
     pub evictions: BTreeMap<&'static str, u64>,
+    /// Parks that gave back what they should, by reason.
+    pub parks: BTreeMap<&'static str, u64>,
+    /// Parked workers that became ready again.
+    pub unparks: u64,
     /// Workers that were killed by somebody else, by who it most likely was.
     pub kills: BTreeMap<&'static str, u64>,
     /// Refusals by code.
     pub refusals: BTreeMap<&'static str, u64>,
     /// Bytes that did not come back after an eviction.
     pub reclaim_shortfall: Bytes,
+    /// What became of reloads of the configuration.
+    pub config: Reloads,
 }
 
 impl Counters {

@@ -9,11 +9,12 @@ use tokio_util::sync::CancellationToken;
 use tracing::{debug, warn};
 
 use super::adopt::Adoption;
+use super::answers::Answers;
 use super::command::Reply;
 use super::tell::Told;
 use super::{
     CleanupReport, Command, Controller, Counters, Lease, LimitSource, LogTail, ReadyWorker,
-    Recorder, Refusal, Routes, Signal, Snapshot, What,
+    Recorder, Refusal, Reloads, Routes, Signal, Snapshot, What,
 };
 use crate::clock::{Clock, Timestamp};
 use crate::gate::Gate;
@@ -52,6 +53,8 @@ pub struct Parts {
     pub first_decision: u64,
     /// Workers of an earlier residentd that are taken back.
     pub adoptees: Vec<Adoptee>,
+    /// Tells the configuration from others.
+    pub config_hash: String,
 }
 
 /// Starts the controller task and returns the handle to it.
@@ -83,13 +86,20 @@ pub fn start(parts: Parts) -> Controller {
         workers: BTreeMap::new(),
         records: BTreeMap::new(),
         waiting: HashMap::new(),
+        answers: Answers::default(),
         finishing: Vec::new(),
         finished: false,
         reading,
         pace: Pace::Calm,
         limit_source: parts.limit_source,
         auto_cleanup: parts.auto_cleanup,
-        counters: Counters::default(),
+        counters: Counters {
+            config: Reloads {
+                hash: parts.config_hash,
+                ..Reloads::default()
+            },
+            ..Counters::default()
+        },
         oom: OomWatch::default(),
         recorder,
         told: Told::default(),
@@ -168,6 +178,7 @@ async fn run(mut task: Task, mut arrivals: Arrivals, publish: watch::Sender<Arc<
     task.feed(Event::Tick);
     loop {
         publish.send_replace(Arc::new(task.snapshot()));
+        task.answers.give();
         if task.finished {
             break;
         }
@@ -186,6 +197,7 @@ async fn run(mut task: Task, mut arrivals: Arrivals, publish: watch::Sender<Arc<
         }
     }
     task.answer_the_rest();
+    task.answers.give();
 }
 
 /// One live worker, as the controller holds it.
@@ -235,6 +247,7 @@ pub(super) struct Task {
     pub(super) workers: BTreeMap<WorkerId, Live>,
     pub(super) records: BTreeMap<ModelName, Record>,
     pub(super) waiting: HashMap<Ticket, Pending>,
+    pub(super) answers: Answers,
     pub(super) finishing: Vec<Reply<()>>,
     pub(super) finished: bool,
     pub(super) reading: Arc<Reading>,
@@ -278,6 +291,14 @@ impl Task {
                 record,
             } => self.worker_runs(worker, tree, record),
             WorkerEvent::Ready { worker, upstream } => self.worker_ready(&worker, upstream),
+            WorkerEvent::Parked { worker } => {
+                self.feed(Event::Parked { worker });
+                self.memory.sample_now();
+            }
+            WorkerEvent::Unparked { worker } => self.worker_unparked(worker),
+            WorkerEvent::ParkFailed { worker, said } => {
+                self.feed(Event::ParkFailed { worker, said });
+            }
             WorkerEvent::NeverReady { worker, after } => {
                 warn!(%worker, after_s = after.as_secs_f64(), "worker missed its start deadline");
                 let last_lines = self.tail_of(&worker.model, ERROR_LINES).lines;
@@ -334,7 +355,6 @@ impl Task {
         self.next_serial += 1;
         let ready = Arc::new(ReadyWorker {
             id: worker.clone(),
-            spec: Arc::clone(&model.spec),
             upstream,
             gate: Gate::open(now, model.spec.concurrency),
             closing: CancellationToken::new(),
@@ -390,7 +410,7 @@ impl Task {
     pub(super) fn read_gates(&mut self) {
         for (id, live) in &self.workers {
             let Some(ready) = &live.ready else { continue };
-            if ready.spec.concurrency.is_some() {
+            if ready.gate.is_bounded() {
                 // Nobody may come in between this look and who is let in by it.
                 ready.gate.hold(true);
             }
@@ -398,6 +418,7 @@ impl Task {
             let activity = Activity {
                 inside: read.inside,
                 last_left: read.last_left,
+                last_entered: read.last_entered,
             };
             self.policy.observe([(id, activity)]);
             if let Some(gaps) = ready.gate.take_gaps() {
@@ -410,8 +431,7 @@ impl Task {
     pub(super) fn release_gates(&self) {
         for (id, live) in &self.workers {
             let Some(ready) = &live.ready else { continue };
-            if ready.spec.concurrency.is_some() && self.policy.models()[&id.model].queue.is_empty()
-            {
+            if ready.gate.is_bounded() && self.policy.models()[&id.model].queue.is_empty() {
                 ready.gate.hold(false);
             }
         }

@@ -100,7 +100,7 @@ impl Task {
         let models = self.policy.models();
         let waits = |name: &ModelName| {
             let model = models.get(name);
-            model.is_some_and(|m| m.phase == Phase::Stopped && !m.queue.is_empty())
+            model.is_some_and(|m| m.is_without_memory() && !m.queue.is_empty())
         };
         self.told.waits.retain(|name, _| waits(name));
         if !self.policy.awaits_idle() {
@@ -162,7 +162,7 @@ impl Task {
             (Phase::Starting, _) => End::LoadFailed(failure(exit, out_of_memory)),
             (Phase::Draining | Phase::Stopping, None) => End::LoadFailed(LoadFailure::StartTimeout),
             (Phase::Draining | Phase::Stopping, Some(reason)) => End::Told(reason.clone()),
-            (Phase::Ready, _) => End::Crashed,
+            (Phase::Ready | Phase::Parking | Phase::Parked | Phase::Unparking, _) => End::Crashed,
             // It has no worker that could end.
             (Phase::Stopped | Phase::Backoff | Phase::Failed, _) => return,
         };
@@ -177,7 +177,10 @@ impl Task {
     /// Tells that a model which failed now has to rest.
     pub(super) fn tell_backoff(&self, worker: &WorkerId) {
         let now = self.clock.now();
-        let model = &self.policy.models()[&worker.model];
+        // One that was removed is forgotten by now.
+        let Some(model) = self.policy.models().get(&worker.model) else {
+            return;
+        };
         let rests = matches!(model.phase, Phase::Backoff | Phase::Failed);
         let until = model.failures.retry_at.filter(|at| *at > now);
         if let Some(until) = until.filter(|_| rests && model.generation == worker.generation) {

@@ -99,13 +99,7 @@ fn snapshot(task: &Task) -> Snapshot {
         .collect();
     let mut counters = task.counters.clone();
     for state in task.policy.models().values() {
-        let history = &state.history;
-        counters.loads += history.loads;
-        counters.reloads += history.reloads;
-        counters.crashes += history.crashes;
-        for (reason, count) in &history.evictions {
-            *counters.evictions.entry(reason).or_default() += count;
-        }
+        counters.add(&state.history);
     }
     let overloads = task.routes.overloads();
     if overloads > 0 {

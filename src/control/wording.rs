@@ -5,8 +5,9 @@ use std::fmt;
 
 use tracing::{info, warn};
 
+use super::ReloadReport;
 use super::decision::{Decision, End, LoadReason, What};
-use crate::model::{Bytes, Domain, ModelName};
+use crate::model::{Bytes, Difference, Domain, ModelName};
 
 impl Decision {
     /// Writes it to the log: a constant message, and every number as a field.
@@ -56,6 +57,28 @@ impl Decision {
                 kill,
             } => {
                 info!(id, worker, reason, %why, charge = list(charge), kill, "evicting worker");
+            }
+            What::Park {
+                reason: why,
+                charge,
+                holds,
+            } => {
+                info!(id, worker, reason, %why, charge = list(charge), holds = list(holds), "parking worker");
+            }
+            What::Parked { freed, took } => {
+                info!(
+                    id,
+                    worker,
+                    freed = list(freed),
+                    park_s = took.as_secs_f64(),
+                    "worker parked"
+                );
+            }
+            What::Unpark {
+                waiting, expected, ..
+            } => info!(id, worker, reason, waiting, need = %expected, "unparking worker"),
+            What::Unparked { took } => {
+                info!(id, worker, unpark_s = took.as_secs_f64(), "worker unparked");
             }
             What::Keep {
                 reason: why,
@@ -118,6 +141,22 @@ impl Decision {
             } => {
                 info!(id, %domain, level = level.as_str(), %usage, %headroom, "pressure changed");
             }
+            What::Reload { origin, report } => {
+                let origin = origin.as_str();
+                info!(id, origin, changes = %brief(report), "configuration reloaded");
+            }
+            What::ReloadRefused { origin, problems } => {
+                let origin = origin.as_str();
+                warn!(
+                    id,
+                    origin,
+                    problems = problems.len(),
+                    "configuration is not valid, nothing is changed"
+                );
+                for problem in problems.iter() {
+                    warn!(id, %problem, "configuration");
+                }
+            }
             What::Shutdown { grace } => {
                 info!(id, grace_s = grace.as_secs_f64(), "shutting down");
             }
@@ -145,11 +184,7 @@ impl fmt::Display for Decision {
             What::Spawn {
                 reason, expected, ..
             } => {
-                let whom = match reason {
-                    LoadReason::Request => "a request",
-                    LoadReason::Operator => "an operator",
-                    LoadReason::Preload => "the configuration",
-                };
+                let whom = whom(*reason);
                 write!(f, "is loaded for {whom}; it is expected to need {expected}")
             }
             What::Adopt {
@@ -172,6 +207,26 @@ impl fmt::Display for Decision {
             What::Wait { outlook } => write!(f, "has to wait: {outlook}"),
             What::Evict { reason, charge, .. } => {
                 write!(f, "is evicted, which gives back {}: {reason}", list(charge))
+            }
+            What::Park { reason, holds, .. } => {
+                let holds = list(holds);
+                write!(f, "is parked, and expected to hold {holds} then: {reason}")
+            }
+            What::Parked { freed, took } => {
+                let (freed, took) = (list(freed), took.as_secs_f64());
+                write!(f, "is parked after {took:.3} s, which gave back {freed}")
+            }
+            What::Unpark {
+                reason, expected, ..
+            } => {
+                let whom = whom(*reason);
+                write!(
+                    f,
+                    "is unparked for {whom}; it is expected to need {expected}"
+                )
+            }
+            What::Unparked { took } => {
+                write!(f, "is out of its park after {:.3} s", took.as_secs_f64())
             }
             What::Keep { reason, inside } => {
                 write!(
@@ -242,6 +297,21 @@ impl fmt::Display for Decision {
                 "pressure on {domain} is {} from now on: usage {usage}, headroom {headroom}",
                 level.as_str()
             ),
+            What::Reload { origin, report } => write!(
+                f,
+                "configuration reloaded ({}): {}",
+                origin.as_str(),
+                brief(report)
+            ),
+            What::ReloadRefused { origin, problems } => {
+                let texts: Vec<_> = problems.iter().map(ToString::to_string).collect();
+                write!(
+                    f,
+                    "configuration is not valid ({}) and nothing is changed: {}",
+                    origin.as_str(),
+                    texts.join("; ")
+                )
+            }
             What::Shutdown { grace } => {
                 write!(
                     f,
@@ -250,6 +320,44 @@ impl fmt::Display for Decision {
                 )
             }
         }
+    }
+}
+
+/// Says in a few words what a reload changed.
+fn brief(report: &ReloadReport) -> String {
+    let Difference {
+        added,
+        removed,
+        changed,
+        settings,
+        needs_restart,
+    } = &report.difference;
+    let names =
+        |models: &[ModelName]| -> Vec<String> { models.iter().map(ToString::to_string).collect() };
+    let keys = |keys: &[&str]| -> Vec<String> { keys.iter().map(ToString::to_string).collect() };
+    let changed = changed.iter().map(|c| c.model.to_string()).collect();
+    let parts = [
+        ("added", names(added)),
+        ("removed", names(removed)),
+        ("changed", changed),
+        ("settings", keys(settings)),
+        ("needs a restart", keys(needs_restart)),
+    ];
+    let parts = parts.iter().filter(|(_, list)| !list.is_empty());
+    let parts: Vec<_> = parts
+        .map(|(word, list)| format!("{word} {}", list.join(", ")))
+        .collect();
+    if parts.is_empty() {
+        return "nothing is different".to_owned();
+    }
+    parts.join("; ")
+}
+
+const fn whom(reason: LoadReason) -> &'static str {
+    match reason {
+        LoadReason::Request => "a request",
+        LoadReason::Operator => "an operator",
+        LoadReason::Preload => "the configuration",
     }
 }
 

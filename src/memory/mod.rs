@@ -53,6 +53,9 @@ pub trait MemorySource: fmt::Debug + Send + Sync + 'static {
     /// Notes that a worker has loaded: what its devices use more than before
     /// is its own.
     fn loaded(&self, worker: &WorkerId);
+    /// The worker's memory moves, because it is parked or unparked: it is looked
+    /// at as one that loads until it is `loaded` again.
+    fn moves(&self, worker: &WorkerId);
     /// Stops measuring it.
     fn forget(&self, worker: &WorkerId);
     /// Asks for the proportional share of a worker, which is not read by itself

@@ -1,4 +1,5 @@
-//! How long workers lie idle between two uses, in classes that double.
+//! How long it takes from one request for a model to the next, in classes that
+//! double.
 
 use std::time::Duration;
 
@@ -10,11 +11,11 @@ pub const GAP_CLASSES: usize = 32;
 /// second.
 const SHORTEST: f64 = 0.25;
 
-/// Idle times by class: how often each was seen.
+/// Times between requests by class: how often each was seen.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct IdleGaps(pub [u32; GAP_CLASSES]);
+pub struct Gaps(pub [u32; GAP_CLASSES]);
 
-impl IdleGaps {
+impl Gaps {
     /// Returns one gap.
     #[must_use]
     pub fn one(gap: Duration) -> Self {
@@ -51,13 +52,13 @@ mod tests {
     fn a_class_holds_what_lies_between_its_begin_and_the_next_ones() {
         for millis in [250, 499, 500, 999, 1000, 1500, 60_000, 3_600_000] {
             let gap = Duration::from_millis(millis);
-            let class = IdleGaps::class(gap);
+            let class = Gaps::class(gap);
             let seconds = gap.as_secs_f64();
-            assert!(IdleGaps::begin(class) <= seconds, "{millis} ms");
-            assert!(seconds < IdleGaps::begin(class + 1), "{millis} ms");
+            assert!(Gaps::begin(class) <= seconds, "{millis} ms");
+            assert!(seconds < Gaps::begin(class + 1), "{millis} ms");
         }
-        assert_eq!(IdleGaps::class(Duration::ZERO), 1);
-        assert_eq!(IdleGaps::class(Duration::MAX), GAP_CLASSES - 1);
-        assert_eq!(IdleGaps::one(Duration::from_secs(1)).0[3], 1);
+        assert_eq!(Gaps::class(Duration::ZERO), 1);
+        assert_eq!(Gaps::class(Duration::MAX), GAP_CLASSES - 1);
+        assert_eq!(Gaps::one(Duration::from_secs(1)).0[3], 1);
     }
 }

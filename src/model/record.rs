@@ -37,6 +37,8 @@ pub struct WorkerRecord {
     pub gpus: Vec<String>,
     /// It has answered.
     pub ready: bool,
+    /// It was told to park and is not known to have its memory again.
+    pub parked: bool,
     /// The most it used so far, by domain.
     pub peak: BTreeMap<Domain, Bytes>,
 }

@@ -9,10 +9,10 @@ use super::Policy;
 use super::event::{Effect, Ticket};
 use super::ledger::{self, Need};
 use super::lifecycle::{ModelState, Waiter};
-use super::verdict::{Verdict, least};
+use super::verdict::{Verdict, Victim, least};
 use super::words::{Expected, Phase, Refusal};
 use crate::clock::Timestamp;
-use crate::model::{Domain, IdleGaps, ModelName, WorkerId};
+use crate::model::{Domain, Gaps, ModelName, WorkerId};
 
 impl Policy {
     pub(super) fn acquire(
@@ -27,7 +27,7 @@ impl Policy {
             out.push(reject(Refusal::ShuttingDown));
             return;
         }
-        let Some(model) = self.models.get_mut(name) else {
+        let Some(model) = self.models.get_mut(name).filter(|m| !m.removed) else {
             out.push(reject(Refusal::UnknownModel(name.clone())));
             return;
         };
@@ -39,7 +39,7 @@ impl Policy {
         };
         match model.phase {
             Phase::Ready if !wants_lease || (model.queue.is_empty() && !model.is_full()) => {
-                out.push(grant(model, waiter));
+                out.push(grant(now, model, waiter));
             }
             Phase::Backoff | Phase::Failed if !model.may_start(now) => {
                 out.push(reject(model.backing_off(now)));
@@ -47,6 +47,9 @@ impl Policy {
             Phase::Stopped
             | Phase::Starting
             | Phase::Ready
+            | Phase::Parking
+            | Phase::Parked
+            | Phase::Unparking
             | Phase::Draining
             | Phase::Stopping
             | Phase::Backoff
@@ -62,12 +65,7 @@ impl Policy {
                 if matches!(model.phase, Phase::Backoff | Phase::Failed) {
                     model.enter(Phase::Stopped, now);
                 }
-                let is_first = model.phase == Phase::Stopped && model.queue.is_empty();
                 model.queue.push_back(waiter);
-                if let Some(used_at) = model.used_at.filter(|_| is_first) {
-                    let gap = IdleGaps::one(now.since(used_at));
-                    self.learn_gaps(name, &gap);
-                }
             }
         }
     }
@@ -103,12 +101,14 @@ impl Policy {
         }
         model.failures.last = None;
         model.activity.last_left = now;
+        model.activity.last_entered = now;
         model.enter(Phase::Ready, now);
         self.grant_waiters(worker, out);
     }
 
     /// Answers whoever waits for a ready worker, as many as fit into it.
     pub(super) fn grant_waiters(&mut self, worker: &WorkerId, out: &mut Vec<Effect>) {
+        let now = self.now;
         let Some(model) = self.current(worker) else {
             return;
         };
@@ -116,7 +116,7 @@ impl Policy {
             if waiter.wants_lease && model.is_full() {
                 model.queue.push_back(waiter);
             } else {
-                out.push(grant(model, waiter));
+                out.push(grant(now, model, waiter));
             }
         }
     }
@@ -185,7 +185,8 @@ impl Policy {
         room
     }
 
-    /// Looks at every wanted model and starts, waits, evicts or refuses.
+    /// Looks at every wanted model and starts, unparks, waits, parks, evicts or
+    /// refuses.
     pub(super) fn plan(&mut self, now: Timestamp, out: &mut Vec<Effect>) {
         let mut claims = Need::new();
         self.blocked = false;
@@ -194,15 +195,23 @@ impl Policy {
             match self.admit(&name, &claims) {
                 Verdict::Spawn(expected, gpus) => self.spawn(now, &name, expected, gpus, out),
                 Verdict::Wait(need) => ledger::add(&mut claims, &need),
+                Verdict::Unpark(expected) => {
+                    let worker = self.models[&name].worker();
+                    self.unpark(now, &worker, expected, out);
+                }
                 Verdict::Evict(victims, need, short) => {
-                    for victim in victims {
-                        self.evict(now, &victim.worker, short.reason(&name), false, out);
+                    for Victim { worker, parks } in victims {
+                        let reason = short.reason(&name);
+                        match parks {
+                            true => self.park(now, &worker, reason, out),
+                            false => self.evict(now, &worker, reason, false, out),
+                        }
                     }
                     ledger::add(&mut claims, &need);
                 }
-                Verdict::Blocked(need) => {
+                Verdict::Blocked(need, short) => {
                     self.blocked = true;
-                    match self.patience_ends(&name) {
+                    match self.drains_at(&name, &short) {
                         Some(ends) if ends > now => {
                             let next = self.patience_at.map_or(ends, |at| at.min(ends));
                             self.patience_at = Some(next);
@@ -224,7 +233,8 @@ impl Policy {
         let mut wanted: Vec<_> = self
             .models
             .values()
-            .filter(|m| (m.wanted || !m.queue.is_empty()) && m.may_start(now))
+            .filter(|m| (m.wanted || !m.queue.is_empty()) && !m.removed)
+            .filter(|m| m.may_start(now) || m.phase == Phase::Parked)
             .filter(|m| !self.ledger.is_held(&m.worker()))
             .map(|m| {
                 (
@@ -251,12 +261,17 @@ impl Policy {
             .models
             .get_mut(name)
             .expect("a wanted model is configured");
+        let first = model.queue.front();
+        let gap = first.and_then(|first| Some(first.since.since(model.asked_at?)));
         model.begin_life(expected.clone(), now);
         out.push(Effect::Spawn {
             worker: model.worker(),
             expected,
             gpus,
         });
+        if let Some(gap) = gap {
+            self.learn_gaps(name, &Gaps::one(gap));
+        }
     }
 
     /// Turns away everyone who waits for a model.
@@ -281,13 +296,15 @@ impl Policy {
 }
 
 /// Answers one waiter of a ready model.
-fn grant(model: &mut ModelState, waiter: Waiter) -> Effect {
+fn grant(now: Timestamp, model: &mut ModelState, waiter: Waiter) -> Effect {
     if !waiter.wants_lease {
         return Effect::Done {
             ticket: waiter.ticket,
         };
     }
     model.activity.inside = model.activity.inside.saturating_add(1);
+    model.activity.last_entered = now;
+    model.asked_at = Some(now);
     Effect::Grant {
         ticket: waiter.ticket,
         worker: model.worker(),

@@ -111,6 +111,13 @@ impl Policy {
     }
 
     pub(super) fn evict_refused(&mut self, worker: &WorkerId, inside: u32) {
+        if self
+            .current(worker)
+            .is_some_and(|m| m.phase == Phase::Parking)
+        {
+            self.park_refused(worker, inside);
+            return;
+        }
         let Some(model) = self.current(worker).filter(|m| m.phase == Phase::Stopping) else {
             return;
         };
@@ -148,7 +155,7 @@ impl Policy {
                 }
                 out.push(Effect::Done { ticket });
             }
-            Phase::Starting => {
+            Phase::Starting | Phase::Parking | Phase::Parked | Phase::Unparking => {
                 model.unloading.push(ticket);
                 self.refuse_all(name, &Refusal::Unloaded(name.clone()), out);
                 self.terminate(now, &worker, EvictReason::Unload, false, out);
@@ -169,12 +176,14 @@ impl Policy {
         }
     }
 
-    /// Ends drained workers, and those whose drain took too long.
+    /// Ends drained workers, and those whose drain took too long. Who is told to
+    /// drain in this very step is not ended yet: somebody may come in until the
+    /// gate is closed.
     pub(super) fn finish_drains(&mut self, now: Timestamp, out: &mut Vec<Effect>) {
         let done: Vec<_> = self
             .models
             .values()
-            .filter(|m| m.phase == Phase::Draining)
+            .filter(|m| m.phase == Phase::Draining && !is_new(m, out))
             .filter(|m| m.activity.inside == 0 || m.drain_until.is_some_and(|at| at <= now))
             .filter_map(|m| Some((m.worker(), m.leaving.clone()?)))
             .collect();
@@ -216,7 +225,8 @@ impl Policy {
             Some((*domain, books.budget()))
         });
         let budgets = budgets.collect();
-        let Some(model) = self.current(worker).filter(|m| m.is_live()) else {
+        let teaches = |m: &&mut ModelState| m.is_live() && !m.outdated && !m.removed;
+        let Some(model) = self.current(worker).filter(teaches) else {
             return;
         };
         model.learn(&budgets);
@@ -255,9 +265,12 @@ impl Policy {
                 self.want_preload(&worker.model);
                 self.restore_victims(now, &worker.model);
             }
-            Phase::Ready => {
+            Phase::Ready | Phase::Parking | Phase::Parked | Phase::Unparking => {
                 model.history.crashes += 1;
-                let cause = format!("{status} while it served");
+                let cause = match model.is_at_rest() {
+                    true => format!("{status} while it was {}", model.phase.as_str()),
+                    false => format!("{status} while it served"),
+                };
                 model.fail(cause.clone(), true, now);
                 if model.queue.is_empty() {
                     return;
@@ -343,7 +356,7 @@ impl Policy {
         let live: Vec<_> = self
             .models
             .values()
-            .filter(|m| matches!(m.phase, Phase::Starting | Phase::Ready | Phase::Draining))
+            .filter(|m| m.is_live() && m.phase != Phase::Stopping)
             .map(|m| (m.worker(), m.phase, m.activity.inside))
             .collect();
         for (worker, phase, inside) in live {
@@ -351,7 +364,11 @@ impl Policy {
             match phase {
                 Phase::Ready => self.drain(now, &worker, EvictReason::Shutdown, out),
                 Phase::Draining if busy => {}
-                Phase::Starting | Phase::Draining => {
+                Phase::Starting
+                | Phase::Parking
+                | Phase::Parked
+                | Phase::Unparking
+                | Phase::Draining => {
                     self.terminate(now, &worker, EvictReason::Shutdown, false, out);
                 }
                 Phase::Stopped | Phase::Stopping | Phase::Backoff | Phase::Failed => {}
@@ -373,15 +390,27 @@ fn failed(model: &ModelName, cause: String, last_lines: &[String]) -> Refusal {
     }
 }
 
-/// Notes why a worker went. What an operator unloads by name, or residentd's
-/// own end takes along, is no eviction.
+/// Returns whether the model's worker is told to drain by one of these effects.
+fn is_new(model: &ModelState, out: &[Effect]) -> bool {
+    let worker = model.worker();
+    let told =
+        |effect: &Effect| matches!(effect, Effect::Drain { worker: of, .. } if *of == worker);
+    out.iter().any(told)
+}
+
+/// Notes why a worker went. What an operator unloads by name or configures
+/// otherwise, or residentd's own end takes along, is no eviction.
 fn book_eviction(model: &mut ModelState, reason: EvictReason, now: Timestamp) {
     match reason {
-        EvictReason::Unload | EvictReason::Shutdown => {}
+        EvictReason::Unload
+        | EvictReason::Changed
+        | EvictReason::Removed
+        | EvictReason::Shutdown => {}
         EvictReason::MakeRoom { .. }
         | EvictReason::Idle { .. }
         | EvictReason::Pressure { .. }
         | EvictReason::Ceiling { .. }
+        | EvictReason::ParkFailed(_)
         | EvictReason::Cleanup => {
             *model.history.evictions.entry(reason.as_str()).or_default() += 1;
             model.history.evicted = true;

@@ -104,7 +104,7 @@ impl Known<'_> {
     }
 }
 
-fn declared(bytes: Bytes) -> Expectation {
+pub(super) fn declared(bytes: Bytes) -> Expectation {
     Expectation {
         bytes,
         source: ExpectedSource::Declared,

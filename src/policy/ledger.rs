@@ -6,7 +6,7 @@
 //! **Physics** is what the machine still gives: its measured headroom, less a
 //! reserve, less what was promised to workers and is not measured yet.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use super::event::{DomainMeasure, GpuFacts, Measured};
@@ -28,10 +28,10 @@ pub(super) type Need = BTreeMap<(Domain, Constraint), i128>;
 
 /// Measured bytes have to be back to this many hundredths of what was
 /// expected, as in Ollama's scheduler.
-const BACK_PERCENT: u64 = 75;
+pub(super) const BACK_PERCENT: u64 = 75;
 /// How long a device's headroom is watched for bytes of a reaped worker:
 /// drivers give VRAM back after the process is gone.
-const BACK_DEADLINE: Duration = Duration::from_secs(5);
+pub(super) const BACK_DEADLINE: Duration = Duration::from_secs(5);
 /// The same for host RAM, which the kernel gives back before a process can be
 /// reaped: what is still missing was taken by a neighbour.
 const HOST_BACK_DEADLINE: Duration = Duration::from_millis(500);
@@ -118,8 +118,10 @@ pub(super) struct Ledger {
     pub domains: BTreeMap<Domain, DomainBooks>,
     /// The GPUs there are, by index.
     pub gpus: BTreeMap<u32, GpuFacts>,
-    /// Limits that a user set on GPUs, by name.
+    /// Limits that the configuration sets on GPUs, by name.
     gpu_limits: BTreeMap<DeviceRef, Bytes>,
+    /// Domains whose limit an operator set, which beats the configuration.
+    set_by_operator: BTreeSet<Domain>,
     counted_twice: Bytes,
     measured_at: Timestamp,
     baselines: BTreeMap<(WorkerId, Domain), (Bytes, Bytes)>,
@@ -134,6 +136,41 @@ impl Ledger {
             domains: BTreeMap::from([(Domain::Host, host)]),
             gpu_limits,
             ..Self::default()
+        }
+    }
+
+    /// Sets a limit as an operator wishes. Returns whether there is the domain.
+    pub(super) fn set_limit(&mut self, domain: Domain, limit: Bytes) -> bool {
+        let Some(books) = self.domains.get_mut(&domain) else {
+            return false;
+        };
+        books.limit = limit;
+        self.set_by_operator.insert(domain);
+        true
+    }
+
+    /// Takes in what the configuration says now: the limit on host RAM, those
+    /// on GPUs, and the reserve of host RAM.
+    pub(super) fn configure(
+        &mut self,
+        (host, gpus): (Bytes, BTreeMap<DeviceRef, Bytes>),
+        reserve: Bytes,
+    ) {
+        self.gpu_limits = gpus;
+        let domains: Vec<_> = self.domains.keys().copied().collect();
+        for domain in domains {
+            let limit = match domain {
+                Domain::Host => host,
+                Domain::Gpu(_) => self.limit_of(domain),
+            };
+            let stays = self.set_by_operator.contains(&domain);
+            let books = self.domains.entry(domain).or_default();
+            if !stays {
+                books.limit = limit;
+            }
+            if domain == Domain::Host {
+                books.reserve = reserve;
+            }
         }
     }
 
@@ -228,10 +265,22 @@ impl Ledger {
             }
             physics += reclaim.expected;
         }
-        Need::from([
+        let mut incoming = Need::from([
             ((domain, Constraint::Limit), signed(limit)),
             ((domain, Constraint::Physics), signed(physics)),
-        ])
+        ]);
+        for model in models.values() {
+            let mut gives = model.gives_by_park();
+            gives.retain(|(of, _), _| *of == domain);
+            add(&mut incoming, &gives);
+        }
+        incoming
+    }
+
+    /// Returns when the newest measurement began.
+    #[must_use]
+    pub(super) fn measured_at(&self) -> Timestamp {
+        self.measured_at
     }
 
     /// Returns what a worker's end would give back.
@@ -260,9 +309,11 @@ impl Ledger {
             .values()
             .filter(|m| m.is_live() && !m.is_leaving() && !m.pinned)
         {
+            // What its park gives is on its way already.
+            let parks = model.gives_by_park();
             for (key, bytes) in self.gives(model) {
                 if let Some(total) = possible.get_mut(&key) {
-                    *total += bytes;
+                    *total += bytes - parks.get(&key).copied().unwrap_or(0);
                 }
             }
         }

@@ -4,7 +4,11 @@
 //! Stopped    spawn, or taken back from an earlier residentd → Starting
 //! Starting   ready → Ready; exit → Backoff; never ready, or unload → Stopping
 //! Ready      evict or idle (no leases) → Stopping; unload, or room for a patient
-//!            waiter → Draining; exit → Backoff
+//!            waiter → Draining; exit → Backoff; park (no leases) → Parking
+//! Parking    bytes are back → Parked; failed, or freed too little, or unload →
+//!            Stopping; gate did not close → Ready; exit → Backoff
+//! Parked     unpark → Unparking; evict, unload or idle → Stopping; exit → Backoff
+//! Unparking  ready again → Ready; failed, or unload → Stopping; exit → Backoff
 //! Draining   last lease, or deadline → Stopping; exit → Stopped; not needed any more → Ready
 //! Stopping   reaped → Stopped, or Backoff if it was never ready
 //! Backoff    delay over → Stopped, and from there as any; too many → Failed; unload → Stopped
@@ -18,6 +22,8 @@ use std::time::Duration;
 
 use super::event::{Activity, Measure, Ticket};
 use super::footprint::{self, Known, Lesson};
+use super::history::History;
+use super::parking::Parking;
 use super::reuse::Reuse;
 use super::words::{EvictReason, Expected, Phase, Protection, Refusal};
 use crate::clock::Timestamp;
@@ -59,6 +65,10 @@ pub struct ModelState {
     /// When a drain is over, whoever is inside; one that makes room lasts as long
     /// as there is somebody to make it for.
     pub drain_until: Option<Timestamp>,
+    /// Its worker was started under a configuration that no longer holds.
+    pub outdated: bool,
+    /// No longer configured; known until its worker is gone.
+    pub removed: bool,
     /// Bytes promised to the worker, from spawn to reap.
     pub reservation: Expected,
     /// Measured, while a worker lives.
@@ -79,10 +89,12 @@ pub struct ModelState {
     pub failures: Failures,
     /// What happened to it.
     pub history: History,
-    /// When a request last left one of its workers.
-    pub used_at: Option<Timestamp>,
+    /// When a request last came into one of its workers.
+    pub asked_at: Option<Timestamp>,
     /// How soon it is asked for again, and how long a load takes.
     pub(super) reuse: Reuse,
+    /// What is known of parking it.
+    pub(super) parking: Parking,
 }
 
 /// Who waits for a model.
@@ -109,25 +121,6 @@ pub struct Failures {
     pub last: Option<String>,
 }
 
-/// What happened to one model since the start.
-#[derive(Clone, Debug, Default)]
-pub struct History {
-    /// Lives that became ready.
-    pub loads: u64,
-    /// Of those, loads after an eviction.
-    pub reloads: u64,
-    /// Lives that ended by themselves after they were ready.
-    pub crashes: u64,
-    /// Evictions by reason.
-    pub evictions: BTreeMap<&'static str, u64>,
-    /// The last eviction.
-    pub last_eviction: Option<(EvictReason, Timestamp)>,
-    /// Spawn to ready of the last life that got there.
-    pub last_load: Option<Duration>,
-    /// Evicted since it was last ready.
-    pub evicted: bool,
-}
-
 impl ModelState {
     /// Returns a stopped model with nothing learned but `peak`.
     #[must_use]
@@ -148,6 +141,8 @@ impl ModelState {
             leaving: None,
             killed: false,
             drain_until: None,
+            outdated: false,
+            removed: false,
             reservation: Expected::default(),
             usage: BTreeMap::new(),
             activity: Activity::default(),
@@ -158,8 +153,9 @@ impl ModelState {
             adopted: false,
             failures: Failures::default(),
             history: History::default(),
-            used_at: None,
+            asked_at: None,
             reuse: Reuse::default(),
+            parking: Parking::default(),
         }
     }
 
@@ -182,9 +178,26 @@ impl ModelState {
     #[must_use]
     pub fn is_live(&self) -> bool {
         match self.phase {
-            Phase::Starting | Phase::Ready | Phase::Draining | Phase::Stopping => true,
+            Phase::Starting
+            | Phase::Ready
+            | Phase::Parking
+            | Phase::Parked
+            | Phase::Unparking
+            | Phase::Draining
+            | Phase::Stopping => true,
             Phase::Stopped | Phase::Backoff | Phase::Failed => false,
         }
+    }
+
+    /// Returns whether it loads, anew or out of its park.
+    pub(super) fn is_loading(&self) -> bool {
+        matches!(self.phase, Phase::Starting | Phase::Unparking)
+    }
+
+    /// Returns whether it would have to find memory before it could serve.
+    #[must_use]
+    pub fn is_without_memory(&self) -> bool {
+        matches!(self.phase, Phase::Stopped | Phase::Parked)
     }
 
     /// Returns whether it is on its way out.
@@ -198,11 +211,12 @@ impl ModelState {
     #[must_use]
     pub fn protection(&self) -> Option<Protection> {
         match self.phase {
-            Phase::Starting => Some(Protection::Loading),
+            Phase::Starting | Phase::Unparking => Some(Protection::Loading),
+            Phase::Parking => Some(Protection::Parking),
             Phase::Draining | Phase::Stopping => Some(Protection::Draining),
-            Phase::Ready if self.pinned => Some(Protection::Pinned),
+            Phase::Ready | Phase::Parked if self.pinned => Some(Protection::Pinned),
             Phase::Ready if self.activity.inside > 0 => Some(Protection::Busy),
-            Phase::Ready | Phase::Stopped | Phase::Backoff | Phase::Failed => None,
+            Phase::Ready | Phase::Parked | Phase::Stopped | Phase::Backoff | Phase::Failed => None,
         }
     }
 
@@ -216,14 +230,20 @@ impl ModelState {
     /// Returns whether it may be ended to make room.
     #[must_use]
     pub fn is_candidate(&self) -> bool {
-        self.phase == Phase::Ready && self.protection().is_none()
+        matches!(self.phase, Phase::Ready | Phase::Parked) && self.protection().is_none()
     }
 
     /// Returns since when nobody used it: its last completion, or when it
     /// became ready.
     #[must_use]
     pub fn idle_since(&self) -> Timestamp {
-        self.activity.last_left.max(self.since)
+        self.activity.last_left
+    }
+
+    /// Returns when it was last asked for, or became ready.
+    #[must_use]
+    pub fn asked_since(&self) -> Timestamp {
+        self.activity.last_entered
     }
 
     /// Returns the most it used in each domain, this life included.
@@ -260,7 +280,7 @@ impl ModelState {
         for (domain, peak) in std::mem::take(&mut self.life) {
             let lesson = Lesson {
                 peak,
-                last: self.used(domain),
+                last: self.settled(domain),
                 served: self.served,
                 out_of_memory: out_of_memory.get(&domain).copied(),
             };
@@ -342,10 +362,20 @@ impl ModelState {
         promised.map_or(Bytes::ZERO, |promised| promised.bytes)
     }
 
-    /// Returns whether it moves memory in this domain: loads, or is dying.
+    /// Returns whether it moves memory in this domain: loads, is dying, or on its
+    /// way into its park or out of it.
     #[must_use]
     pub fn is_moving(&self, domain: Domain) -> bool {
-        matches!(self.phase, Phase::Starting | Phase::Stopping) && self.domains().contains(&domain)
+        let moves = match self.phase {
+            Phase::Starting | Phase::Stopping | Phase::Parking | Phase::Unparking => true,
+            Phase::Stopped
+            | Phase::Ready
+            | Phase::Parked
+            | Phase::Draining
+            | Phase::Backoff
+            | Phase::Failed => false,
+        };
+        moves && self.domains().contains(&domain)
     }
 
     /// Moves to `phase` at `now`.
@@ -364,11 +394,10 @@ impl ModelState {
         self.adopted = false;
         self.leaving = None;
         self.killed = false;
+        self.outdated = false;
         self.wanted = false;
-        self.activity = Activity {
-            inside: 0,
-            last_left: now,
-        };
+        self.parking.begin_life();
+        self.activity = Activity::opened(now);
         self.enter(Phase::Starting, now);
     }
 
@@ -384,7 +413,19 @@ impl ModelState {
             }
             return;
         }
-        self.usage.clone_from(usage);
+        let same = self.usage.keys().eq(usage.keys());
+        if same {
+            for (kept, measure) in self.usage.values_mut().zip(usage.values()) {
+                *kept = *measure;
+            }
+        } else {
+            self.usage.clone_from(usage);
+        }
+        if self.outdated || self.removed || self.is_at_rest() {
+            // It says nothing of what the configuration names now, and what a
+            // parked one holds, as weights in host RAM, is no load's need.
+            return;
+        }
         for (domain, measure) in usage {
             let peak = self.life.entry(*domain).or_default();
             *peak = (*peak).max(measure.usage);
@@ -439,7 +480,13 @@ impl ModelState {
         match self.phase {
             Phase::Stopped => true,
             Phase::Backoff | Phase::Failed => self.failures.retry_at.is_none_or(|at| now >= at),
-            Phase::Starting | Phase::Ready | Phase::Draining | Phase::Stopping => false,
+            Phase::Starting
+            | Phase::Ready
+            | Phase::Parking
+            | Phase::Parked
+            | Phase::Unparking
+            | Phase::Draining
+            | Phase::Stopping => false,
         }
     }
 

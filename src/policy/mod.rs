@@ -16,23 +16,28 @@
 //! | `placement` | which GPUs a model goes to |
 //! | `eviction` | who goes to make room, by `lru` or by `cost` |
 //! | `reuse` | what it would cost that a worker goes |
+//! | `parking` | which victims are parked instead of ended, and when their bytes are back |
 //! | `patience` | when busy workers are drained to make room |
 //! | `pressure` | how tight memory is |
 //! | `relief` | who goes for idleness, pressure, or an operator's cleanup |
 //! | `departure` | unload, drain, exit, shutdown |
+//! | `configure` | what a changed configuration means for workers that run |
 //! | `explain` | nothing: says why a model is not ready and what asking would do |
 
 #![warn(clippy::wildcard_enum_match_arm)]
 
 mod admission;
 mod adoption;
+mod configure;
 mod departure;
 mod event;
 mod eviction;
 mod explain;
 mod footprint;
+mod history;
 mod ledger;
 mod lifecycle;
+mod parking;
 mod patience;
 mod placement;
 mod pressure;
@@ -46,15 +51,18 @@ use std::sync::Arc;
 use std::time::Duration;
 
 pub use adoption::Adopted;
+pub use configure::{Change, ModelChange};
 pub use event::{
     Activity, CleanupOrder, CleanupReport, DomainMeasure, Effect, Event, GpuFacts, Measure,
     Measured, Skipped, Ticket,
 };
 pub use explain::{Explanation, Holder, Outlook, Why};
 pub use footprint::{from_weights, from_weights_on_gpus};
+pub use history::History;
 pub use ledger::DomainBooks;
 use ledger::Ledger;
-pub use lifecycle::{History, ModelState};
+pub use lifecycle::ModelState;
+pub use parking::ParkFault;
 pub use pressure::Threshold;
 use pressure::{Levels, Look, Thresholds};
 use relief::Cleanup;
@@ -66,7 +74,7 @@ pub use words::{
 
 use crate::clock::Timestamp;
 use crate::model::{
-    Bytes, DeviceRef, Domain, EvictionPolicy, Footprint, IdleGaps, ModelName, ModelSpec, WorkerId,
+    Bytes, DeviceRef, Domain, EvictionPolicy, Footprint, Gaps, ModelName, ModelSpec, WorkerId,
 };
 
 /// What the configuration says of the policy as a whole.
@@ -121,8 +129,10 @@ pub struct Policy {
     patience_at: Option<Timestamp>,
     /// When the step began that is being made.
     now: Timestamp,
-    /// Idle times of all models.
+    /// Times between requests of all models.
     common: Common,
+    /// The last generation of models that were removed and forgotten.
+    past_lives: BTreeMap<ModelName, u64>,
 }
 
 impl Policy {
@@ -154,6 +164,7 @@ impl Policy {
             patience_at: None,
             now: Timestamp::START,
             common: Common::default(),
+            past_lives: BTreeMap::new(),
         }
     }
 
@@ -186,6 +197,7 @@ impl Policy {
                 }
             }
             Event::Limit { domain, limit } => self.set_limit(domain, limit),
+            Event::Configure(change) => self.configure(now, *change, &mut out),
             Event::Cleanup {
                 ticket,
                 order,
@@ -195,6 +207,11 @@ impl Policy {
             }
             Event::EvictRefused { worker, inside } => self.evict_refused(&worker, inside),
             Event::Ready { worker } => self.ready(now, &worker, &mut out),
+            Event::Parked { worker } => self.park_answered(now, &worker),
+            Event::Unparked { worker } => self.unparked(now, &worker, &mut out),
+            Event::ParkFailed { worker, said } => {
+                self.park_failed(now, &worker, said, &mut out);
+            }
             Event::NeverReady {
                 worker,
                 after,
@@ -224,16 +241,16 @@ impl Policy {
     pub fn observe<'a>(&mut self, gates: impl IntoIterator<Item = (&'a WorkerId, Activity)>) {
         for (worker, activity) in gates {
             if let Some(model) = self.current(worker) {
-                if activity.last_left > model.activity.last_left {
-                    model.used_at = Some(activity.last_left);
+                if activity.last_entered > model.activity.last_entered {
+                    model.asked_at = Some(activity.last_entered);
                 }
                 model.activity = activity;
             }
         }
     }
 
-    /// Takes in how long a model's worker lay idle between uses.
-    pub fn learn_gaps(&mut self, model: &ModelName, gaps: &IdleGaps) {
+    /// Takes in how long it took from one request for a model to the next.
+    pub fn learn_gaps(&mut self, model: &ModelName, gaps: &Gaps) {
         if let Some(model) = self.models.get_mut(model) {
             model.reuse.learn(gaps);
             self.common.learn(gaps);
@@ -246,9 +263,8 @@ impl Policy {
         match self.settings.eviction {
             EvictionPolicy::Lru => 0,
             EvictionPolicy::Cost => {
-                let busy = model.activity.inside > 0;
-                let since = if busy { self.now } else { model.idle_since() };
-                model.reuse.worth(self.now.since(since), &self.common)
+                let idle = self.now.since(model.asked_since());
+                model.reuse.worth(idle, &self.common)
             }
         }
     }
@@ -256,6 +272,8 @@ impl Policy {
     /// What any event may have made possible or due.
     fn follow_up(&mut self, now: Timestamp, out: &mut Vec<Effect>) {
         self.settle(now, out);
+        self.forget_removed(out);
+        self.settle_parks(now, out);
         self.expire_waiters(now, out);
         self.fill_places(out);
         self.finish_drains(now, out);
@@ -301,6 +319,7 @@ impl Policy {
         of_models
             .chain(self.cleanups.iter().map(|c| c.deadline))
             .chain(self.ledger.next_deadline())
+            .chain(self.next_park_deadline())
             .chain(self.patience_at)
             .chain(
                 self.shutdown
@@ -343,14 +362,13 @@ impl Policy {
     /// should come quickly.
     #[must_use]
     pub fn is_restless(&self) -> bool {
-        self.models
-            .values()
-            .any(|m| matches!(m.phase, Phase::Starting | Phase::Draining | Phase::Stopping))
-            || self
-                .ledger
-                .domains
-                .keys()
-                .any(|domain| self.ledger.is_settling(*domain))
+        self.models.values().any(|m| {
+            m.is_leaving() || matches!(m.phase, Phase::Starting | Phase::Parking | Phase::Unparking)
+        }) || self
+            .ledger
+            .domains
+            .keys()
+            .any(|domain| self.ledger.is_settling(*domain))
             || self.levels.worst() != PressureLevel::None
     }
 
@@ -382,9 +400,14 @@ impl Policy {
 
     fn measure(&mut self, measured: &Measured) {
         self.ledger.measure(measured);
-        for (worker, usage) in &measured.workers {
-            if let Some(model) = self.current(worker).filter(|m| m.is_live()) {
-                model.measure(usage);
+        // Both are in the order of their names.
+        let mut workers = measured.workers.iter().peekable();
+        for (name, model) in &mut self.models {
+            while let Some((worker, usage)) = workers.next_if(|(w, _)| w.model <= *name) {
+                if worker.model == *name && worker.generation == model.generation && model.is_live()
+                {
+                    model.measure(usage);
+                }
             }
         }
         self.ledger.follow_reclaims(&self.models);
@@ -395,8 +418,7 @@ impl Policy {
     }
 
     fn set_limit(&mut self, domain: Domain, limit: Bytes) {
-        if let Some(books) = self.ledger.domains.get_mut(&domain) {
-            books.limit = limit;
+        if self.ledger.set_limit(domain, limit) {
             let over = self.usage(domain) > limit;
             self.levels.set_over_limit(domain, over);
         }
@@ -446,6 +468,13 @@ impl Policy {
             }
             if model.leaving.is_some() && !model.is_leaving() {
                 return Err(format!("{name} stays but has a reason to leave"));
+            }
+            let serves = matches!(model.phase, Phase::Starting | Phase::Ready);
+            if serves && (model.outdated || model.removed) {
+                return Err(format!("{name} serves what is no longer configured"));
+            }
+            if model.removed && !model.queue.is_empty() {
+                return Err(format!("{name} is not configured and requests wait for it"));
             }
             if !model.is_live() && !model.usage.is_empty() {
                 return Err(format!("{name} has no worker but memory"));

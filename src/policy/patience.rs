@@ -6,13 +6,18 @@
 //! traffic on one model does not starve another. Idle ones of the set are left
 //! alone until the drains are over, since only then is there use for their
 //! bytes; and a drain that nobody needs any more is called off.
+//!
+//! In one domain one set drains at a time, for whoever has waited longest: with
+//! several, workers stand idle with closed gates until the slowest of each set
+//! is done. Only when that takes long may the next begin beside it, so that one
+//! endless request holds up no one but its own worker.
 
 use super::Policy;
 use super::event::Effect;
 use super::eviction::{self, Candidate};
 use super::ledger::{self, Need};
 use super::lifecycle::ModelState;
-use super::verdict::missing;
+use super::verdict::{Plan, missing};
 use super::words::{EvictReason, Phase};
 use crate::clock::Timestamp;
 use crate::model::ModelName;
@@ -20,6 +25,10 @@ use crate::model::ModelName;
 /// A victim is wanted back after the load it went for has failed when it was
 /// used within this time before it went.
 const RESTORE_WITHIN: std::time::Duration = std::time::Duration::from_secs(300);
+
+/// A set that drains keeps others from draining in its domain for so many times
+/// the patience.
+const ALONE_PATIENCES: u32 = 12;
 
 impl ModelState {
     /// Returns for whom it drains, when that is to make room.
@@ -34,11 +43,19 @@ impl ModelState {
 }
 
 impl Policy {
-    /// Returns when a model that waits for busy workers loses patience; `None`
-    /// when nobody waits who could.
-    pub(super) fn patience_ends(&self, name: &ModelName) -> Option<Timestamp> {
+    /// Returns when busy workers drain for a model to which this is missing: it has
+    /// lost patience, and it is its turn. `None` when nobody waits who could.
+    pub(super) fn drains_at(&self, name: &ModelName, missing: &Need) -> Option<Timestamp> {
         let waiter = self.models[name].queue.front()?;
-        Some(waiter.since + self.settings.patience)
+        let patience = waiter.since + self.settings.patience;
+        let drains = |m: &&ModelState| m.drains_for().is_some_and(|other| other != name);
+        let here = |m: &&ModelState| {
+            let domains = m.domains();
+            missing.keys().any(|(domain, _)| domains.contains(domain))
+        };
+        let others = self.models.values().filter(drains).filter(here);
+        let turn = others.map(|m| m.since + self.settings.patience * ALONE_PATIENCES);
+        Some(turn.fold(patience, Timestamp::max))
     }
 
     /// Returns what workers hold that drain to make room, and so come back
@@ -53,8 +70,10 @@ impl Policy {
     }
 
     /// Returns every worker that may go for another, busy ones too.
-    fn all_candidates(&self) -> Vec<Candidate> {
-        let may_go = |m: &&ModelState| m.phase == Phase::Ready && !m.pinned;
+    fn all_candidates(&self, name: &ModelName) -> Vec<Candidate> {
+        let may_go = |m: &&ModelState| {
+            (m.phase == Phase::Ready && !m.pinned) || self.is_candidate_for(m, name)
+        };
         let models = self.models.values().filter(may_go);
         models.map(|m| self.candidate(m)).collect()
     }
@@ -68,13 +87,14 @@ impl Policy {
         claims: &Need,
         out: &mut Vec<Effect>,
     ) -> bool {
-        let Some((expected, need)) = self.planned_need(name, claims) else {
+        let Ok(Plan { expected, need, .. }) = self.plan_of(&self.models[name], claims) else {
             return false;
         };
         let (_, later) = self.rooms(expected.domains(), claims);
         let short = missing(&need, &later);
         let policy = self.settings.eviction;
-        let Some(victims) = eviction::choose_victims(policy, self.all_candidates(), &short) else {
+        let Some(victims) = eviction::choose_victims(policy, self.all_candidates(name), &short)
+        else {
             return false;
         };
         let shortage = self.shortage(&expected, &short);
@@ -91,7 +111,7 @@ impl Policy {
     pub(super) fn call_off_drains(&mut self, now: Timestamp, out: &mut Vec<Effect>) -> bool {
         let waits = |name: &ModelName| {
             let model = self.models.get(name);
-            model.is_some_and(|m| m.phase == Phase::Stopped && !m.queue.is_empty())
+            model.is_some_and(|m| m.is_without_memory() && !m.queue.is_empty())
         };
         let unneeded = |m: &&ModelState| m.drains_for().is_some_and(|name| !waits(name));
         let workers: Vec<_> = self
@@ -123,7 +143,7 @@ impl Policy {
                 continue;
             };
             let used = model
-                .used_at
+                .asked_at
                 .is_some_and(|at| went.since(at) < RESTORE_WITHIN);
             model.wanted |= for_model == failed
                 && used

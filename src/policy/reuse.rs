@@ -1,17 +1,18 @@
 //! What it would cost that a worker goes: how soon its model is likely to be
 //! asked for again, times how long it takes to load.
 //!
-//! After an idle time x the model is used again within another x with
-//! probability P(gap ≤ 2x | gap > x), by the idle times that were seen. So its
-//! reload is expected at a rate r = P / x, and the worker is worth r · C, where
-//! C is how long a load takes. Idle times are counted in classes that double,
-//! older ones for less and less, together with what is usual for all models, so
-//! that one of which little is known is taken to be as others are. Where idle
-//! times of all lengths are as likely, r is about 1 / x: least recently used.
+//! When nobody has asked for a model for a time x, somebody does within another
+//! x with probability P(gap ≤ 2x | gap > x), by the times between requests that
+//! were seen. So its reload is expected at a rate r = P / x, and the worker is
+//! worth r · C, where C is how long a load takes. Gaps are counted in classes
+//! that double, older ones for less and less, together with what is usual for
+//! all models, so that one of which little is known is taken to be as others
+//! are. Where gaps of all lengths are as likely, r is about 1 / x: least
+//! recently used.
 
 use std::time::Duration;
 
-use crate::model::{GAP_CLASSES, IdleGaps};
+use crate::model::{GAP_CLASSES, Gaps};
 
 /// What an older gap still counts when a newer one of the same model came.
 const OWN_DECAY: f64 = 0.99;
@@ -23,7 +24,7 @@ const COMMON_WEIGHT: f64 = 4.0;
 const UNSEEN: f64 = 1e-3;
 /// So many gaps never end: the model is not used again.
 const NEVER_AGAIN: f64 = 0.5;
-/// Shorter idle times are taken for this one: the model is in use.
+/// Shorter times since the last request are taken for this one.
 const SHORTEST_IDLE: f64 = 0.5;
 /// How much a new load time counts against those before.
 const NEW_LOAD_PERCENT: u32 = 30;
@@ -35,14 +36,14 @@ const SHORTEST_LOAD: Duration = Duration::from_millis(1);
 pub(super) type Worth = u64;
 const WORTH_PER_SECOND: f64 = 1e12;
 
-/// Idle times, each counted for what it is still worth.
+/// Times between requests, each counted for what it is still worth.
 #[derive(Clone, Debug)]
 struct Weights([f64; GAP_CLASSES]);
 
 impl Weights {
     /// Takes in gaps that came since the last time. Those of one call count as
     /// if they had come mixed.
-    fn learn(&mut self, gaps: &IdleGaps, decay: f64) {
+    fn learn(&mut self, gaps: &Gaps, decay: f64) {
         let count: u32 = gaps.0.iter().sum();
         if count == 0 {
             return;
@@ -66,7 +67,7 @@ impl Default for Common {
 }
 
 impl Common {
-    pub(super) fn learn(&mut self, gaps: &IdleGaps) {
+    pub(super) fn learn(&mut self, gaps: &Gaps) {
         self.0.learn(gaps, COMMON_DECAY);
     }
 }
@@ -88,7 +89,7 @@ impl Default for Reuse {
 }
 
 impl Reuse {
-    pub(super) fn learn(&mut self, gaps: &IdleGaps) {
+    pub(super) fn learn(&mut self, gaps: &Gaps) {
         self.own.learn(gaps, OWN_DECAY);
     }
 
@@ -102,7 +103,7 @@ impl Reuse {
         };
     }
 
-    /// Returns what a worker is worth that has been idle for so long.
+    /// Returns what a worker is worth that nobody has asked for so long.
     #[expect(
         clippy::cast_possible_truncation,
         clippy::cast_sign_loss,
@@ -117,9 +118,9 @@ impl Reuse {
         let idle = idle.as_secs_f64().max(SHORTEST_IDLE);
         let usual = COMMON_WEIGHT / common.0.0.iter().sum::<f64>();
         let weight = |class: usize| self.own.0[class] + common.0.0[class] * usual;
-        let class = IdleGaps::class(Duration::from_secs_f64(idle));
+        let class = Gaps::class(Duration::from_secs_f64(idle));
         // How far it is into its class, and so into the next when doubled.
-        let into = (idle / IdleGaps::begin(class)).log2().clamp(0.0, 1.0);
+        let into = (idle / Gaps::begin(class)).log2().clamp(0.0, 1.0);
         let rest = weight(class) * (1.0 - into);
         let longer: f64 = (class + 1..GAP_CLASSES).map(weight).sum();
         let next = if class + 1 < GAP_CLASSES {
@@ -143,8 +144,8 @@ mod tests {
         let mut reuse = Reuse::default();
         reuse.loaded(seconds(10));
         for _ in 0..times {
-            reuse.learn(&IdleGaps::one(gap));
-            common.learn(&IdleGaps::one(gap));
+            reuse.learn(&Gaps::one(gap));
+            common.learn(&Gaps::one(gap));
         }
         reuse
     }
@@ -181,11 +182,11 @@ mod tests {
     fn many_gaps_at_once_count_as_much_as_one_by_one() {
         let mut at_once = Weights([0.0; GAP_CLASSES]);
         let mut one_by_one = at_once.clone();
-        let mut gaps = IdleGaps::default();
+        let mut gaps = Gaps::default();
         gaps.0[5] = 40;
         at_once.learn(&gaps, OWN_DECAY);
         for _ in 0..40 {
-            one_by_one.learn(&IdleGaps::one(seconds(4)), OWN_DECAY);
+            one_by_one.learn(&Gaps::one(seconds(4)), OWN_DECAY);
         }
         assert!(
             (at_once.0[5] - one_by_one.0[5]).abs() < 1e-9,

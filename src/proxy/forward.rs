@@ -28,8 +28,8 @@ use crate::telemetry;
 const END_OF_BROKEN: Duration = Duration::from_millis(250);
 
 /// One request on its way.
-pub(super) struct Passage<'a> {
-    pub(super) route: &'a Arc<ModelRoute>,
+pub(super) struct Passage {
+    pub(super) route: Arc<ModelRoute>,
     pub(super) head: request::Parts,
     pub(super) peer: Option<SocketAddr>,
     pub(super) target: String,
@@ -49,15 +49,12 @@ enum Tried {
 impl Proxy {
     /// Leases, sends, and tries once more when the worker broke before its
     /// head and nothing of the body is gone.
-    pub(super) async fn pass(
-        &self,
-        mut passage: Passage<'_>,
-    ) -> Result<Response<ProxyBody>, Fault> {
+    pub(super) async fn pass(&self, mut passage: Passage) -> Result<Response<ProxyBody>, Fault> {
         let deadline = passage.began + passage.route.spec().queue_timeout;
         let client = passage.head.extensions.remove::<OnUpgrade>();
         let client = client.filter(|_| headers::asks_upgrade(&passage.head.headers));
         headers::towards_worker(&mut passage.head, passage.peer, client.is_some());
-        let mut lease = self.controller.acquire(passage.route, deadline).await?;
+        let mut lease = self.controller.acquire(&passage.route, deadline).await?;
         let mut retried = false;
         loop {
             let leased = self.controller.clock().now();
@@ -86,13 +83,13 @@ impl Proxy {
             drop(lease);
             // A worker that lives on is simply asked once more.
             let _ = tokio::time::timeout(END_OF_BROKEN, ended.cancelled()).await;
-            lease = self.controller.acquire(passage.route, deadline).await?;
+            lease = self.controller.acquire(&passage.route, deadline).await?;
         }
     }
 
     fn account(
         &self,
-        passage: &Passage<'_>,
+        passage: &Passage,
         lease: &Lease,
         leased: Timestamp,
         status: StatusCode,
@@ -109,7 +106,7 @@ impl Proxy {
         &self,
         pool: &Arc<Pool>,
         lease: &Lease,
-        passage: &mut Passage<'_>,
+        passage: &mut Passage,
         upgrade: bool,
     ) -> Tried {
         if !upgrade
@@ -129,7 +126,7 @@ impl Proxy {
         }
     }
 
-    async fn send(&self, mut sender: Sender, lease: &Lease, passage: &mut Passage<'_>) -> Tried {
+    async fn send(&self, mut sender: Sender, lease: &Lease, passage: &mut Passage) -> Tried {
         let request = match self.request(lease, passage) {
             Ok(request) => request,
             Err(error) => {
@@ -149,12 +146,12 @@ impl Proxy {
     fn request(
         &self,
         lease: &Lease,
-        passage: &mut Passage<'_>,
+        passage: &mut Passage,
     ) -> Result<Request<RequestBody>, hyper::http::Error> {
         let body = RequestBody::new(
             passage.held.pieces(),
             passage.held.take_rest(),
-            self.settings.max_body,
+            self.settings.load().max_body,
         );
         let head = &passage.head;
         let mut headers = head.headers.clone();
@@ -172,7 +169,7 @@ impl Proxy {
     }
 }
 
-impl Passage<'_> {
+impl Passage {
     fn broke(&self, cause: String) -> Fault {
         let model = self.route.name().clone();
         Fault::WorkerBroke { model, cause }

@@ -22,6 +22,7 @@ mod upload;
 use std::net::SocketAddr;
 use std::sync::Arc;
 
+use arc_swap::ArcSwap;
 use hyper::body::{Body, Incoming};
 use hyper::{Request, Response};
 use tracing::debug;
@@ -57,7 +58,7 @@ pub struct ProxySettings {
 #[derive(Clone, Debug)]
 pub struct Proxy {
     controller: Controller,
-    settings: ProxySettings,
+    settings: Arc<ArcSwap<ProxySettings>>,
     pools: Arc<Pools>,
     access: Option<AccessLog>,
 }
@@ -68,10 +69,15 @@ impl Proxy {
     pub fn new(controller: Controller, settings: ProxySettings) -> Self {
         Self {
             controller,
-            settings,
+            settings: Arc::new(ArcSwap::from_pointee(settings)),
             pools: Arc::default(),
             access: None,
         }
+    }
+
+    /// Sets other bounds, for requests that come from now on.
+    pub fn set(&self, settings: ProxySettings) {
+        self.settings.store(Arc::new(settings));
     }
 
     /// Writes every request that names a model to this log.
@@ -114,8 +120,9 @@ impl Proxy {
             return self.models(request.method(), name);
         }
         let (head, body) = request.into_parts();
-        if body.size_hint().lower() > self.settings.max_body.get() {
-            return Err(Fault::BodyTooLarge(self.settings.max_body));
+        let settings = **self.settings.load();
+        if body.size_hint().lower() > settings.max_body.get() {
+            return Err(Fault::BodyTooLarge(settings.max_body));
         }
         let mut held = Held::new(body);
         let routes = self.controller.routes();
@@ -123,12 +130,16 @@ impl Proxy {
             ByPath::Model(route, target) => (route, target),
             ByPath::Unknown(name) => return Err(self.not_found(&name)),
             ByPath::Silent => {
-                let prefix = self.settings.model_prefix;
+                let prefix = settings.model_prefix;
                 let name = resolve::by_content(&head, &mut held, prefix).await?;
                 let target = head.uri.path_and_query().map_or("/", |both| both.as_str());
                 (self.route(name)?, target.to_owned())
             }
         };
+        if let Some(path) = resolve::parks(&route, &target) {
+            let model = route.name().clone();
+            return Err(Fault::ParkPath { model, path });
+        }
         held.read_whole(REPLAYED).await?;
         let (access, clock) = (self.access.clone(), self.controller.clock());
         let unanswered = Unanswered::new(access, route.name().clone(), clock, began);
@@ -148,7 +159,7 @@ impl Proxy {
         passed
     }
 
-    fn route(&self, name: Option<String>) -> Result<&Arc<ModelRoute>, Fault> {
+    fn route(&self, name: Option<String>) -> Result<Arc<ModelRoute>, Fault> {
         let routes = self.controller.routes();
         match name {
             Some(name) => routes.get(&name).ok_or_else(|| self.not_found(&name)),
@@ -157,12 +168,8 @@ impl Proxy {
     }
 
     fn not_found(&self, name: &str) -> Fault {
-        let known: Vec<_> = self
-            .controller
-            .routes()
-            .iter()
-            .map(|route| route.name().clone())
-            .collect();
+        let known = self.controller.routes().all();
+        let known: Vec<_> = known.iter().map(|route| route.name().clone()).collect();
         let known = if known.len() <= MOST_LISTED {
             known
         } else {

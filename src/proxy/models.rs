@@ -31,12 +31,8 @@ impl Proxy {
             )));
         }
         let value = if name.is_empty() {
-            let data: Vec<Value> = self
-                .controller
-                .routes()
-                .iter()
-                .flat_map(|route| self.entries(route))
-                .collect();
+            let all = self.controller.routes().all();
+            let data: Vec<Value> = all.iter().flat_map(|route| self.entries(route)).collect();
             json!({"object": "list", "data": data})
         } else {
             let name = percent_decode_str(name).decode_utf8_lossy();
@@ -45,7 +41,7 @@ impl Proxy {
                 .routes()
                 .get(&name)
                 .ok_or_else(|| self.not_found(&name))?;
-            self.entry(&name, route)
+            self.entry(&name, &route)
         };
         let mut response = Response::new(ProxyBody::text(value.to_string()));
         response

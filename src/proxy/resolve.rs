@@ -23,9 +23,9 @@ const LONGEST_IN_PATH: usize = 3 * 128;
 
 /// What the path alone says.
 #[derive(Debug)]
-pub(super) enum ByPath<'a> {
+pub(super) enum ByPath {
     /// This model, and the path and query the worker gets.
-    Model(&'a Arc<ModelRoute>, String),
+    Model(Arc<ModelRoute>, String),
     /// A model that is not configured.
     Unknown(String),
     /// Nothing.
@@ -34,7 +34,7 @@ pub(super) enum ByPath<'a> {
 
 /// Looks for the model in the path. Names may hold slashes, as they are or as
 /// `%2F`; the longest configured name wins.
-pub(super) fn by_path<'a>(routes: &'a Routes, path: &str, query: Option<&str>) -> ByPath<'a> {
+pub(super) fn by_path(routes: &Routes, path: &str, query: Option<&str>) -> ByPath {
     let (rest, strips) = match (
         path.strip_prefix("/upstream/"),
         path.strip_prefix("/v2/models/"),
@@ -71,6 +71,17 @@ pub(super) fn by_path<'a>(routes: &'a Routes, path: &str, query: Option<&str>) -
         target.push_str(query);
     }
     ByPath::Model(route, target)
+}
+
+/// Returns the path when it is one of those that park or unpark the worker,
+/// however it is written.
+pub(super) fn parks(route: &ModelRoute, target: &str) -> Option<String> {
+    let park = route.spec().park.as_ref()?;
+    let path = target.split('?').next().unwrap_or_default();
+    let path = percent_decode_str(path).decode_utf8_lossy();
+    let parts: Vec<_> = path.split('/').filter(|part| !part.is_empty()).collect();
+    let path = format!("/{}", parts.join("/"));
+    park.is_control(&path).then_some(path)
 }
 
 /// Looks for the model in header, body and query, reading no more of the body

@@ -9,6 +9,7 @@
 //! is gone.
 
 mod deeds;
+mod parking;
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet, BinaryHeap};
@@ -18,7 +19,7 @@ use std::time::Duration;
 
 use super::journal::{Entry, What};
 use crate::clock::Timestamp;
-use crate::model::{Bytes, Domain, IdleGaps, ModelName, ModelSpec, WorkerId};
+use crate::model::{Bytes, Domain, Gaps, ModelName, ModelSpec, WorkerId};
 use crate::policy::{CleanupOrder, Event, Policy, Refusal, Settings, Setup, Ticket};
 
 /// How soon the policy is asked again when a deadline of its own has passed and
@@ -99,20 +100,25 @@ struct Worker {
     open: bool,
     /// It was ready once, and holds its bytes.
     holds: bool,
+    /// It is parked, or on its way there.
+    parked: bool,
     /// It was told to end.
     ending: bool,
     inside: BTreeSet<Ticket>,
     last_left: Timestamp,
+    last_entered: Timestamp,
     /// Somebody was inside once.
     used: bool,
     /// Idle times between two uses that the policy was not told yet.
-    gaps: Option<IdleGaps>,
+    gaps: Option<Gaps>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Happening {
     Ready(WorkerId),
     NeverReady(WorkerId),
+    Parked(WorkerId),
+    Unparked(WorkerId),
     Gone(WorkerId, &'static str),
     Leaves(WorkerId, Ticket),
 }

@@ -1,7 +1,7 @@
 //! What is kept over restarts: learned footprints, live workers, decisions and
 //! persistent limits, in one embedded database.
 //!
-//! Reads happen at start. Writes go to a thread of their own, since a commit
+//! The disk is read at start only. Writes go to a thread of their own, since a commit
 //! waits for the disk and the controller may not. A write that fails is kept
 //! and tried again; [`Store::trouble`] says so meanwhile.
 //!
@@ -16,10 +16,11 @@ mod writer;
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use redb::{Database, ReadOnlyDatabase, ReadableDatabase, ReadableTable, TableDefinition};
+use tokio::sync::oneshot;
 use tracing::warn;
 use writer::{Key, Value, Writer};
 
@@ -114,7 +115,7 @@ pub enum StoreError {
 #[derive(Clone, Debug)]
 pub struct Store {
     kept: Arc<Kept>,
-    fingerprints: Arc<BTreeMap<ModelName, String>>,
+    known: Arc<Mutex<Known>>,
     writer: Arc<Writer>,
     /// Held as long as somebody may write.
     _lock: Arc<File>,
@@ -131,6 +132,26 @@ struct Kept {
     runs: BTreeMap<u64, u64>,
 }
 
+/// What is kept of models, as it is on the disk or about to be.
+#[derive(Debug)]
+struct Known {
+    footprints: BTreeMap<String, u64>,
+    fingerprints: Fingerprints,
+}
+
+/// What tells whether a model is still the one of which something was learned.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Fingerprints(BTreeMap<ModelName, String>);
+
+impl Fingerprints {
+    /// Takes those of these models, for which it looks at their weight files.
+    #[must_use]
+    pub fn of(models: &[Arc<ModelSpec>]) -> Self {
+        let each = models.iter();
+        Self(each.map(|m| (m.name.clone(), fingerprint(m))).collect())
+    }
+}
+
 /// What is known of one model from its past lives.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Learned {
@@ -138,6 +159,24 @@ pub struct Learned {
     pub footprint: BTreeMap<Domain, Footprint>,
     /// How long its last load took.
     pub load: Option<Duration>,
+}
+
+/// Tells when what was kept is on the disk.
+#[derive(Debug)]
+pub struct Written(oneshot::Receiver<Result<(), Arc<str>>>);
+
+impl Written {
+    /// Waits until it is there.
+    ///
+    /// # Errors
+    /// Why it could not be written now, or that it takes some seconds.
+    pub async fn wait(self) -> Result<(), Arc<str>> {
+        match tokio::time::timeout(FLUSH, self.0).await {
+            Ok(Ok(done)) => done,
+            Ok(Err(_)) => Err("residentd ends".into()),
+            Err(_) => Err("the disk does not answer".into()),
+        }
+    }
 }
 
 /// How long an end waits for the disk.
@@ -153,16 +192,15 @@ impl Store {
     pub fn open(folder: &Path, models: &[Arc<ModelSpec>]) -> Result<Self, StoreError> {
         let lock = open::lock(folder)?;
         let path = folder.join(FILE);
-        let (database, kept) = open::open(folder)?;
-        let fingerprints: BTreeMap<_, _> = models
-            .iter()
-            .map(|m| (m.name.clone(), fingerprint(m)))
-            .collect();
+        let (database, mut kept) = open::open(folder)?;
         let writer = Writer::start(path.clone(), database)
             .map_err(|source| StoreError::File { path, source })?;
         Ok(Self {
+            known: Arc::new(Mutex::new(Known {
+                footprints: std::mem::take(&mut kept.footprints),
+                fingerprints: Fingerprints::of(models),
+            })),
             kept: Arc::new(kept),
-            fingerprints: Arc::new(fingerprints),
             writer: Arc::new(writer),
             _lock: Arc::new(lock),
         })
@@ -215,10 +253,28 @@ impl Store {
     /// weight files are what they were.
     #[must_use]
     pub fn footprint(&self, model: &ModelName) -> BTreeMap<Domain, Footprint> {
-        match self.prefix(model) {
-            Some(prefix) => footprint(&self.kept.footprints, &prefix),
-            None => BTreeMap::new(),
-        }
+        let known = self.known();
+        known.prefix(model).map_or_else(BTreeMap::new, |prefix| {
+            footprint(&known.footprints, &prefix)
+        })
+    }
+
+    /// Returns the same as it will be once `fingerprints` hold.
+    #[must_use]
+    pub fn footprint_under(
+        &self,
+        fingerprints: &Fingerprints,
+        model: &ModelName,
+    ) -> BTreeMap<Domain, Footprint> {
+        let fingerprint = fingerprints.0.get(model);
+        fingerprint.map_or_else(BTreeMap::new, |fingerprint| {
+            footprint(&self.known().footprints, &prefix(model, fingerprint))
+        })
+    }
+
+    /// Has `fingerprints` hold from now on: models were added or changed.
+    pub fn now_of(&self, fingerprints: Fingerprints) {
+        self.known().fingerprints = fingerprints;
     }
 
     /// Returns the limit that an operator set to persist.
@@ -245,7 +301,8 @@ impl Store {
     /// Keeps what a model's lives used; what was kept under another command or
     /// other weight files is forgotten.
     pub fn learn(&self, model: &ModelName, footprint: &BTreeMap<Domain, Footprint>) {
-        let Some(prefix) = self.prefix(model) else {
+        let mut known = self.known();
+        let Some(prefix) = known.prefix(model) else {
             return;
         };
         let entries = footprint.iter().flat_map(|(domain, footprint)| {
@@ -257,15 +314,18 @@ impl Store {
                 ),
             ]
         });
-        self.writer.desk().keep(
-            Key::Footprint(format!("{model}{SEPARATOR}")),
-            Value::Numbers(entries.collect()),
-        );
+        let model = format!("{model}{SEPARATOR}");
+        let entries: BTreeMap<_, _> = entries.collect();
+        known.footprints.retain(|key, _| !key.starts_with(&model));
+        known.footprints.extend(entries.clone());
+        drop(known);
+        let (key, value) = (Key::Footprint(model), Value::Numbers(entries));
+        self.writer.desk().keep(key, value);
     }
 
     /// Keeps how long a load took.
     pub fn loaded(&self, model: &ModelName, took: Duration) {
-        let Some(key) = self.prefix(model) else {
+        let Some(key) = self.known().prefix(model) else {
             return;
         };
         let millis = u64::try_from(took.as_millis()).unwrap_or(u64::MAX);
@@ -329,14 +389,20 @@ impl Store {
     /// Returns what a worker of this model that is started now is started from,
     /// as far as files tell: changes with its command and weight files.
     #[must_use]
-    pub fn fingerprint(&self, model: &ModelName) -> Option<&str> {
-        self.fingerprints.get(model).map(String::as_str)
+    pub fn fingerprint(&self, model: &ModelName) -> Option<String> {
+        self.known().fingerprints.0.get(model).cloned()
     }
 
     /// Returns why what happens is not written down now; `None` when it is.
     #[must_use]
     pub fn trouble(&self) -> Option<Arc<str>> {
         self.writer.desk().trouble()
+    }
+
+    /// Returns what tells when everything that was kept so far is on the disk.
+    #[must_use]
+    pub fn written(&self) -> Written {
+        Written(self.writer.desk().witness())
     }
 
     /// Waits until everything is written, or some seconds have passed. Blocks.
@@ -346,13 +412,20 @@ impl Store {
         }
     }
 
-    fn prefix(&self, model: &ModelName) -> Option<String> {
-        Some(prefix(model, self.fingerprint(model)?))
+    fn known(&self) -> MutexGuard<'_, Known> {
+        // Plain maps are as good as they were, whoever panicked.
+        self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 fn worker_key(worker: &WorkerId) -> Key {
     Key::Worker(format!("{}{SEPARATOR}{}", worker.model, worker.generation))
+}
+
+impl Known {
+    fn prefix(&self, model: &ModelName) -> Option<String> {
+        Some(prefix(model, self.fingerprints.0.get(model)?))
+    }
 }
 
 fn prefix(model: &ModelName, fingerprint: &str) -> String {

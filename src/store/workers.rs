@@ -25,6 +25,9 @@ struct Written {
     log_from: u64,
     gpus: Vec<String>,
     ready: bool,
+    /// Not written before there were parks.
+    #[serde(default)]
+    parked: bool,
     peak: BTreeMap<String, u64>,
 }
 
@@ -56,6 +59,7 @@ pub(super) fn write(record: &WorkerRecord) -> String {
         log_from: record.log_from,
         gpus: record.gpus.clone(),
         ready: record.ready,
+        parked: record.parked,
         peak: peak
             .map(|(domain, bytes)| (domain.to_string(), bytes.get()))
             .collect(),
@@ -93,6 +97,7 @@ pub(super) fn read(text: &str) -> Result<WorkerRecord, Unreadable> {
         log_from: written.log_from,
         gpus: written.gpus,
         ready: written.ready,
+        parked: written.parked,
         peak: peak.collect::<Result<_, Unreadable>>()?,
     })
 }
@@ -122,6 +127,7 @@ mod tests {
             log_from: 12,
             gpus: vec!["GPU-a".into()],
             ready: true,
+            parked: true,
             peak: [(Domain::Host, Bytes(5)), (Domain::Gpu(1), Bytes(6))].into(),
         };
         assert_eq!(read(&write(&record)).expect("it is readable"), record);
@@ -131,6 +137,8 @@ mod tests {
             ..record
         };
         assert_eq!(read(&write(&unix)).expect("it is readable"), unix);
+        let older = write(&unix).replace(",\"parked\":true", "");
+        assert!(!read(&older).expect("it is readable").parked);
         for bad in ["", "{}", "[1]"] {
             assert!(read(bad).is_err(), "{bad}");
         }

@@ -11,6 +11,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use redb::{Database, ReadableTableMetadata};
+use tokio::sync::oneshot;
 use tracing::{error, info};
 
 use super::{DECISIONS, FOOTPRINTS, LIMITS, LOADS, RUNS, WORKERS};
@@ -77,7 +78,12 @@ struct Papers {
     hurry: bool,
     closed: bool,
     trouble: Option<Arc<str>>,
+    /// Who wants to know when all of it is written.
+    witnesses: Vec<Witness>,
 }
+
+/// Is told that a write is done, or why it failed.
+type Witness = oneshot::Sender<Result<(), Arc<str>>>;
 
 impl Writer {
     /// Starts the thread.
@@ -139,6 +145,17 @@ impl Desk {
         }
     }
 
+    /// Returns where it is told once everything that lies here is written, or that
+    /// the next try, which is now, failed.
+    pub(super) fn witness(&self) -> oneshot::Receiver<Result<(), Arc<str>>> {
+        let (witness, told) = oneshot::channel();
+        let mut papers = self.lock();
+        papers.witnesses.push(witness);
+        papers.hurry = true;
+        self.changed.notify_all();
+        told
+    }
+
     /// Waits until everything is written; returns false when that takes longer.
     pub(super) fn flush(&self, patience: Duration) -> bool {
         let mut papers = self.lock();
@@ -167,7 +184,7 @@ impl Desk {
     fn work(&self, mut write: impl FnMut(&Pending) -> Result<(), redb::Error>) {
         let clock = Clock::start();
         let mut retry_at = Timestamp::START;
-        while let Some(taken) = self.take(clock, retry_at) {
+        while let Some((taken, witnesses)) = self.take(clock, retry_at) {
             let done = write(&taken);
             retry_at = clock.now() + RETRY;
             let mut papers = self.lock();
@@ -193,18 +210,27 @@ impl Desk {
                     }
                 }
             }
+            let told = papers.trouble.clone().map_or(Ok(()), Err);
             drop(papers);
             self.changed.notify_all();
+            for witness in witnesses {
+                // Whoever asked may have left.
+                let _ = witness.send(told.clone());
+            }
         }
     }
 
     /// Waits for something to write; `None` when nothing will come.
-    fn take(&self, clock: Clock, retry_at: Timestamp) -> Option<Pending> {
+    fn take(&self, clock: Clock, retry_at: Timestamp) -> Option<(Pending, Vec<Witness>)> {
         let mut papers = self.lock();
         loop {
             let rest = retry_at.since(clock.now());
             if papers.pending.is_empty() {
                 papers.hurry = false;
+                for witness in papers.witnesses.drain(..) {
+                    // Whoever asked may have left.
+                    let _ = witness.send(Ok(()));
+                }
                 if papers.closed {
                     return None;
                 }
@@ -213,7 +239,8 @@ impl Desk {
             } else if papers.trouble.is_none() || papers.hurry || rest.is_zero() {
                 papers.hurry = false;
                 papers.writing = true;
-                return Some(std::mem::take(&mut papers.pending));
+                let pending = std::mem::take(&mut papers.pending);
+                return Some((pending, std::mem::take(&mut papers.witnesses)));
             } else if papers.closed {
                 return None;
             } else {
@@ -402,6 +429,8 @@ mod tests {
         };
         keep("a");
         keep("b");
+        let told = || desk.witness().blocking_recv().expect("the thread tells");
+        assert_eq!((told(), told()), (Ok(()), Ok(())));
         assert!(desk.flush(patience));
         assert_eq!(desk.trouble(), None);
         disk.full.store(true, Ordering::Relaxed);
@@ -410,9 +439,10 @@ mod tests {
         assert!(!desk.flush(patience), "it says that it is not written");
         let why = desk.trouble().expect("it is told");
         assert!(why.contains("no storage space"), "{why}");
+        assert_eq!(told(), Err(why), "without waiting for the next try");
         keep("d");
         disk.full.store(false, Ordering::Relaxed);
-        assert!(desk.flush(patience), "nothing was dropped");
+        assert_eq!(told(), Ok(()), "nothing was dropped");
         assert_eq!(desk.trouble(), None);
         drop(writer);
         thread.join().expect("the thread ends");

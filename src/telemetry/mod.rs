@@ -5,9 +5,10 @@ use std::error::Error;
 use std::fmt;
 use std::future::Future;
 use std::io::IsTerminal;
+use std::sync::OnceLock;
 
 use tracing::Instrument;
-use tracing_subscriber::EnvFilter;
+use tracing_subscriber::{EnvFilter, reload};
 
 /// How log lines look.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -35,11 +36,45 @@ pub fn init(format: LogFormat, level: &str) -> Result<(), String> {
         builder = builder.with_ansi(false);
     }
     // A logger set earlier in this process stays: tests start several apps.
-    let _ = match format {
-        LogFormat::Text => builder.try_init(),
-        LogFormat::Json => builder.json().flatten_event(true).try_init(),
+    let done = match format {
+        LogFormat::Text => {
+            let builder = builder.with_filter_reloading();
+            let handle = builder.reload_handle();
+            let done = builder.try_init();
+            done.map(|()| keep(move |filter| handle.reload(filter)))
+        }
+        LogFormat::Json => {
+            let builder = builder.json().flatten_event(true).with_filter_reloading();
+            let handle = builder.reload_handle();
+            let done = builder.try_init();
+            done.map(|()| keep(move |filter| handle.reload(filter)))
+        }
     };
+    let _ = done;
     Ok(())
+}
+
+/// Changes what is logged from now on, as [`init`] takes it. Without a logger
+/// of ours nothing changes.
+///
+/// # Errors
+/// The text of what is wrong with `level`.
+pub fn set_level(level: &str) -> Result<(), String> {
+    let filter = EnvFilter::try_new(level).map_err(|error| error.to_string())?;
+    match FILTER.get() {
+        Some(change) => change(filter).map_err(|error| error.to_string()),
+        None => Ok(()),
+    }
+}
+
+type ChangeFilter = dyn Fn(EnvFilter) -> Result<(), reload::Error> + Send + Sync;
+
+/// Changes the filter of the logger that [`init`] made.
+static FILTER: OnceLock<Box<ChangeFilter>> = OnceLock::new();
+
+fn keep(change: impl Fn(EnvFilter) -> Result<(), reload::Error> + Send + Sync + 'static) {
+    // There is one logger in a process, made once.
+    let _ = FILTER.set(Box::new(change));
 }
 
 /// Shows an error with all its causes: `outer: inner: innermost`.

@@ -71,6 +71,10 @@ pub enum Unfit {
     /// A later life of its model runs too.
     #[error("a later worker of its model runs")]
     Superseded,
+    /// It serves nobody until it is made ready again, and how far it has come is
+    /// not known.
+    #[error("it was parked, or on its way there or back")]
+    Parked,
     /// Nobody is to be taken back.
     #[error("workers are not to be taken back: adopt = false")]
     Unwanted,
@@ -111,6 +115,9 @@ pub fn inspect(
             if record.origin != origin(spec) {
                 return Err(Unfit::Changed);
             }
+            if record.parked {
+                return Err(Unfit::Parked);
+            }
             Ok((found, Arc::clone(spec)))
         });
         match found {
@@ -145,6 +152,7 @@ impl Inspected {
             | Unfit::NotConfigured
             | Unfit::Changed
             | Unfit::Superseded
+            | Unfit::Parked
             | Unfit::Unwanted => {
                 warn!(%worker, pid, %why, "worker is not taken back and is ended");
                 self.doomed.push(leader(record));
@@ -247,6 +255,7 @@ mod tests {
             log_from: 0,
             gpus: Vec::new(),
             ready: true,
+            parked: false,
             peak: BTreeMap::new(),
         }
     }
@@ -299,7 +308,12 @@ mod tests {
             home: "another boot".into(),
             ..ours.clone()
         };
-        fates.extend([&reused, &before, &records[1], &records[2]].map(|r| fate(r, &same)));
+        let parked = WorkerRecord {
+            parked: true,
+            ..ours.clone()
+        };
+        let others = [&parked, &reused, &before, &records[1], &records[2]];
+        fates.extend(others.map(|record| fate(record, &same)));
         for child in &mut children {
             child.kill().expect("it runs");
             child.wait().expect("it is our child");
@@ -307,6 +321,7 @@ mod tests {
         fates.push(fate(ours, &same));
         let told = [
             "taken back",
+            "ended",
             "ended",
             "ended",
             "left alone",

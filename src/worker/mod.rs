@@ -5,20 +5,25 @@
 //! [`WorkerEvent`]s. The order of events of one worker is fixed:
 //!
 //! ```text
-//! Spawned ── Ready ──────────────┐
-//!    │  └─── NeverReady ─────────┤
-//!    └───────────────────────────┴── Exited   (always last, exactly once)
+//! Spawned ── Ready ── (Parked ── Unparked)* ── ParkFailed ──┐
+//!    │  └─── NeverReady ────────────────────────────────────┤
+//!    └──────────────────────────────────────────────────────┴── Exited   (always last, exactly once)
 //! ```
+//!
+//! `Parked` and `Unparked` answer an order each; after a `ParkFailed` the worker
+//! is only good to be ended.
 //!
 //! `Exited` means that the whole tree is gone and reaped, not just the leader.
 
 mod adopt;
+mod body;
 mod command;
 mod exit;
 mod guard;
 mod leftovers;
 mod listener;
 mod output;
+mod park;
 mod port;
 mod probe;
 mod process;
@@ -45,6 +50,7 @@ use self::port::Ports;
 use self::reaper::Leaders;
 pub use self::reaper::become_subreaper;
 use self::task::Life;
+pub(crate) use self::watched::readable;
 use crate::clock::Clock;
 use crate::model::{Bytes, ModelSpec, PlacedGpu, Upstream, WorkerId, WorkerRecord};
 use crate::procfs::mark::{Marks, Owner};
@@ -71,8 +77,11 @@ pub struct SpawnOrder {
     pub spec: Arc<ModelSpec>,
     /// The GPUs it is placed on.
     pub gpus: Vec<PlacedGpu>,
+    /// What it is started from, see [`origin`]; the configuration may be another
+    /// one once it runs.
+    pub origin: String,
     /// Where its events go. Unbounded because a task that reaps cannot wait;
-    /// four events at most per worker bound it.
+    /// four events at most per worker bound it, and one for each park or unpark.
     pub events: mpsc::UnboundedSender<WorkerEvent>,
 }
 
@@ -81,6 +90,9 @@ pub struct SpawnOrder {
 pub struct WorkerHandle {
     /// How urgently the worker is to end; only ever raised.
     pub stop: Arc<watch::Sender<Stop>>,
+    /// Whether the worker is to be parked. Changed only after what was ordered
+    /// before has been answered.
+    pub residence: Arc<watch::Sender<Residence>>,
     /// The last lines of its output.
     pub tail: Arc<Tail>,
 }
@@ -112,6 +124,16 @@ pub enum Stop {
     Kill,
 }
 
+/// Whether a worker that was ready once is to hold its memory.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Residence {
+    /// It holds it and answers requests.
+    #[default]
+    Ready,
+    /// It lives, and has given back what it can.
+    Parked,
+}
+
 /// What happened to a worker.
 #[derive(Clone, Debug)]
 pub enum WorkerEvent {
@@ -121,8 +143,7 @@ pub enum WorkerEvent {
         worker: WorkerId,
         /// Its processes.
         tree: Arc<ProcessTree>,
-        /// What a later residentd must know of it; `origin` is for whoever keeps
-        /// it to fill in.
+        /// What a later residentd must know of it.
         record: Box<WorkerRecord>,
     },
     /// The worker can answer.
@@ -131,6 +152,23 @@ pub enum WorkerEvent {
         worker: WorkerId,
         /// Where it answers.
         upstream: Upstream,
+    },
+    /// The worker answered every call that parks it.
+    Parked {
+        /// Which worker.
+        worker: WorkerId,
+    },
+    /// The worker answered every call that makes it ready again.
+    Unparked {
+        /// Which worker.
+        worker: WorkerId,
+    },
+    /// A call of a park or an unpark failed, or all took too long.
+    ParkFailed {
+        /// Which worker.
+        worker: WorkerId,
+        /// Which call, and how.
+        said: String,
     },
     /// The start deadline passed; the worker task is ending the tree.
     NeverReady {
@@ -303,34 +341,39 @@ impl ProcessSpawner {
         let guard = Guard::start((program, arguments), Arc::clone(&self.shared.leaders))?;
         Ok(Arc::clone(self.shared.guard.get_or_init(|| guard)))
     }
+
+    fn life(&self, order: SpawnOrder) -> (Life, WorkerHandle) {
+        let (stop, stops) = watch::channel(Stop::Run);
+        let (residence, residences) = watch::channel(Residence::Ready);
+        let tail = Arc::new(Tail::default());
+        let orders = (stops, residences);
+        let life = Life::new(Arc::clone(&self.shared), order, orders, Arc::clone(&tail));
+        let handle = WorkerHandle {
+            stop: Arc::new(stop),
+            residence: Arc::new(residence),
+            tail,
+        };
+        (life, handle)
+    }
 }
 
 impl Spawner for ProcessSpawner {
     fn spawn(&self, order: SpawnOrder) -> WorkerHandle {
-        let (stop, orders) = watch::channel(Stop::Run);
-        let tail = Arc::new(Tail::default());
-        let life = Life::new(Arc::clone(&self.shared), order, orders, Arc::clone(&tail));
+        let (life, handle) = self.life(order);
         telemetry::spawn("worker", life.run());
-        WorkerHandle {
-            stop: Arc::new(stop),
-            tail,
-        }
+        handle
     }
 
     fn adopt(&self, adoptee: Adoptee, events: mpsc::UnboundedSender<WorkerEvent>) -> WorkerHandle {
-        let (stop, orders) = watch::channel(Stop::Run);
-        let tail = Arc::new(Tail::default());
         let order = SpawnOrder {
             worker: adoptee.record.worker.clone(),
             spec: Arc::clone(&adoptee.spec),
             gpus: Vec::new(),
+            origin: adoptee.record.origin.clone(),
             events,
         };
-        let life = Life::new(Arc::clone(&self.shared), order, orders, Arc::clone(&tail));
+        let (life, handle) = self.life(order);
         telemetry::spawn("worker", life.go_on(adoptee));
-        WorkerHandle {
-            stop: Arc::new(stop),
-            tail,
-        }
+        handle
     }
 }

@@ -6,22 +6,20 @@
 //!                     └─ ended by itself ─────┴─ ended by itself ────────────┴─ tree gone ── Exited
 //! ```
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::{mpsc, watch};
 use tracing::{debug, info, warn};
 
-use super::adopt::{self, Adoptee};
-use super::command::{self, Launch, Names};
+use super::adopt::Adoptee;
+use super::body::Body;
 use super::listener::{self, Owner};
-use super::output::{Log, Tail};
-use super::port::{Held, Ports};
-use super::process::Process;
-use super::{ExitStatus, Shared, SpawnOrder, Stop, WorkerEvent, probe};
+use super::output::Tail;
+use super::{ExitStatus, Residence, Shared, SpawnOrder, Stop, WorkerEvent, park, probe};
 use crate::clock::Timestamp;
-use crate::model::{ModelSpec, PlacedGpu, ReadyCheck, WorkerId, WorkerRecord};
+use crate::model::{ModelSpec, PlacedGpu, ReadyCheck, WorkerId};
+use crate::telemetry;
 
 /// At most one probe in this time, however many lines a worker prints.
 const PROBE_GAP: Duration = Duration::from_millis(2);
@@ -38,9 +36,6 @@ const ANSWERS_AGAIN: Duration = Duration::from_secs(10);
 const LEAST_PATIENCE: Duration = Duration::from_secs(2);
 /// Lines searched for the sign that a port was taken.
 const SIGN_LINES: usize = 20;
-/// Raised for workers, so that the kernel's OOM killer takes one of them
-/// before it takes residentd.
-const OOM_SCORE_ADJ: &[u8] = b"500";
 
 /// Why a worker stopped starting or serving.
 enum End {
@@ -56,8 +51,10 @@ pub(super) struct Life {
     worker: WorkerId,
     spec: Arc<ModelSpec>,
     gpus: Arc<[PlacedGpu]>,
+    origin: String,
     events: mpsc::UnboundedSender<WorkerEvent>,
     stop: watch::Receiver<Stop>,
+    residence: watch::Receiver<Residence>,
     tail: Arc<Tail>,
 }
 
@@ -65,13 +62,14 @@ impl Life {
     pub(super) fn new(
         shared: Arc<Shared>,
         order: SpawnOrder,
-        stop: watch::Receiver<Stop>,
+        (stop, residence): (watch::Receiver<Stop>, watch::Receiver<Residence>),
         tail: Arc<Tail>,
     ) -> Self {
         let SpawnOrder {
             worker,
             spec,
             gpus,
+            origin,
             events,
         } = order;
         Self {
@@ -79,8 +77,10 @@ impl Life {
             worker,
             spec,
             gpus: gpus.into(),
+            origin,
             events,
             stop,
+            residence,
             tail,
         }
     }
@@ -196,7 +196,8 @@ impl Life {
         let spawned = tokio::task::spawn_blocking(move || {
             Body::spawn(&shared, &worker, (&spec, &gpus), hold_port)
         });
-        let (pid, body) = spawned.await.map_err(|error| error.to_string())??;
+        let (pid, mut body) = spawned.await.map_err(|error| error.to_string())??;
+        body.record.origin.clone_from(&self.origin);
         debug!(worker = %self.worker, pid, "spawned");
         Ok(body)
     }
@@ -268,8 +269,41 @@ impl Life {
                 () = body.log.changed() => {
                     body.log.drain(&self.tail).await;
                 }
+                residence = ordered(&mut self.residence) => {
+                    if let Some(end) = self.moving(body, residence).await {
+                        return end;
+                    }
+                }
             }
         }
+    }
+
+    /// Parks the worker or makes it ready again, and tells how that went. Returns
+    /// how the worker ended, if it did meanwhile or was told to.
+    async fn moving(&mut self, body: &mut Body, residence: Residence) -> Option<End> {
+        let spec = Arc::clone(&self.spec);
+        let upstream = body.record.upstream.clone();
+        let mut calls = Box::pin(park::move_to(residence, &spec, &upstream));
+        let moved = loop {
+            tokio::select! {
+                _ = body.process.exited() => return Some(End::ByItself),
+                () = stopped(&mut self.stop) => return Some(End::Asked),
+                () = body.log.changed() => {
+                    body.log.drain(&self.tail).await;
+                }
+                moved = &mut calls => break moved,
+            }
+        };
+        let worker = self.worker.clone();
+        self.say(match (moved, residence) {
+            (Ok(()), Residence::Parked) => WorkerEvent::Parked { worker },
+            (Ok(()), Residence::Ready) => WorkerEvent::Unparked { worker },
+            (Err(error), _) => WorkerEvent::ParkFailed {
+                worker,
+                said: telemetry::chain(&error).to_string(),
+            },
+        });
+        None
     }
 
     /// Stop signal, again half way, and when the grace is over SIGKILL to the
@@ -333,20 +367,20 @@ async fn killed(stop: &mut watch::Receiver<Stop>) {
     wait_for(stop, Stop::Kill).await;
 }
 
+/// Waits until the worker is ordered to park, or to be ready again.
+async fn ordered(residence: &mut watch::Receiver<Residence>) -> Residence {
+    if residence.changed().await.is_err() {
+        // Whoever could order it is gone: then nobody will.
+        std::future::pending::<()>().await;
+    }
+    *residence.borrow_and_update()
+}
+
 async fn wait_for(stop: &mut watch::Receiver<Stop>, least: Stop) {
     if stop.wait_for(|how| *how >= least).await.is_err() {
         // Whoever could order it is gone: then nobody will.
         std::future::pending::<()>().await;
     }
-}
-
-/// What a life holds while its processes run.
-struct Body {
-    process: Process,
-    log: Log,
-    port: Option<Held>,
-    /// What a later residentd must know of it.
-    record: WorkerRecord,
 }
 
 /// What an earlier residentd saw of a worker.
@@ -371,116 +405,4 @@ impl Begun {
 struct Past {
     status: ExitStatus,
     started: bool,
-}
-
-impl Body {
-    fn spawn(
-        shared: &Shared,
-        worker: &WorkerId,
-        (spec, gpus): (&ModelSpec, &[PlacedGpu]),
-        hold_port: bool,
-    ) -> Result<(i32, Self), String> {
-        let mut port = command::uses(spec, "PORT")
-            .then(|| shared.ports.take())
-            .transpose()
-            .map_err(text)?;
-        if let Some(held) = port.as_mut().filter(|_| !hold_port) {
-            held.release();
-        }
-        let socket = command::uses(spec, "SOCKET")
-            .then(|| shared.socket())
-            .transpose()?;
-        let names = Names {
-            port: port.as_ref().map(|held| held.port),
-            socket: socket.as_deref(),
-            gpus,
-        };
-        let report = shared.own_file("reports")?;
-        let launch = Launch::new(spec, names)?;
-        let failed = |what: &'static str| move |error: std::io::Error| format!("{what}: {error}");
-        let mut log = Log::open(&shared.state_dir, spec.name.as_str(), shared.log_cap)
-            .map_err(failed("open its log"))?;
-        log.note(&format!("--- {worker} starts: {} ---", launch.program()))
-            .map_err(failed("write its log"))?;
-        // Before the spawn, so that a worker that ends at once loses no line.
-        let log_from = log.skip();
-        let output = log.writer().map_err(failed("open its log"))?;
-        let errors = output.try_clone().map_err(failed("open its log"))?;
-        let mark = shared.owner.mark(worker);
-        let mut command = launch.command(&mark, &report, output, errors);
-        // Held until the child is noted, so that the reaper leaves it alone.
-        let mut leaders = shared.leaders.lock();
-        let child = command
-            .spawn()
-            .map_err(|error| format!("{}: {error}", launch.program()))?;
-        let stamp = i32::try_from(child.id())
-            .map_err(std::io::Error::other)
-            .and_then(|pid| shared.marks.stamp(pid, &mark))
-            .inspect_err(|error| {
-                debug!(%worker, %error, "not stamped; a daemon that renames itself may be missed");
-            });
-        let process = Process::spawned(child.id(), mark.clone(), Arc::clone(&shared.marks))
-            .map_err(failed("take charge of it"))?;
-        leaders.insert(process.pid(), Arc::clone(&process.tree));
-        drop(leaders);
-        if let Some(guard) = shared.guard.get() {
-            guard.protect(process.tree.leader(), stamp.as_ref().ok().copied());
-        }
-        let pid = process.pid();
-        // Best effort: raising it needs no right, but it may be gone already.
-        let _ = std::fs::write(format!("/proc/{pid}/oom_score_adj"), OOM_SCORE_ADJ);
-        let record = WorkerRecord {
-            worker: worker.clone(),
-            pid,
-            start_time: process.tree.leader().start_time,
-            home: adopt::home(),
-            mark: mark.as_str().to_owned(),
-            stamp: stamp.ok(),
-            origin: String::new(),
-            upstream: launch.upstream,
-            port: port.as_ref().map(|held| held.port),
-            socket,
-            report,
-            log_from,
-            gpus: gpus.iter().map(|gpu| gpu.uuid.clone()).collect(),
-            ready: false,
-            peak: BTreeMap::new(),
-        };
-        let body = Self {
-            process,
-            log,
-            port,
-            record,
-        };
-        Ok((pid, body))
-    }
-
-    /// Takes up what an earlier residentd left.
-    fn adopted(shared: &Shared, adoptee: Adoptee) -> Result<Self, String> {
-        let (mark, key) = (adoptee.mark(), adoptee.leader());
-        let record = adoptee.record;
-        let process = Process::adopted(
-            (adoptee.leader, key, adoptee.parent),
-            (mark, record.stamp),
-            Arc::clone(&shared.marks),
-        )
-        .map_err(text)?;
-        let place = (shared.state_dir.as_path(), record.worker.model.as_str());
-        let from = (record.log_from, record.ready);
-        let mut log = Log::resume(place, shared.log_cap, from).map_err(text)?;
-        log.look_at_once();
-        let mut leaders = shared.leaders.lock();
-        leaders.insert(process.pid(), Arc::clone(&process.tree));
-        drop(leaders);
-        Ok(Self {
-            port: record.port.map(Ports::rejoin),
-            process,
-            log,
-            record,
-        })
-    }
-}
-
-fn text(error: std::io::Error) -> String {
-    error.to_string()
 }

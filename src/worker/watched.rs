@@ -11,7 +11,7 @@ use tokio::io::unix::AsyncFd;
     unsafe_code,
     reason = "the safe way in has no check that an owned descriptor needs"
 )]
-pub(super) fn readable(descriptor: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
+pub(crate) fn readable(descriptor: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
     // SAFETY: an `OwnedFd` is open and always names the same descriptor, and
     // it is owned by the `AsyncFd` until that is dropped.
     let registered = unsafe { AsyncFd::register_with_interest(descriptor, Interest::READABLE) };

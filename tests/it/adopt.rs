@@ -1,6 +1,8 @@
 //! Workers survive residentd: whatever ends it, the next one takes them back or
 //! ends them, and nothing runs twice.
 
+mod changed;
+
 use std::io::{Read, Write};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
@@ -18,20 +20,6 @@ fn model(name: &str, flags: &str, more: &str) -> String {
     format!(
         "[models.{name}]\ncommand = '{STUB} --port ${{PORT}} --name {name} {flags}'\nmemory = \"64MiB\"\n{more}\n"
     )
-}
-
-/// Waits until what is known of the model's worker is on the disk.
-fn wait_until_kept(residentd: &Residentd, name: &str) {
-    // A commit takes milliseconds; it is seen in the file's time of change.
-    let file = residentd.folder().join("state/residentd.redb");
-    let mut last = None;
-    wait_until(&format!("the record of {name} to be written"), || {
-        let changed = std::fs::metadata(&file).and_then(|m| m.modified()).ok();
-        let rests = last == changed;
-        last = changed;
-        pause(Duration::from_millis(30));
-        rests.then_some(())
-    });
 }
 
 fn events(residentd: &Residentd, kind: &str) -> Vec<Value> {
@@ -86,7 +74,7 @@ fn a42_workers_are_taken_back_after_kill_9_under_load_again_and_again() {
         let held = NAMES.map(|name| residentd.model(name)["memory_usage"].as_u64().unwrap_or(0));
         (held[0] > 32 << 20 && held[1] > 16 << 20 && held[2] > 0).then_some(held)
     });
-    wait_until_kept(&residentd, "all");
+    residentd.wait_until_kept("all");
     for round in 1..=rounds() {
         kill_under_load(&mut residentd);
         look_at_survivors(&residentd, round, pids, memory);
@@ -251,7 +239,7 @@ fn a_guard_outlives_signals_to_the_group_is_replaced_when_it_dies_and_leaves_in_
 fn a42_a_stream_and_the_log_go_on_with_a_worker_that_was_taken_back() {
     let mut residentd = Residentd::start(&(ROOM.to_owned() + &model("m", "", "")));
     let pid = residentd.complete("m").worker_pid();
-    wait_until_kept(&residentd, "m");
+    residentd.wait_until_kept("m");
     residentd.restart_after(Signal::SIGKILL);
     let body = json!({"model": "m", "prompt": "x", "stream": true, "x_chunks": 20, "x_pace_ms": 1});
     let answer = residentd.ask("POST", "/v1/completions", Some(&body.to_string()));
@@ -270,7 +258,7 @@ fn a_crash_of_a_worker_that_was_taken_back_is_seen_at_once_with_its_exit_code() 
     let flags = "--die-after-requests 2 --exit-code 7";
     let mut residentd = Residentd::start(&(ROOM.to_owned() + &model("m", flags, "")));
     let pid = residentd.complete("m").worker_pid();
-    wait_until_kept(&residentd, "m");
+    residentd.wait_until_kept("m");
     residentd.restart_after(Signal::SIGKILL);
     assert_eq!(residentd.complete("m").worker_pid(), pid);
     let told = wait_until("its end to be told", || events(&residentd, "exit").pop());
@@ -287,44 +275,10 @@ fn a_crash_of_a_worker_that_was_taken_back_is_seen_at_once_with_its_exit_code() 
 }
 
 #[test]
-fn a_worker_whose_model_was_changed_or_removed_is_ended_and_others_are_kept() {
-    let config =
-        |a: &str, more: &str| format!("{ROOM}{}{}{more}", model("a", a, ""), model("b", "", ""));
-    let mut residentd = Residentd::start(&config("", &model("c", "", "")));
-    let pids = ["a", "b", "c"].map(|name| residentd.complete(name).worker_pid());
-    wait_until_kept(&residentd, "c");
-    residentd.configure(&config("--anon 1MiB", ""));
-    residentd.restart_after(Signal::SIGKILL);
-    assert_eq!(pids.map(runs), [false, true, false]);
-    let log = residentd.log();
-    assert!(
-        log.contains("command, environment, address or weight files were changed"),
-        "{log}"
-    );
-    assert!(log.contains("not configured any more"), "{log}");
-    assert_eq!(residentd.complete("b").worker_pid(), pids[1]);
-    let fresh = residentd.complete("a");
-    assert_eq!(fresh.status, 200, "{}", fresh.text());
-    assert_ne!(fresh.worker_pid(), pids[0]);
-}
-
-#[test]
-fn settings_that_need_no_other_process_are_changed_under_the_worker() {
-    let config = |more: &str| format!("{ROOM}{}", model("m", "", more));
-    let mut residentd = Residentd::start(&config(""));
-    let pid = residentd.complete("m").worker_pid();
-    wait_until_kept(&residentd, "m");
-    residentd.configure(&config("pinned = true\nidle_timeout = \"1h\""));
-    residentd.restart_after(Signal::SIGKILL);
-    let view = residentd.model("m");
-    assert_eq!((&view["pid"], &view["pinned"]), (&json!(pid), &json!(true)));
-}
-
-#[test]
 fn a_worker_that_died_meanwhile_is_simply_stopped_and_the_next_request_loads() {
     let mut residentd = Residentd::start(&(ROOM.to_owned() + &model("m", "", "")));
     let pid = residentd.complete("m").worker_pid();
-    wait_until_kept(&residentd, "m");
+    residentd.wait_until_kept("m");
     residentd.signal(Signal::SIGKILL);
     residentd.wait();
     kill(pid, Signal::SIGKILL);
@@ -348,7 +302,7 @@ fn a_worker_that_still_loads_is_waited_for_and_not_loaded_twice() {
     let pid = pid
         .as_i64()
         .unwrap_or_else(|| wait_until("its pid", || residentd.worker_pid("m")));
-    wait_until_kept(&residentd, "m");
+    residentd.wait_until_kept("m");
     residentd.restart_after(Signal::SIGKILL);
     drop(waiting);
     let answer = residentd.complete("m");
@@ -372,7 +326,7 @@ fn no_adopt_ends_what_is_found() {
     let pid = residentd.complete("m").worker_pid();
     let stats = residentd.ask("GET", "/upstream/m/stats", None).json();
     let child = stats["children"][0].as_i64().expect("it has a daemon");
-    wait_until_kept(&residentd, "m");
+    residentd.wait_until_kept("m");
     residentd.signal(Signal::SIGKILL);
     residentd.wait();
     assert!(runs(pid) && runs(child), "they outlive residentd");
@@ -390,7 +344,7 @@ fn a_stranger_on_a_workers_port_is_not_taken_for_the_worker_and_left_alone() {
     let body = json!({"model": "m", "prompt": "x"}).to_string();
     let asked = send(residentd.address(), "POST", "/v1/completions", Some(&body));
     let worker = wait_until("it to run", || residentd.worker_pid("m"));
-    wait_until_kept(&residentd, "m");
+    residentd.wait_until_kept("m");
     residentd.signal(Signal::SIGKILL);
     residentd.wait();
     drop(asked);
@@ -431,7 +385,7 @@ fn what_was_used_most_in_a_life_is_remembered_over_the_crash() {
         let peak = residentd.model("m")["peak"].as_u64()?;
         (peak > 96 << 20).then_some(peak)
     });
-    wait_until_kept(&residentd, "m");
+    residentd.wait_until_kept("m");
     residentd.restart_after(Signal::SIGKILL);
     let after = residentd.model("m")["peak"].as_u64().expect("a number");
     assert!(after.abs_diff(peak) < 8 << 20, "{after} after {peak}");
@@ -441,7 +395,7 @@ fn what_was_used_most_in_a_life_is_remembered_over_the_crash() {
 fn a_client_in_the_middle_of_an_upload_sees_a_broken_connection_and_the_worker_stays() {
     let mut residentd = Residentd::start(&(ROOM.to_owned() + &model("m", "", "")));
     let pid = residentd.complete("m").worker_pid();
-    wait_until_kept(&residentd, "m");
+    residentd.wait_until_kept("m");
     let mut stream = std::net::TcpStream::connect(residentd.address()).expect("a connection");
     write!(
         stream,

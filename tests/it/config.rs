@@ -1,6 +1,7 @@
 //! Configuration: every file in `configs/` loads, sources cover each other in
 //! their order, and what is wrong is told in these words.
 
+mod diff;
 mod problems;
 mod shown;
 mod sources;

@@ -11,13 +11,18 @@ mod failures;
 mod gpu;
 mod memory;
 mod patience;
+mod policies;
 mod pressure;
 mod proxy;
+mod reload;
 mod replay;
 mod scenarios;
+mod shutdown;
 mod simulate;
 mod state;
 mod story;
 mod stub;
 mod support;
+#[path = "../../benches/traffic.rs"]
+mod traffic;
 mod worker;

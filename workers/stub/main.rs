@@ -17,6 +17,7 @@ mod routes;
 mod serve;
 #[path = "../size.rs"]
 mod size;
+mod sleep;
 mod state;
 mod vram;
 

@@ -1,7 +1,7 @@
 //! What each route answers.
 //!
-//! `/health`, `/stats`, `/env` and `/v1/models` are not counted as requests;
-//! everything else is, and obeys the knobs.
+//! `/health`, `/stats`, `/env`, `/v1/models` and calls to sleep and to wake are
+//! not counted as requests; everything else is, and obeys the knobs.
 
 use std::convert::Infallible;
 use std::sync::Arc;
@@ -12,13 +12,13 @@ use hyper::body::Incoming;
 use hyper::header::{CONNECTION, CONTENT_TYPE, HeaderValue, UPGRADE};
 use hyper::{HeaderMap, Request, Response, StatusCode};
 use serde_json::{Value, json};
-use tokio::time::sleep;
 
 use crate::answer::{Answer, BrokenOff, Parts, ResetFlag, kill_self, whole};
 use crate::checksum::Checksum;
 use crate::clock;
 use crate::knobs::Knobs;
 use crate::openai::{Shape, Voice, embeddings};
+use crate::sleep::{self, Call};
 use crate::state::{InFlight, Stub};
 
 /// How much of a body `/echo` shows.
@@ -55,6 +55,12 @@ async fn route(
     if !stub.is_ready() {
         return Ok(failure(StatusCode::SERVICE_UNAVAILABLE, "Loading model"));
     }
+    if let Some(call) = Call::of(request.uri().path()).filter(|_| stub.args.sleep_mode) {
+        return Ok(match sleep::obey(stub, call).await {
+            Ok(done) => document(StatusCode::OK, &done),
+            Err(error) => failure(StatusCode::INTERNAL_SERVER_ERROR, &error.to_string()),
+        });
+    }
     let shape = match request.uri().path() {
         "/health" => return Ok(document(StatusCode::OK, &json!({"status": "ok"}))),
         "/v1/models" => return Ok(document(StatusCode::OK, &models(&stub.args.name))),
@@ -63,6 +69,7 @@ async fn route(
         "/v1/embeddings" | "/echo" | "/sink" | "/upgrade" => None,
         _ => return Ok(failure(StatusCode::NOT_FOUND, "no such route")),
     };
+    sleep::crash_when_asked(stub);
     let mut in_flight = stub.begin();
     if is_over(stub.args.hang_after_requests, &in_flight) {
         std::future::pending::<Infallible>().await;
@@ -102,7 +109,7 @@ async fn complete(
         kill_self();
     }
     if !knobs.delay.is_zero() {
-        sleep(knobs.delay).await;
+        tokio::time::sleep(knobs.delay).await;
     }
     if knobs.drop {
         in_flight.finish();

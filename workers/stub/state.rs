@@ -10,12 +10,14 @@ use tokio_util::sync::CancellationToken;
 
 use crate::args::Args;
 use crate::memory::Memory;
+use crate::sleep::Sleep;
 
 /// One stub worker.
 #[derive(Debug)]
 pub(crate) struct Stub {
     pub(crate) args: Args,
     pub(crate) memory: Memory,
+    pub(crate) sleep: Sleep,
     pub(crate) children: Vec<u32>,
     /// Cancelled when no new connection is to be taken.
     pub(crate) closing: CancellationToken,
@@ -35,6 +37,7 @@ impl Stub {
         Self {
             args,
             memory: Memory::default(),
+            sleep: Sleep::default(),
             children,
             closing: CancellationToken::new(),
             request_ended: watch::Sender::new(()),
@@ -103,6 +106,7 @@ impl Stub {
             "cancelled": self.cancelled.load(Ordering::Relaxed),
             "in_flight": self.in_flight(),
             "grown_bytes": self.memory.grown(),
+            "sleep": self.sleep.stats(),
         })
     }
 }

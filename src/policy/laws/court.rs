@@ -22,13 +22,20 @@ pub(super) struct Court {
     pub(super) asked: BTreeMap<Ticket, Option<String>>,
     pub(super) answered: BTreeSet<Ticket>,
     pub(super) left: BTreeSet<Ticket>,
+    /// What the configuration says of each model, or said last.
+    pub(super) specs: Vec<ModelSpec>,
     live: BTreeMap<ModelName, u64>,
     /// Workers that were told to drain.
     draining: BTreeSet<WorkerId>,
     /// Since when the first waiter of each model has waited, after each step.
     waits: BTreeMap<ModelName, Timestamp>,
     /// Workers that load or die.
-    moving: BTreeSet<WorkerId>,
+    pub(super) moving: BTreeSet<WorkerId>,
+    /// How much higher limits on host RAM are than moves say, in MiB, so that
+    /// there is room for parks.
+    pub(super) higher: u64,
+    /// Workers that left their park.
+    pub(super) unparks: u64,
 }
 
 impl Court {
@@ -53,7 +60,7 @@ impl Court {
         // And takes one request at a time.
         specs[3].concurrency = NonZeroU32::new(1);
         let sizes = [("a", 300), ("b", 450), ("c", 400), ("d", 900)];
-        let mut world = World::with(1000, specs, &sizes);
+        let mut world = World::with(1000, specs.clone(), &sizes);
         world.policy.settings.eviction = policy;
         world.policy.settings.patience = patience;
         world.gpus = vec![1000, 1200];
@@ -68,10 +75,13 @@ impl Court {
             asked: BTreeMap::new(),
             answered: BTreeSet::new(),
             left: BTreeSet::new(),
+            specs,
             live: BTreeMap::new(),
             draining: BTreeSet::new(),
             waits: BTreeMap::new(),
             moving: BTreeSet::new(),
+            higher: 0,
+            unparks: 0,
         };
         // The world's first measurement has started what is preloaded.
         for state in court.world.policy.models().values().filter(|m| m.is_live()) {
@@ -82,7 +92,7 @@ impl Court {
     }
 
     /// Steps, judges every effect, and plays the machine.
-    fn step(&mut self, event: Event) {
+    pub(super) fn step(&mut self, event: Event) {
         let mut todo = vec![event];
         while let Some(event) = todo.pop() {
             let policy = &mut self.world.policy;
@@ -95,8 +105,13 @@ impl Court {
             let effects = policy.step(self.world.now, event);
             let first = |m: &ModelState| Some((m.name().clone(), m.queue.front()?.since));
             self.waits = policy.models().values().filter_map(first).collect();
-            let spawned = effects.iter().any(|e| matches!(e, Effect::Spawn { .. }));
-            if spawned {
+            let takes = |effect: &Effect| {
+                matches!(
+                    effect,
+                    Effect::Spawn { .. } | Effect::Park { .. } | Effect::Unpark { .. }
+                )
+            };
+            if effects.iter().any(takes) {
                 for (domain, books) in policy.domains() {
                     assert!(
                         policy.charged(*domain) <= books.limit,
@@ -171,14 +186,9 @@ impl Court {
                 self.moving.insert(worker);
             }
             Effect::Drain { worker, reason } => {
-                self.judge_generation(&worker);
-                if let EvictReason::MakeRoom { for_model, .. } = reason {
-                    let waits_since = self.waits[&for_model];
-                    let patience = self.world.policy.settings.patience;
-                    assert!(self.world.now.since(waits_since) >= patience);
-                    assert!(!self.world.policy.models()[&worker.model].pinned);
-                }
+                self.judge_drain(&worker, &reason);
                 self.draining.insert(worker);
+                return Some(Event::Tick);
             }
             Effect::Resume { worker } => {
                 self.judge_generation(&worker);
@@ -186,19 +196,36 @@ impl Court {
             }
             Effect::Terminate { worker, reason, .. } => {
                 self.judge_generation(&worker);
+                self.judge_replaced(&worker, &reason);
                 if matches!(reason, EvictReason::MakeRoom { .. }) {
                     let inside = self.world.inside.get(&worker).map_or(0, |a| a.inside);
                     assert_eq!(inside, 0, "{worker} is busy and ended to make room");
                 }
                 self.moving.insert(worker);
             }
-            Effect::Reclaimed { .. } | Effect::Learn { .. } | Effect::Finished => {}
+            Effect::Reclaimed { .. }
+            | Effect::Learn { .. }
+            | Effect::Forget { .. }
+            | Effect::Finished => {}
+            park => return self.judge_park(park),
         }
         None
     }
 
+    /// A worker that is drained to make room is not pinned, and somebody has
+    /// waited for long enough.
+    fn judge_drain(&self, worker: &WorkerId, reason: &EvictReason) {
+        self.judge_generation(worker);
+        if let EvictReason::MakeRoom { for_model, .. } = reason {
+            let waits_since = self.waits[for_model];
+            let patience = self.world.policy.settings.patience;
+            assert!(self.world.now.since(waits_since) >= patience);
+            assert!(!self.world.policy.models()[&worker.model].pinned);
+        }
+    }
+
     /// Nothing else may move memory on the GPUs of a worker that is started.
-    fn judge_gpus(&self, worker: &WorkerId, gpus: &[u32]) {
+    pub(super) fn judge_gpus(&self, worker: &WorkerId, gpus: &[u32]) {
         for other in &self.moving {
             let theirs = self.world.placed.get(other).into_iter().flatten();
             let shared = theirs.filter(|gpu| gpus.contains(gpu)).count();
@@ -206,7 +233,7 @@ impl Court {
         }
     }
 
-    fn judge_generation(&self, worker: &WorkerId) {
+    pub(super) fn judge_generation(&self, worker: &WorkerId) {
         let live = self.live.get(&worker.model);
         assert_eq!(live, Some(&worker.generation), "an old generation");
     }
@@ -235,7 +262,7 @@ impl Court {
             .world
             .holding
             .iter()
-            .map(|w| self.world.size[&w.model])
+            .map(|w| self.world.on_host(w))
             .sum();
         let headroom = Bytes::gib(16) - Bytes::mib(held + self.neighbour);
         let measured = self.world.measured(headroom);
@@ -285,8 +312,9 @@ impl Court {
             }),
             Move::Limit(mib) => self.step(Event::Limit {
                 domain: Domain::Host,
-                limit: Bytes::mib(mib),
+                limit: Bytes::mib(mib + self.higher),
             }),
+            Move::Configure(m, how) => self.reconfigure(m, how),
             Move::Cleanup(all, force) => {
                 let ticket = self.ask(None);
                 let order = CleanupOrder {
@@ -307,19 +335,20 @@ impl Court {
 
     /// What workers, neighbours and time do.
     fn play_machine(&mut self, made: &Move) {
-        let phase = |court: &Self, m: usize| court.world.policy.models()[MODELS[m]].phase;
+        let phase = |court: &Self, m: usize| {
+            let state = court.world.policy.models().get(MODELS[m]);
+            state.map_or(Phase::Stopped, |state| state.phase)
+        };
         match *made {
             Move::Ready(m) if phase(self, m) == Phase::Starting => {
                 let worker = self.world.worker(MODELS[m]);
                 self.world.holding.insert(worker.clone());
                 self.moving.remove(&worker);
-                let activity = Activity {
-                    inside: 0,
-                    last_left: self.world.now,
-                };
+                let activity = Activity::opened(self.world.now);
                 self.world.inside.insert(worker.clone(), activity);
                 self.step(Event::Ready { worker });
             }
+            Move::Moved(_) | Move::Pretends(_) | Move::ParkFails(_) => self.play_park(made),
             Move::NeverReady(m) if phase(self, m) == Phase::Starting => {
                 let worker = self.world.worker(MODELS[m]);
                 let after = Duration::from_secs(120);
@@ -334,6 +363,7 @@ impl Court {
                 self.live.remove(MODELS[m]);
                 self.moving.remove(&worker);
                 self.world.holding.remove(&worker);
+                self.world.parked.remove(&worker);
                 self.world.inside.remove(&worker);
                 let status = "exit code 1".into();
                 self.step(Event::Exited {
@@ -351,6 +381,7 @@ impl Court {
                     *activity = Activity {
                         inside: activity.inside - 1,
                         last_left: now,
+                        ..*activity
                     };
                     self.step(Event::Tick);
                 }
@@ -372,7 +403,7 @@ impl Court {
             Move::Grow(m, mib) => {
                 self.world.size.insert(name(MODELS[m]), mib);
             }
-            Move::Neighbour(mib) => self.neighbour = mib,
+            Move::Neighbour(mib) => self.neighbour = mib.saturating_sub(3 * self.higher),
             Move::Late(gpu, mib) => {
                 self.world.late.insert(gpu, mib);
             }
@@ -390,6 +421,7 @@ impl Court {
     pub(super) fn close(&mut self) {
         self.race = false;
         self.neighbour = 0;
+        self.higher = 0;
         self.world.late.clear();
         let until = self.world.now;
         self.step(Event::Shutdown { until });

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use super::super::event::{Event, GpuFacts};
-use super::super::testing::{World, gone, name, refused, spawned, spec};
+use super::super::testing::{World, drained, gone, name, refused, spawned, spec};
 use super::super::words::Refusal;
 use super::super::{Activity, Effect, EvictReason, PressureLevel};
 use crate::model::{Bytes, DeviceRef, Domain, GpuRequest, GpuVendor, ModelSpec};
@@ -200,10 +200,7 @@ fn a16_a_worker_told_to_go_right_after_its_load_gives_back_what_it_took_since() 
     // Ready and idle before anything of it was measured.
     world.acquire("old");
     let worker = world.worker("old");
-    let idle = Activity {
-        inside: 0,
-        last_left: world.now,
-    };
+    let idle = Activity::opened(world.now);
     world.inside.insert(worker.clone(), idle);
     world.step(Event::Ready {
         worker: worker.clone(),
@@ -352,4 +349,54 @@ fn a_worker_gets_gpus_of_one_vendor_and_no_integrated_one_beside_large_ones() {
     assert_eq!(placed(&world.acquire("wide").1), Some(vec![0, 2]));
     // Every large GPU is loading: the integrated one is not a way out.
     assert_eq!(placed(&world.acquire("busy").1), None);
+}
+
+#[test]
+fn busy_workers_of_one_gpu_drain_whatever_drains_on_another() {
+    let on_gpu = |index| GpuRequest::These(vec![DeviceRef::Index(index)]);
+    let mut world = machine(
+        &[8_000, 8_000],
+        &[
+            ("a", on_gpu(0), 6_000),
+            ("b", on_gpu(1), 6_000),
+            ("c", on_gpu(0), 6_000),
+            ("d", on_gpu(1), 6_000),
+        ],
+    );
+    for model in ["a", "b"] {
+        world.acquire(model);
+        world.ready(model);
+    }
+    world.acquire("c");
+    world.acquire("d");
+    world.pass(Duration::from_secs(5));
+    assert_eq!(drained(&world.step(Event::Tick)), ["a", "b"]);
+}
+
+#[test]
+fn nobody_drains_on_a_gpu_where_memory_moves_for_another() {
+    let mut world = machine(
+        &[8_000],
+        &[
+            ("a", ONE, 4_000),
+            ("b", ONE, 4_000),
+            ("c", ONE, 4_000),
+            ("d", ONE, 4_000),
+        ],
+    );
+    for model in ["a", "b"] {
+        world.acquire(model);
+        world.ready(model);
+    }
+    world.leave("a");
+    assert_eq!(gone(&world.acquire("c").1), ["a"]);
+    world.acquire("d");
+    // `a` dies and `c` loads, which may be idle soon: only then is known who
+    // has to go for `d`.
+    world.pass(Duration::from_secs(20));
+    assert!(drained(&world.step(Event::Tick)).is_empty());
+    assert_eq!(spawned(&world.exit("a")), ["c"]);
+    world.pass(Duration::from_secs(20));
+    assert!(drained(&world.step(Event::Tick)).is_empty());
+    assert_eq!(drained(&world.ready("c")), ["b"]);
 }

@@ -160,6 +160,7 @@ fn a_gate_that_became_busy_at_the_last_moment_keeps_its_worker() {
         Activity {
             inside: 1,
             last_left: world.now,
+            last_entered: world.now,
         },
     );
     let effects = world.step(Event::EvictRefused {

@@ -2,6 +2,9 @@
 
 mod admission;
 mod ceilings;
+mod configuring;
 mod explaining;
 mod leaving;
+mod parked;
+mod parking;
 mod patience;

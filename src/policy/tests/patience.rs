@@ -7,16 +7,8 @@
 
 use std::time::Duration;
 
-use super::super::testing::{World, gone, granted, name, refused, spawned, spec};
+use super::super::testing::{World, drained, gone, granted, name, refused, spawned, spec};
 use super::super::*;
-
-fn drained(effects: &[Effect]) -> Vec<String> {
-    let of = |effect: &Effect| match effect {
-        Effect::Drain { worker, .. } => Some(worker.model.to_string()),
-        _ => None,
-    };
-    effects.iter().filter_map(of).collect()
-}
 
 fn resumed(effects: &[Effect]) -> Vec<String> {
     let of = |effect: &Effect| match effect {
@@ -119,6 +111,54 @@ fn idle_workers_of_the_set_stay_until_the_busy_ones_are_done() {
     // Now both are wanted.
     let effects = world.leave("busy");
     assert_eq!(gone(&effects), ["busy", "idle"]);
+}
+
+/// Two busy workers, and two more models that have waited out their patience.
+fn two_wait_for_two() -> (World, [Ticket; 2]) {
+    let mut world = World::new(1000, &[("a", 500), ("b", 500), ("c", 500), ("d", 500)]);
+    world.policy.settings.patience = Duration::from_secs(2);
+    for model in ["a", "b"] {
+        world.acquire(model);
+        world.ready(model);
+        world.pass(Duration::from_millis(10));
+    }
+    let waiters = [world.acquire("c").0, world.acquire("d").0];
+    // Whoever was asked for the longest ago, for whoever waits the longest.
+    assert_eq!(drained(&tick_after(&mut world, 2_000)), ["a"]);
+    (world, waiters)
+}
+
+#[test]
+fn one_set_drains_at_a_time_and_the_next_when_that_is_done() {
+    let (mut world, [c, d]) = two_wait_for_two();
+    assert!(drained(&tick_after(&mut world, 10_000)).is_empty());
+    // Now it is the turn of `d`, which has waited long enough.
+    let effects = world.leave("a");
+    assert_eq!(
+        (gone(&effects), drained(&effects)),
+        (vec!["a".into()], vec!["b".into()])
+    );
+    assert_eq!(spawned(&world.exit("a")), ["c"]);
+    assert!(granted(&world.ready("c"), c));
+    world.leave("b");
+    assert_eq!(spawned(&world.exit("b")), ["d"]);
+    assert!(granted(&world.ready("d"), d));
+}
+
+#[test]
+fn a_drain_that_takes_long_does_not_hold_up_the_next_for_ever() {
+    let (mut world, [_, d]) = two_wait_for_two();
+    let turn = world.now + Duration::from_secs(24);
+    assert_eq!(world.policy.next_wake(), Some(turn));
+    assert!(drained(&tick_after(&mut world, 23_999)).is_empty());
+    assert_eq!(drained(&tick_after(&mut world, 1)), ["b"]);
+    world.leave("b");
+    // The room goes to whoever waited longer, and the other drain to the next.
+    assert_eq!(spawned(&world.exit("b")), ["c"]);
+    assert_eq!(world.policy.models()["a"].drains_for(), Some(&name("d")));
+    assert!(!granted(&world.ready("c"), d));
+    world.leave("a");
+    assert_eq!(spawned(&world.exit("a")), ["d"]);
 }
 
 #[test]

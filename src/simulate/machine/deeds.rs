@@ -8,7 +8,7 @@ use std::time::Duration;
 use super::super::journal::{Entry, What};
 use super::{ASK_AGAIN, Fault, Happening, Machine, Outcome, State, Wish, Worker};
 use crate::clock::Timestamp;
-use crate::model::{Bytes, Domain, GpuVendor, IdleGaps, WorkerId};
+use crate::model::{Bytes, Domain, Gaps, GpuVendor, WorkerId};
 use crate::policy::{Activity, DomainMeasure, Effect, Event, GpuFacts, Measure, Measured, Ticket};
 
 impl Machine {
@@ -26,12 +26,14 @@ impl Machine {
         match happening {
             Happening::Ready(worker) => self.ready(&worker),
             Happening::NeverReady(worker) => self.never_ready(&worker),
+            Happening::Parked(worker) => self.parked(&worker),
+            Happening::Unparked(worker) => self.unparked(&worker),
             Happening::Gone(worker, status) => self.gone(&worker, status),
             Happening::Leaves(worker, ticket) => self.left(&worker, ticket),
         }
     }
 
-    fn after(&mut self, time: Duration, happening: Happening) {
+    pub(super) fn after(&mut self, time: Duration, happening: Happening) {
         self.queued += 1;
         self.queue
             .push(Reverse((self.now + time, self.queued, happening)));
@@ -87,9 +89,12 @@ impl Machine {
                 self.tell(&worker, || format!("is evicted: {reason}"));
                 self.end(&worker, kill);
             }
+            Effect::Park { worker, reason, .. } => return self.park(worker, &reason),
+            Effect::Unpark { worker, .. } => self.unpark(worker),
             Effect::Drain { worker, reason } => {
                 self.tell(&worker, || format!("drains: {reason}"));
                 self.close(&worker);
+                return Some(Event::Tick);
             }
             Effect::Resume { worker } => {
                 self.tell(&worker, || "stays after all".to_owned());
@@ -105,7 +110,11 @@ impl Machine {
                 self.tell(&worker, || format!("is told to end: {reason}"));
                 self.end(&worker, kill);
             }
-            Effect::Reclaimed { .. } | Effect::Learn { .. } | Effect::Finished => {}
+            Effect::Reclaimed { .. }
+            | Effect::Parked { .. }
+            | Effect::Learn { .. }
+            | Effect::Forget { .. }
+            | Effect::Finished => {}
         }
         None
     }
@@ -123,9 +132,11 @@ impl Machine {
                 gpus,
                 open: false,
                 holds: false,
+                parked: false,
                 ending: false,
                 inside: BTreeSet::new(),
                 last_left: self.now,
+                last_entered: self.now,
                 used: false,
                 gaps: None,
             },
@@ -148,6 +159,7 @@ impl Machine {
         worker.holds = true;
         worker.open = true;
         worker.last_left = now;
+        worker.last_entered = now;
         self.tell(id, || "is ready".to_owned());
         self.feed(Event::Ready { worker: id.clone() });
         self.measure();
@@ -198,11 +210,12 @@ impl Machine {
         state.outcome = Outcome::Served { waited, hit };
         let duration = state.duration;
         let worker = self.worker(id).expect("leases are on live workers");
-        if worker.used && worker.inside.is_empty() {
-            let class = IdleGaps::class(now.since(worker.last_left));
+        if worker.used {
+            let class = Gaps::class(now.since(worker.last_entered));
             worker.gaps.get_or_insert_default().0[class] += 1;
         }
         worker.used = true;
+        worker.last_entered = now;
         worker.inside.insert(ticket);
         self.after(duration, Happening::Leaves(id.clone(), ticket));
     }
@@ -241,18 +254,18 @@ impl Machine {
         self.after(stop, Happening::Gone(id.clone(), "ended"));
     }
 
-    fn close(&mut self, id: &WorkerId) {
+    pub(super) fn close(&mut self, id: &WorkerId) {
         if let Some(worker) = self.worker(id) {
             worker.open = false;
         }
     }
 
-    fn inside(&mut self, id: &WorkerId) -> u32 {
+    pub(super) fn inside(&mut self, id: &WorkerId) -> u32 {
         let inside = self.worker(id).map_or(0, |worker| worker.inside.len());
         u32::try_from(inside).unwrap_or(u32::MAX)
     }
 
-    fn worker(&mut self, id: &WorkerId) -> Option<&mut Worker> {
+    pub(super) fn worker(&mut self, id: &WorkerId) -> Option<&mut Worker> {
         self.workers
             .get_mut(&id.model)
             .filter(|worker| worker.id == *id)
@@ -274,7 +287,7 @@ impl Machine {
         self.state(ticket).outcome = outcome;
     }
 
-    fn tell(&mut self, worker: &WorkerId, text: impl FnOnce() -> String) {
+    pub(super) fn tell(&mut self, worker: &WorkerId, text: impl FnOnce() -> String) {
         self.write(|| What::Worker {
             worker: worker.clone(),
             text: text(),
@@ -295,7 +308,7 @@ impl Machine {
         let mut workers = BTreeMap::new();
         let mut free = self.memory.clone();
         for worker in self.workers.values().filter(|worker| worker.holds) {
-            let held = &self.programs[&worker.id.model].holds;
+            let held = self.held(worker);
             let is_there = |domain: &Domain| match domain {
                 Domain::Host => true,
                 Domain::Gpu(index) => worker.gpus.contains(index),
@@ -335,6 +348,7 @@ impl Worker {
         Activity {
             inside: u32::try_from(self.inside.len()).unwrap_or(u32::MAX),
             last_left: self.last_left,
+            last_entered: self.last_entered,
         }
     }
 }

@@ -61,7 +61,7 @@ impl World {
             }
         });
         Self {
-            router: router(ApiState::new(controller)),
+            router: router(ApiState::new(controller, None)),
             recorder: Arc::new(recorder),
             _snapshots: Arc::new(publish),
             _signals: Arc::new(heard),
@@ -147,6 +147,7 @@ pub(crate) fn explains(command: Command) {
         inside: 1,
         idle_since: at(40),
         holds: BTreeMap::from([(Domain::Host, Bytes::gib(2))]),
+        parks: false,
     };
     let _ = reply.send(Ok(Explanation {
         model,
@@ -241,7 +242,6 @@ fn gemma() -> ModelView {
                 model: spec.name.clone(),
                 generation: 3,
             },
-            spec: Arc::clone(&spec),
             upstream: Upstream::Tcp(SocketAddr::from(([127, 0, 0, 1], 9))),
             gate,
             closing: CancellationToken::new(),
@@ -354,6 +354,8 @@ pub(crate) fn snapshot() -> Snapshot {
         memory: memory(&models),
         models,
         counters: Counters {
+            admitted: 0,
+            config: Reloads::default(),
             // Of 111 that were admitted.
             granted_late: 21,
             misses: 10,
@@ -363,6 +365,8 @@ pub(crate) fn snapshot() -> Snapshot {
             load_failures: BTreeMap::from([("exit_code", 3), ("start_timeout", 1)]),
             crashes: 1,
             evictions: BTreeMap::from([("idle", 1), ("make_room", 2)]),
+            parks: BTreeMap::from([("make_room", 3)]),
+            unparks: 2,
             kills: BTreeMap::from([("oom_cgroup_likely", 1)]),
             refusals: BTreeMap::from([("queue_full", 3)]),
             reclaim_shortfall: Bytes::mib(1),

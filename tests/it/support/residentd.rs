@@ -150,6 +150,20 @@ impl Residentd {
         })
     }
 
+    /// Waits until what is known of the model's worker is on the disk.
+    pub(crate) fn wait_until_kept(&self, name: &str) {
+        // A commit takes milliseconds; it is seen in the file's time of change.
+        let file = self.folder().join("state/residentd.redb");
+        let mut last = None;
+        wait_until(&format!("the record of {name} to be written"), || {
+            let changed = std::fs::metadata(&file).and_then(|m| m.modified()).ok();
+            let rests = last == changed;
+            last = changed;
+            pause(std::time::Duration::from_millis(30));
+            rests.then_some(())
+        });
+    }
+
     /// Sends a signal to residentd itself.
     pub(crate) fn signal(&self, signal: nix::sys::signal::Signal) {
         let pid = nix::unistd::Pid::from_raw(i32::try_from(self.child.id()).expect("a pid fits"));
