@@ -6,18 +6,23 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::num::NonZeroU32;
 use std::path::PathBuf;
+use std::str::FromStr;
 use std::sync::Arc;
 use std::time::Duration;
 
 mod bytes;
 mod difference;
+mod fingerprint;
 mod gaps;
 mod park;
+mod record;
 
 pub use bytes::Bytes;
 pub use difference::{ChangedModel, Difference, Takes};
+pub use fingerprint::Fingerprint;
 pub use gaps::{GAP_CLASSES, Gaps};
 pub use park::{ParkCall, ParkSpec};
+pub use record::WorkerRecord;
 
 /// What a client asks for: 1 to 128 of letters, digits and `._-/:@+`.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -92,6 +97,23 @@ impl fmt::Display for Domain {
         match self {
             Self::Host => f.write_str("host"),
             Self::Gpu(index) => write!(f, "gpu:{index}"),
+        }
+    }
+}
+
+/// Why a text names no domain.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("a domain is host, or gpu: and an index")]
+pub struct InvalidDomain;
+
+impl FromStr for Domain {
+    type Err = InvalidDomain;
+
+    fn from_str(text: &str) -> Result<Self, InvalidDomain> {
+        match text.strip_prefix("gpu:") {
+            Some(index) => index.parse().map(Self::Gpu).map_err(|_| InvalidDomain),
+            None if text == "host" => Ok(Self::Host),
+            None => Err(InvalidDomain),
         }
     }
 }
@@ -270,6 +292,24 @@ pub enum Upstream {
     Tcp(std::net::SocketAddr),
     /// A Unix socket.
     Unix(PathBuf),
+}
+
+/// Why a text names no upstream.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("an upstream is http://ADDRESS:PORT or unix:PATH")]
+pub struct InvalidUpstream;
+
+/// Reads what is shown of one.
+impl FromStr for Upstream {
+    type Err = InvalidUpstream;
+
+    fn from_str(text: &str) -> Result<Self, InvalidUpstream> {
+        match (text.strip_prefix("http://"), text.strip_prefix("unix:")) {
+            (Some(address), _) => address.parse().map(Self::Tcp).map_err(|_| InvalidUpstream),
+            (None, Some(path)) => Ok(Self::Unix(PathBuf::from(path))),
+            (None, None) => Err(InvalidUpstream),
+        }
+    }
 }
 
 impl fmt::Display for Upstream {

@@ -58,6 +58,14 @@ fn numbers(what: &What) -> Value {
         } => {
             json!({"waiting": waiting, "expected": known(expected), "gpus": gpus})
         }
+        What::Adopt {
+            pid,
+            age,
+            ready,
+            held,
+        } => {
+            json!({"pid": pid, "age_seconds": age.as_secs(), "ready": ready, "held": by_domain(held)})
+        }
         What::Ready { took, reload } => {
             json!({"load_ms": took.as_millis(), "reload": reload})
         }

@@ -79,6 +79,9 @@ fn about(out: Out<'_, '_>, snapshot: &Snapshot) -> fmt::Result {
     build.sample(&[("version", env!("CARGO_PKG_VERSION"))], 1_u64)?;
     let mut draining = gauge(out, "draining", "1 while residentd shuts down")?;
     draining.sample(&[], u64::from(snapshot.draining))?;
+    let help = "1 while what happens is written to the state database, 0 while that fails";
+    let mut state = gauge(out, "state_writable", help)?;
+    state.sample(&[], u64::from(snapshot.state_error.is_none()))?;
     let mut phases = gauge(out, "models", "Configured models by phase")?;
     for phase in Phase::ALL {
         let models = snapshot.models.values();

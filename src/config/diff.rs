@@ -9,14 +9,16 @@ use std::fmt::Debug;
 use std::sync::Arc;
 
 use super::{Config, Memory, Pressure, Server};
-use crate::model::{ChangedModel, Difference, ModelName, ModelSpec, Takes, UpstreamSpec};
+use crate::model::{
+    ChangedModel, Difference, Fingerprint, ModelName, ModelSpec, Takes, UpstreamSpec,
+};
 use crate::template::Template;
 
 /// The variable that names our own state folder.
 const STATE_DIR: &str = "STATE_DIR";
 
-/// Returns a number that changes when the configuration does. FNV-1a over all
-/// it says; the same for the same configuration in one build.
+/// Returns a text that changes when the configuration does; the same for the
+/// same configuration in one build.
 #[must_use]
 pub fn hash(config: &Config) -> String {
     let Config {
@@ -28,10 +30,9 @@ pub fn hash(config: &Config) -> String {
         warnings: _,
     } = config;
     let text = format!("{server:?}{memory:?}{pressure:?}{gpu_limits:?}{models:?}");
-    let hash = text.bytes().fold(0xcbf2_9ce4_8422_2325, |hash: u64, byte| {
-        (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
-    });
-    format!("{hash:016x}")
+    let mut print = Fingerprint::default();
+    print.feed(text.as_bytes());
+    print.to_string()
 }
 
 /// Returns the configuration that holds after a reload, and what it changes of
@@ -110,7 +111,7 @@ macro_rules! settle {
 fn server(old: &Server, new: Server, difference: &mut Difference) -> Server {
     settle!(difference, "server", old, new,
         at_once: [shutdown_grace, log_level, max_body, model_prefix],
-        at_start: [listen, state_dir, log_format, access_log, watch_config],
+        at_start: [listen, state_dir, adopt, log_format, access_log, watch_config],
         Server)
 }
 

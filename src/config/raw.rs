@@ -17,7 +17,6 @@ use crate::model::{Bytes, DeviceRef, EvictionPolicy, GpuRequest, ModelName, Read
 
 /// Tables and keys of the documentation that this version has no feature for.
 const LATER: [&str; 3] = ["admin", "auth", "tls"];
-const LATER_SERVER: [&str; 1] = ["adopt"];
 const LATER_MODEL: [&str; 6] = [
     "stop_command",
     "request_timeout",
@@ -45,6 +44,7 @@ pub(super) struct RawServer {
     pub(super) listen: Option<Setting<Vec<Listen>>>,
     pub(super) state_dir: Option<Setting<PathBuf>>,
     pub(super) shutdown_grace: Option<Setting<Duration>>,
+    pub(super) adopt: Option<Setting<bool>>,
     pub(super) log_format: Option<Setting<LogFormat>>,
     pub(super) log_level: Option<Setting<String>>,
     pub(super) max_body: Option<Setting<Bytes>>,
@@ -192,6 +192,7 @@ impl RawServer {
             listen: s.list("listen", Value::listen, problems),
             state_dir: s.get("state_dir", Value::path, problems),
             shutdown_grace: s.get("shutdown_grace", Value::duration, problems),
+            adopt: s.get("adopt", Value::flag, problems),
             log_format: s.get("log_format", Value::log_format, problems),
             log_level: s.get("log_level", Value::log_level, problems),
             max_body: s.get("max_body", Value::size_over_zero, problems),
@@ -199,7 +200,7 @@ impl RawServer {
             access_log: s.get("access_log", Value::flag, problems),
             watch_config: s.get("watch_config", Value::flag, problems),
         };
-        section.finish(&LATER_SERVER, problems);
+        section.finish(&[], problems);
         raw
     }
 
@@ -208,6 +209,7 @@ impl RawServer {
             listen: self.listen.or(weaker.listen),
             state_dir: self.state_dir.or(weaker.state_dir),
             shutdown_grace: self.shutdown_grace.or(weaker.shutdown_grace),
+            adopt: self.adopt.or(weaker.adopt),
             log_format: self.log_format.or(weaker.log_format),
             log_level: self.log_level.or(weaker.log_level),
             max_body: self.max_body.or(weaker.max_body),

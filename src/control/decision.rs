@@ -14,7 +14,7 @@ use crate::policy::{EvictReason, Expected, Outlook, PressureLevel, Refusal};
 /// One decision, or one thing that happened and led to some.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Decision {
-    /// Counts from 1 since residentd started, without a gap.
+    /// Counts on without a gap, also over restarts, as long as the state is kept.
     pub id: u64,
     /// When.
     pub at: Timestamp,
@@ -39,6 +39,17 @@ pub enum What {
         expected: Expected,
         /// The GPUs it is placed on.
         gpus: Vec<u32>,
+    },
+    /// A worker of an earlier residentd is taken back.
+    Adopt {
+        /// Its leader.
+        pid: i32,
+        /// How long it has run.
+        age: Duration,
+        /// It had answered the earlier residentd; else it still loads.
+        ready: bool,
+        /// What it is measured to hold.
+        held: BTreeMap<Domain, Bytes>,
     },
     /// A worker is ready.
     Ready {
@@ -277,6 +288,7 @@ impl LoadFailure {
 #[expect(missing_docs, reason = "each is what `What` says of the same name")]
 pub enum Kind {
     Spawn,
+    Adopt,
     Ready,
     Wait,
     Evict,
@@ -302,7 +314,7 @@ pub enum Kind {
 
 impl Kind {
     /// Every kind.
-    pub const ALL: [Self; 22] = [
+    pub const ALL: [Self; 23] = [
         Self::Spawn,
         Self::Ready,
         Self::Wait,
@@ -325,6 +337,7 @@ impl Kind {
         Self::Pressure,
         Self::Reload,
         Self::Shutdown,
+        Self::Adopt,
     ];
 
     /// Returns the word used in the API.
@@ -332,6 +345,7 @@ impl Kind {
     pub const fn as_str(self) -> &'static str {
         match self {
             Self::Spawn => "spawn",
+            Self::Adopt => "adopt",
             Self::Ready => "ready",
             Self::Wait => "wait",
             Self::Evict => "evict",
@@ -372,6 +386,7 @@ impl What {
     pub const fn kind(&self) -> Kind {
         match self {
             Self::Spawn { .. } => Kind::Spawn,
+            Self::Adopt { .. } => Kind::Adopt,
             Self::Ready { .. } => Kind::Ready,
             Self::Wait { .. } => Kind::Wait,
             Self::Evict { .. } => Kind::Evict,
@@ -425,7 +440,8 @@ impl What {
                     "unpin"
                 }
             }
-            Self::Ready { .. }
+            Self::Adopt { .. }
+            | Self::Ready { .. }
             | Self::Wait { .. }
             | Self::Parked { .. }
             | Self::Unparked { .. }

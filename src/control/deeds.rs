@@ -10,7 +10,7 @@ use super::{CleanupReport, EvictReason, Lease, LoadReason, Refusal, What};
 use crate::memory::DeviceReading;
 use crate::model::{PlacedGpu, WorkerId};
 use crate::policy::{self, Effect, Event, Ticket};
-use crate::worker::{SpawnOrder, Stop};
+use crate::worker::{self, SpawnOrder, Stop};
 
 impl Task {
     pub(super) fn carry_out(&mut self, effect: Effect) -> Option<Event> {
@@ -153,8 +153,10 @@ impl Task {
         };
         self.tell(&worker, what);
         let spec = Arc::clone(&self.policy.models()[&worker.model].spec);
+        let files = self.store.fingerprint(&worker.model).unwrap_or_default();
         let handle = self.spawner.spawn(SpawnOrder {
             worker: worker.clone(),
+            origin: worker::origin(&spec, &files),
             spec,
             gpus: placed(&self.reading.devices, &gpus),
             events: self.events.clone(),
@@ -168,6 +170,8 @@ impl Task {
                 gpus,
                 tree: None,
                 ready: None,
+                adoption: None,
+                record: None,
             },
         );
     }

@@ -5,6 +5,7 @@
 //! without a message. Everything else is a [`Command`] on a bounded channel.
 //! Readers take the published [`Snapshot`] and never queue here.
 
+mod adopt;
 mod answers;
 mod autopsy;
 mod command;

@@ -1,12 +1,14 @@
 //! Carries out parks and unparks.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use super::task::Task;
 use super::{EvictReason, Expected, What};
 use crate::model::{Bytes, Domain, WorkerId};
 use crate::policy::{Event, Phase};
-use crate::worker::Residence;
+use crate::telemetry;
+use crate::worker::{Residence, WorkerEvent};
 
 impl Task {
     /// Parks a worker unless somebody is inside.
@@ -28,8 +30,34 @@ impl Task {
         };
         self.tell(&worker, what);
         self.withdraw(&worker);
-        self.order_residence(&worker, Residence::Parked);
+        self.memory.moves(&worker);
+        self.order_park(worker);
         None
+    }
+
+    /// Has a worker make its calls once it is written down that it is about to: a
+    /// later residentd that took it for a ready one would have it asked.
+    fn order_park(&mut self, worker: WorkerId) {
+        let written = self.keep_parked(&worker);
+        let Some(live) = self.workers.get(&worker) else {
+            return;
+        };
+        let residence = Arc::clone(&live.handle.residence);
+        let events = self.events.clone();
+        telemetry::spawn("park", async move {
+            let done = match written {
+                Some(written) => written.wait().await,
+                None => Ok(()),
+            };
+            match done {
+                Ok(()) => drop(residence.send_replace(Residence::Parked)),
+                Err(why) => {
+                    let said = format!("that it is parked cannot be written down: {why}");
+                    // Nobody listens any more when residentd is ending.
+                    let _ = events.send(WorkerEvent::ParkFailed { worker, said });
+                }
+            }
+        });
     }
 
     /// The worker's bytes are back.
@@ -48,13 +76,9 @@ impl Task {
             expected,
         };
         self.tell(worker, what);
-        self.order_residence(worker, Residence::Ready);
-    }
-
-    fn order_residence(&self, worker: &WorkerId, residence: Residence) {
         if let Some(live) = self.workers.get(worker) {
             self.memory.moves(worker);
-            live.handle.residence.send_replace(residence);
+            live.handle.residence.send_replace(Residence::Ready);
         }
     }
 
@@ -67,6 +91,7 @@ impl Task {
         let took = self.clock.now().since(model.since);
         self.tell(&worker, What::Unparked { took });
         self.memory.loaded(&worker);
+        self.keep_unparked(&worker);
         self.admit_again(&worker);
         self.feed(Event::Unparked { worker });
         self.memory.sample_now();

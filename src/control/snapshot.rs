@@ -25,6 +25,8 @@ pub struct Snapshot {
     pub counters: Counters,
     /// Shutting down: no new work is taken.
     pub draining: bool,
+    /// Why the state database is not written at present, if it is not.
+    pub state_error: Option<Arc<str>>,
 }
 
 impl Snapshot {
@@ -64,6 +66,8 @@ pub struct ModelView {
     pub pid: Option<i32>,
     /// The ready worker; its gate has the live number of requests.
     pub ready: Option<Arc<ReadyWorker>>,
+    /// Its worker was spawned by an earlier residentd.
+    pub adopted: bool,
     /// Never evicted to make room, by configuration or by an operator.
     pub pinned: bool,
     /// Requests waiting for it.

@@ -6,8 +6,9 @@ use std::sync::Arc;
 
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
-use tracing::{debug, info, warn};
+use tracing::{debug, warn};
 
+use super::adopt::Adoption;
 use super::answers::Answers;
 use super::command::Reply;
 use super::tell::Told;
@@ -17,13 +18,13 @@ use super::{
 };
 use crate::clock::{Clock, Timestamp};
 use crate::gate::Gate;
-use crate::memory::{MemorySource, OomWatch, Pace, Reading, Subject};
-use crate::model::{ModelName, Upstream, WorkerId};
+use crate::memory::{MemorySource, OomWatch, Pace, Reading};
+use crate::model::{ModelName, Upstream, WorkerId, WorkerRecord};
 use crate::policy::{Activity, Event, Phase, Policy, Ticket};
 use crate::procfs::ProcessTree;
 use crate::store::Store;
 use crate::telemetry;
-use crate::worker::{Spawner, Stop, Tail, WorkerEvent, WorkerHandle};
+use crate::worker::{Adoptee, Spawner, Stop, Tail, WorkerEvent, WorkerHandle};
 
 /// Arrivals handled before the next snapshot is published, so that a burst
 /// costs one snapshot and a quiet moment shows each step.
@@ -48,6 +49,10 @@ pub struct Parts {
     pub limit_source: LimitSource,
     /// Idle models are unloaded under pressure without being asked.
     pub auto_cleanup: bool,
+    /// Number of the first decision.
+    pub first_decision: u64,
+    /// Workers of an earlier residentd that are taken back.
+    pub adoptees: Vec<Adoptee>,
     /// Tells the configuration from others.
     pub config_hash: String,
 }
@@ -68,7 +73,7 @@ pub fn start(parts: Parts) -> Controller {
     let (events_in, events) = mpsc::unbounded_channel();
     let readings = parts.memory.readings();
     let reading = readings.borrow().clone();
-    let (recorder, decisions) = super::record(parts.clock);
+    let (recorder, decisions) = super::record(parts.clock, parts.first_decision);
     let mut task = Task {
         policy: parts.policy,
         clock: parts.clock,
@@ -101,6 +106,7 @@ pub fn start(parts: Parts) -> Controller {
         next_serial: 0,
         seq: 0,
     };
+    task.take_back(parts.adoptees);
     task.take_reading();
     let (publish, snapshots) = watch::channel(Arc::new(task.snapshot()));
     let handle = Controller::from_parts(
@@ -202,6 +208,10 @@ pub(super) struct Live {
     pub(super) gpus: Vec<u32>,
     pub(super) tree: Option<Arc<ProcessTree>>,
     pub(super) ready: Option<Arc<ReadyWorker>>,
+    /// How it came to be ours, when we did not spawn it.
+    pub(super) adoption: Option<Adoption>,
+    /// What is kept of it for a later residentd.
+    pub(super) record: Option<Box<WorkerRecord>>,
 }
 
 impl Live {
@@ -278,21 +288,8 @@ impl Task {
             WorkerEvent::Spawned {
                 worker,
                 tree,
-                report,
-            } => {
-                if let Some(live) = self.workers.get_mut(&worker) {
-                    info!(%worker, pid = tree.leader().pid, "worker spawned");
-                    live.tree = Some(Arc::clone(&tree));
-                    let subject = Subject {
-                        tree,
-                        gpus: live.gpus.clone(),
-                        report: Some(report),
-                        loading: true,
-                    };
-                    self.memory.follow(worker, subject);
-                    self.memory.sample_now();
-                }
-            }
+                record,
+            } => self.worker_runs(worker, tree, record),
             WorkerEvent::Ready { worker, upstream } => self.worker_ready(&worker, upstream),
             WorkerEvent::Parked { worker } => {
                 self.feed(Event::Parked { worker });
@@ -322,6 +319,7 @@ impl Task {
                 self.tell_exit(&worker, &exit, verdict);
                 self.bury(&worker);
                 self.memory.forget(&worker);
+                self.store.forget_worker(&worker);
                 let from = last_lines.len().saturating_sub(ERROR_LINES);
                 last_lines.drain(..from);
                 self.feed(Event::Exited {
@@ -347,12 +345,13 @@ impl Task {
         };
         let now = self.clock.now();
         debug!(%worker, %upstream, "worker answers");
-        let took = now.since(model.since);
-        let what = What::Ready {
-            took,
-            reload: model.history.evicted,
+        let took = match &live.adoption {
+            // It was ready all the time.
+            Some(adoption) if adoption.was_ready => None,
+            Some(adoption) => Some(adoption.age(now)),
+            None => Some(now.since(model.since)),
         };
-        self.store.loaded(&worker.model, took);
+        let reload = model.history.evicted;
         self.next_serial += 1;
         let ready = Arc::new(ReadyWorker {
             id: worker.clone(),
@@ -366,7 +365,11 @@ impl Task {
         if let Some(route) = self.routes.get(worker.model.as_str()) {
             route.set_ready(Some(ready));
         }
-        self.tell(worker, what);
+        if let Some(took) = took {
+            self.store.loaded(&worker.model, took);
+            self.tell(worker, What::Ready { took, reload });
+            self.keep_ready(worker);
+        }
         self.memory.loaded(worker);
         self.memory.sample_now();
         self.feed(Event::Ready {
@@ -458,6 +461,7 @@ impl Task {
         self.oom.notice(self.clock.now(), self.reading.host.oom);
         let measured = self.measured();
         self.feed(Event::Measured(measured));
+        self.follow_peaks();
         self.tell_refusals();
     }
 

@@ -115,6 +115,7 @@ fn snapshot(task: &Task) -> Snapshot {
         memory: memory(task),
         counters,
         draining: task.policy.is_draining(),
+        state_error: task.store.trouble(),
     }
 }
 
@@ -130,6 +131,7 @@ fn model(task: &Task, state: &ModelState) -> ModelView {
         generation: state.generation,
         pid: live.and_then(Live::pid),
         ready: live.and_then(|live| live.ready.clone()),
+        adopted: live.is_some_and(|live| live.adoption.is_some()),
         pinned: state.pinned,
         queued: state.queue.len(),
         usage: live.and_then(|_| task.reading.workers.get(&worker).cloned()),

@@ -25,6 +25,22 @@ impl Decision {
             } => {
                 info!(id, worker, reason, waiting, need = %expected, ?gpus, "spawning worker");
             }
+            What::Adopt {
+                pid,
+                age,
+                ready,
+                held,
+            } => {
+                info!(
+                    id,
+                    worker,
+                    pid,
+                    age_s = age.as_secs(),
+                    ready,
+                    held = list(held),
+                    "worker of an earlier residentd taken back"
+                );
+            }
             What::Ready { took, reload } => {
                 info!(
                     id,
@@ -170,6 +186,19 @@ impl fmt::Display for Decision {
             } => {
                 let whom = whom(*reason);
                 write!(f, "is loaded for {whom}; it is expected to need {expected}")
+            }
+            What::Adopt {
+                pid,
+                age,
+                ready,
+                held,
+            } => {
+                let how = if *ready { "" } else { " while it loads" };
+                let (age, held) = (age.as_secs(), list(held));
+                write!(
+                    f,
+                    "is taken back{how}: pid {pid} has run for {age} s and holds {held}"
+                )
             }
             What::Ready { took, reload } => {
                 let again = if *reload { " again" } else { "" };

@@ -82,6 +82,9 @@ pub struct Subject {
     pub report: Option<PathBuf>,
     /// It has not answered yet.
     pub loading: bool,
+    /// What an earlier residentd knew it to hold of each device; absent for a
+    /// worker that we spawned, whose load we can watch.
+    pub held: Option<BTreeMap<u32, Bytes>>,
 }
 
 impl Subject {
@@ -93,6 +96,7 @@ impl Subject {
             gpus: Vec::new(),
             report: None,
             loading: false,
+            held: None,
         }
     }
 }

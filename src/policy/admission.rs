@@ -89,11 +89,13 @@ impl Policy {
         let Some(model) = self.current(worker).filter(|m| m.phase == Phase::Starting) else {
             return;
         };
-        let took = now.since(model.since);
-        model.history.last_load = Some(took);
-        model.reuse.loaded(took);
+        if !model.adopted {
+            let took = now.since(model.since);
+            model.history.last_load = Some(took);
+            model.reuse.loaded(took);
+            model.history.loads += 1;
+        }
         model.served = true;
-        model.history.loads += 1;
         if std::mem::take(&mut model.history.evicted) {
             model.history.reloads += 1;
         }

@@ -1,7 +1,7 @@
 //! One model: its phases, failures and history.
 //!
 //! ```text
-//! Stopped    spawn → Starting
+//! Stopped    spawn, or taken back from an earlier residentd → Starting
 //! Starting   ready → Ready; exit → Backoff; never ready, or unload → Stopping
 //! Ready      evict or idle (no leases) → Stopping; unload, or room for a patient
 //!            waiter → Draining; exit → Backoff; park (no leases) → Parking
@@ -85,6 +85,8 @@ pub struct ModelState {
     pub served: bool,
     /// It was measured since it was ready.
     pub weighed: bool,
+    /// This life was spawned by an earlier residentd.
+    pub adopted: bool,
     /// Failures and what they said.
     pub failures: Failures,
     /// What happened to it.
@@ -151,6 +153,7 @@ impl ModelState {
             life: BTreeMap::new(),
             served: false,
             weighed: false,
+            adopted: false,
             failures: Failures::default(),
             history: History::default(),
             asked_at: None,
@@ -393,6 +396,7 @@ impl ModelState {
         self.life.clear();
         self.served = false;
         self.weighed = false;
+        self.adopted = false;
         self.leaving = None;
         self.killed = false;
         self.outdated = false;

@@ -9,6 +9,7 @@
 //! | --- | --- |
 //! | `admission` | who waits, who is granted, who is turned away, what is loaded next |
 //! | `verdict` | whether one model may start, must wait, or takes others' place |
+//! | `adoption` | nothing: takes in workers that an earlier residentd spawned |
 //! | `lifecycle` | one model's phases, backoff and breaker |
 //! | `ledger` | is there room, and when are bytes back |
 //! | `footprint` | what a load is expected to need |
@@ -26,6 +27,7 @@
 #![warn(clippy::wildcard_enum_match_arm)]
 
 mod admission;
+mod adoption;
 mod configure;
 mod departure;
 mod event;
@@ -48,6 +50,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
+pub use adoption::Adopted;
 pub use configure::{Change, ModelChange};
 pub use event::{
     Activity, CleanupOrder, CleanupReport, DomainMeasure, Effect, Event, GpuFacts, Measure,

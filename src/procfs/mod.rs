@@ -65,6 +65,23 @@ impl ProcessStat {
         Self::parse(&line[..read])
     }
 
+    /// Returns the wait status of a process that has ended and was not reaped, as
+    /// `waitpid(2)` would tell its parent. The kernel shows it to whoever may
+    /// trace the process: to its own user, that is.
+    #[must_use]
+    pub fn wait_status(key: ProcessKey) -> Option<i32> {
+        use std::os::unix::fs::MetadataExt;
+        let folder = format!("/proc/{}", key.pid);
+        let me = rustix::process::geteuid().as_raw();
+        let may = me == 0 || fs::metadata(&folder).is_ok_and(|folder| folder.uid() == me);
+        let line = fs::read_to_string(folder + "/stat").ok().filter(|_| may)?;
+        let zombie = Self::parse(line.as_bytes()).filter(Self::is_zombie)?;
+        // Field 52; the state is field 3.
+        let mut fields = line[line.rfind(')')? + 1..].split_ascii_whitespace();
+        let status = fields.nth(49)?.parse().ok()?;
+        (zombie.key == key).then_some(status)
+    }
+
     /// Returns whether the process has ended and only waits to be reaped.
     #[must_use]
     pub fn is_zombie(&self) -> bool {
@@ -233,6 +250,24 @@ mod tests {
             ),
             ('S', 17, 4242, 99, 77)
         );
+    }
+
+    #[test]
+    fn how_a_process_ended_is_seen_until_it_is_reaped() {
+        let mut child = std::process::Command::new("sh")
+            .args(["-c", "exit 7"])
+            .spawn()
+            .expect("sh can be spawned");
+        let pid = i32::try_from(child.id()).expect("a pid fits");
+        let key = ProcessStat::read(pid).expect("it is not reaped").key;
+        let status = loop {
+            if let Some(status) = ProcessStat::wait_status(key) {
+                break status;
+            }
+            std::thread::yield_now();
+        };
+        child.wait().expect("it is our child");
+        assert_eq!((status, ProcessStat::wait_status(key)), (7 << 8, None));
     }
 
     #[test]

@@ -15,7 +15,11 @@
 //!
 //! `Exited` means that the whole tree is gone and reaped, not just the leader.
 
+mod adopt;
+mod body;
 mod command;
+mod exit;
+mod guard;
 mod leftovers;
 mod listener;
 mod output;
@@ -28,16 +32,19 @@ mod release;
 mod task;
 mod watched;
 
-use std::fmt;
+use std::ffi::OsString;
 use std::ops::RangeInclusive;
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
+use std::{fmt, io};
 
 use tokio::sync::{mpsc, watch};
 
-pub use self::leftovers::{end_left_behind, end_orphans};
+pub use self::adopt::{Adoptee, Inspected, Unfit, inspect, origin};
+pub use self::guard::{Guard, keep_guard};
+pub use self::leftovers::{end_left_behind, end_orphans, tidy};
 pub use self::output::{TAIL_LINES, Tail};
 use self::port::Ports;
 use self::reaper::Leaders;
@@ -45,9 +52,9 @@ pub use self::reaper::become_subreaper;
 use self::task::Life;
 pub(crate) use self::watched::readable;
 use crate::clock::Clock;
-use crate::model::{Bytes, ModelSpec, PlacedGpu, Upstream, WorkerId};
-use crate::procfs::ProcessTree;
+use crate::model::{Bytes, ModelSpec, PlacedGpu, Upstream, WorkerId, WorkerRecord};
 use crate::procfs::mark::{Marks, Owner};
+use crate::procfs::{ProcessKey, ProcessTree};
 use crate::telemetry;
 
 /// Starts workers. The seam along which tests put a fake and a worker host in
@@ -56,6 +63,9 @@ pub trait Spawner: fmt::Debug + Send + Sync + 'static {
     /// Starts a worker task and returns at once; everything that can go wrong
     /// arrives as an event.
     fn spawn(&self, order: SpawnOrder) -> WorkerHandle;
+    /// Goes on with a worker that an earlier residentd started. As with
+    /// [`Spawner::spawn`], what becomes of it arrives as events, `Spawned` first.
+    fn adopt(&self, adoptee: Adoptee, events: mpsc::UnboundedSender<WorkerEvent>) -> WorkerHandle;
 }
 
 /// What to start, and where to tell what became of it.
@@ -67,6 +77,9 @@ pub struct SpawnOrder {
     pub spec: Arc<ModelSpec>,
     /// The GPUs it is placed on.
     pub gpus: Vec<PlacedGpu>,
+    /// What it is started from, see [`origin`]; the configuration may be another
+    /// one once it runs.
+    pub origin: String,
     /// Where its events go. Unbounded because a task that reaps cannot wait;
     /// four events at most per worker bound it, and one for each park or unpark.
     pub events: mpsc::UnboundedSender<WorkerEvent>,
@@ -130,8 +143,8 @@ pub enum WorkerEvent {
         worker: WorkerId,
         /// Its processes.
         tree: Arc<ProcessTree>,
-        /// The file in which it may report its own GPU memory.
-        report: PathBuf,
+        /// What a later residentd must know of it.
+        record: Box<WorkerRecord>,
     },
     /// The worker can answer.
     Ready {
@@ -250,6 +263,8 @@ struct Shared {
     log_cap: Bytes,
     ports: Ports,
     leaders: Arc<Leaders>,
+    /// Ends workers when we die, where they are not to outlive us.
+    guard: OnceLock<Arc<Guard>>,
     /// Numbers the files that one life has for itself.
     files: AtomicU64,
 }
@@ -271,17 +286,19 @@ impl Shared {
     /// Returns a path in a folder of the state that no other life has and where
     /// nothing is.
     fn own_file(&self, folder: &str) -> Result<PathBuf, String> {
+        debug_assert!(OWN_FOLDERS.contains(&folder), "tidied at the start");
         let folder = self.state_dir.join(folder);
         std::fs::create_dir_all(&folder)
             .map_err(|error| format!("make {}: {error}", folder.display()))?;
         let number = self.files.fetch_add(1, Ordering::Relaxed);
-        let path = folder.join(format!("{}-{number}", std::process::id()));
-        // Of an earlier residentd with this pid; mostly there is none.
-        let _ = std::fs::remove_file(&path);
-        Ok(path)
+        // Also in a container, where every residentd has the same pid.
+        let ProcessKey { pid, start_time } = self.owner.process;
+        Ok(folder.join(format!("{pid}-{start_time}-{number}")))
     }
 }
 
+/// Folders of the state that hold a file of each life.
+const OWN_FOLDERS: [&str; 2] = ["sockets", "reports"];
 /// The kernel's bound on a Unix socket's path, less the closing zero; see
 /// `unix(7)`.
 const LONGEST_SOCKET: usize = 107;
@@ -300,6 +317,7 @@ impl ProcessSpawner {
             log_cap: settings.log_cap,
             ports: Ports::new(settings.ports),
             leaders,
+            guard: OnceLock::new(),
             files: AtomicU64::new(0),
         };
         Self {
@@ -308,18 +326,54 @@ impl ProcessSpawner {
     }
 }
 
-impl Spawner for ProcessSpawner {
-    fn spawn(&self, order: SpawnOrder) -> WorkerHandle {
-        let (stop, orders) = watch::channel(Stop::Run);
+impl ProcessSpawner {
+    /// Has workers ended when this process dies, by a guard that `program` with
+    /// these arguments becomes: it is to call [`keep_guard`]. Called in a
+    /// runtime, before the first worker is spawned.
+    ///
+    /// # Errors
+    /// When it cannot be started.
+    pub fn start_guard(
+        &self,
+        program: PathBuf,
+        arguments: Vec<OsString>,
+    ) -> io::Result<Arc<Guard>> {
+        let guard = Guard::start((program, arguments), Arc::clone(&self.shared.leaders))?;
+        Ok(Arc::clone(self.shared.guard.get_or_init(|| guard)))
+    }
+
+    fn life(&self, order: SpawnOrder) -> (Life, WorkerHandle) {
+        let (stop, stops) = watch::channel(Stop::Run);
         let (residence, residences) = watch::channel(Residence::Ready);
         let tail = Arc::new(Tail::default());
-        let orders = (orders, residences);
+        let orders = (stops, residences);
         let life = Life::new(Arc::clone(&self.shared), order, orders, Arc::clone(&tail));
-        telemetry::spawn("worker", life.run());
-        WorkerHandle {
+        let handle = WorkerHandle {
             stop: Arc::new(stop),
             residence: Arc::new(residence),
             tail,
-        }
+        };
+        (life, handle)
+    }
+}
+
+impl Spawner for ProcessSpawner {
+    fn spawn(&self, order: SpawnOrder) -> WorkerHandle {
+        let (life, handle) = self.life(order);
+        telemetry::spawn("worker", life.run());
+        handle
+    }
+
+    fn adopt(&self, adoptee: Adoptee, events: mpsc::UnboundedSender<WorkerEvent>) -> WorkerHandle {
+        let order = SpawnOrder {
+            worker: adoptee.record.worker.clone(),
+            spec: Arc::clone(&adoptee.spec),
+            gpus: Vec::new(),
+            origin: adoptee.record.origin.clone(),
+            events,
+        };
+        let (life, handle) = self.life(order);
+        telemetry::spawn("worker", life.go_on(adoptee));
+        handle
     }
 }

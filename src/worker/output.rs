@@ -80,6 +80,8 @@ pub(super) struct Log {
     partial: Vec<u8>,
     /// There is more to read than was read at the last turn.
     behind: bool,
+    /// The first line that is read is the end of one, and is left out.
+    begins_within_a_line: bool,
     cap: Bytes,
     watch: Option<AsyncFd<OwnedFd>>,
 }
@@ -100,9 +102,29 @@ impl Log {
             position,
             partial: Vec::new(),
             behind: false,
+            begins_within_a_line: false,
             cap,
             watch,
         })
+    }
+
+    /// Opens the log of a worker that an earlier residentd spawned, to read on
+    /// from `from`; with `last_only` only the last piece of what is there.
+    pub(super) fn resume(
+        (folder, model): (&Path, &str),
+        cap: Bytes,
+        (from, last_only): (u64, bool),
+    ) -> io::Result<Self> {
+        let mut log = Self::open(folder, model, cap)?;
+        let length = log.position;
+        // Somebody cut the file back: all of it is newer.
+        log.position = if from > length { 0 } else { from };
+        let last = length.saturating_sub(u64::try_from(PIECE).unwrap_or(0));
+        if last_only && last > log.position {
+            log.position = last;
+            log.begins_within_a_line = true;
+        }
+        Ok(log)
     }
 
     /// Returns a handle the worker writes to.
@@ -115,9 +137,15 @@ impl Log {
         self.writer()?.write_all(format!("{text}\n").as_bytes())
     }
 
-    /// Leaves out what is in the file now.
-    pub(super) fn skip(&mut self) {
+    /// Leaves out what is in the file now. Returns how much that is.
+    pub(super) fn skip(&mut self) -> u64 {
         self.position = self.reader.metadata().map_or(self.position, |m| m.len());
+        self.position
+    }
+
+    /// There is more to read than inotify will tell of.
+    pub(super) fn look_at_once(&mut self) {
+        self.behind = true;
     }
 
     /// Waits until there is something to read. Without inotify it never returns: the
@@ -200,6 +228,7 @@ impl Log {
     fn split(&mut self, bytes: &[u8], lines: &mut Vec<String>) {
         for byte in bytes {
             match byte {
+                b'\n' if std::mem::take(&mut self.begins_within_a_line) => self.partial.clear(),
                 b'\n' => lines.push(text(&std::mem::take(&mut self.partial))),
                 byte => {
                     let redraws = self.partial.last() == Some(&b'\r');

@@ -2,6 +2,7 @@
 
 mod access_log;
 mod adapter;
+mod adopt;
 mod api;
 mod cli;
 mod config;
@@ -18,6 +19,7 @@ mod replay;
 mod scenarios;
 mod shutdown;
 mod simulate;
+mod state;
 mod story;
 mod stub;
 mod support;

@@ -32,12 +32,20 @@ struct Bench {
     ladder: Attribution,
     now: u64,
     workers: Vec<(WorkerId, bool, Vec<VramUsage>, Option<std::path::PathBuf>)>,
+    held: BTreeMap<WorkerId, BTreeMap<u32, Bytes>>,
 }
 
 impl Bench {
     /// A worker placed on gpu:0 that the driver tells nothing of.
     fn load(&mut self, name: &str) {
         self.workers.push((worker(name), true, Vec::new(), None));
+    }
+
+    /// A worker of an earlier residentd that was known to hold this much then.
+    fn taken_back(&mut self, name: &str, mib: u64) {
+        self.workers.push((worker(name), false, Vec::new(), None));
+        let held = [(0, Bytes::mib(mib))].into();
+        self.held.insert(worker(name), held);
     }
 
     fn loaded(&mut self, name: &str) {
@@ -74,6 +82,7 @@ impl Bench {
             .workers
             .iter()
             .map(|(worker, loading, told, report)| Claim {
+                held: self.held.get(worker),
                 worker,
                 gpus: &[0],
                 loading: *loading,
@@ -226,4 +235,18 @@ fn what_a_worker_gives_back_by_a_park_is_weighed_as_a_load_is() {
     assert_eq!(bench.pass(900, "a"), (Some(200), DELTA, true));
     bench.moves("a");
     assert_eq!(bench.pass(2700, "a"), (Some(2200), DELTA, true));
+}
+
+#[test]
+fn workers_that_were_taken_back_hold_what_they_held_and_their_parks_are_weighed() {
+    let mut bench = Bench::default();
+    bench.taken_back("a", 2000);
+    bench.taken_back("b", 1000);
+    assert_eq!(bench.pass(3500, "a"), (Some(2000), DELTA, false));
+    assert_eq!(bench.pass(3500, "b"), (Some(1000), DELTA, false));
+    bench.moves("a");
+    assert_eq!(bench.pass(1700, "a"), (Some(200), DELTA, false));
+    bench.loaded("a");
+    assert_eq!(bench.pass(1700, "a"), (Some(200), DELTA, false));
+    assert_eq!(bench.pass(1700, "b"), (Some(1000), DELTA, false));
 }

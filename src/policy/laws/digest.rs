@@ -187,6 +187,7 @@ impl Digest {
             outdated,
             removed,
             parking: _,
+            adopted: _,
         } = model;
         assert!(!outdated && !removed, "reloads are not explored");
         assert!(spec.park.is_none(), "parks are not explored");

@@ -52,7 +52,7 @@ impl World {
         let (signals, heard) = mpsc::unbounded_channel();
         let (publish, snapshots) = watch::channel(Arc::new(snapshot));
         let clock = Clock::start_at(UNIX_START);
-        let (recorder, decisions) = record(clock);
+        let (recorder, decisions) = record(clock, 1);
         let seen = (snapshots, decisions);
         let controller = Controller::from_parts(routes, commands, signals, seen, clock);
         residentd::telemetry::spawn("controller", async move {
@@ -203,6 +203,7 @@ fn stopped(spec: Arc<ModelSpec>) -> ModelView {
         generation: 0,
         pid: None,
         ready: None,
+        adopted: false,
         pinned: false,
         queued: 0,
         usage: None,
@@ -370,6 +371,7 @@ pub(crate) fn snapshot() -> Snapshot {
             refusals: BTreeMap::from([("queue_full", 3)]),
             reclaim_shortfall: Bytes::mib(1),
         },
+        state_error: None,
         draining: false,
     }
 }

@@ -17,7 +17,7 @@ state_dir = ""
 log_level = "inof"
 log_format = "yaml"
 max_body = 0
-adopt = true
+adopt = "perhaps"
 
 [memory]
 limit = "8GiB"

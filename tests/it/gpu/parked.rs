@@ -1,9 +1,11 @@
 //! Parks with real processes: memory comes back as measured, the worker stays
 //! the same, and a park that does not do what it should ends the worker.
 
+use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
 use crate::support::gpu::{FakeDriver, GIB};
+use crate::support::http::send;
 use crate::support::residentd::STUB;
 use crate::support::{Residentd, runs, wait_until};
 
@@ -276,7 +278,7 @@ fn a_parked_worker_ends_when_it_is_unloaded_or_killed_and_loads_anew() {
     let second = residentd.complete("red").worker_pid();
     residentd.complete("green");
     residentd.wait_for_phase("red", "parked");
-    crate::support::kill(second, nix::sys::signal::Signal::SIGKILL);
+    crate::support::kill(second, Signal::SIGKILL);
     wait_until("its death to be noticed", || {
         (residentd.model("red")["restarts"] == 1).then_some(())
     });
@@ -305,4 +307,69 @@ fn clients_cannot_put_a_worker_to_sleep() {
     // Nor is anything else of the worker's shut off.
     let other = residentd.ask("GET", "/upstream/red/is_sleeping", None);
     assert_eq!(other.status, 200);
+}
+
+const ENDED: &str = "it was parked, or on its way there or back";
+
+#[test]
+fn one_that_is_parked_when_residentd_dies_is_ended_and_a_ready_one_is_taken_back() {
+    let driver = FakeDriver::new(1);
+    let mut residentd = start(&driver, "600MiB", &two(&driver, ""));
+    let red = residentd.complete("red").worker_pid();
+    let green = residentd.complete("green").worker_pid();
+    residentd.wait_for_phase("red", "parked");
+    residentd.wait_until_kept("green");
+    residentd.restart_after(Signal::SIGKILL);
+    assert!(!runs(red));
+    assert_eq!(residentd.log().matches(ENDED).count(), 1);
+    assert_eq!(residentd.model("red")["phase"], "stopped");
+    let system = residentd.memory("system");
+    assert_eq!(system["devices"][0]["used"], 10 * GIB, "{system}");
+    let view = residentd.model("green");
+    let kept = (&view["phase"], &view["pid"], &view["adopted"]);
+    assert_eq!(kept, (&json!("ready"), &json!(green), &json!(true)));
+
+    // It parks as any other, and comes back as the same process.
+    let next = residentd.complete("red");
+    assert_eq!(next.status, 200, "{}", next.text());
+    assert_eq!(residentd.model("green")["phase"], "parked");
+    assert_eq!(residentd.complete("green").worker_pid(), green);
+    assert_eq!(residentd.model("red")["phase"], "parked");
+    residentd.wait_until_kept("green");
+    residentd.restart_after(Signal::SIGKILL);
+    assert!(!runs(next.worker_pid()) && runs(green));
+    assert_eq!(residentd.complete("green").worker_pid(), green);
+    assert_eq!(residentd.log().matches(ENDED).count(), 2);
+}
+
+#[test]
+fn one_on_its_way_into_its_park_or_out_when_residentd_dies_is_ended() {
+    for (flags, phase) in [
+        ("--sleep-fault hangs", "parking"),
+        ("--wake-fault hangs", "unparking"),
+    ] {
+        let driver = FakeDriver::new(1);
+        let words = flags.split(' ').map(|word| format!(", {word:?}"));
+        let models = [
+            model(&driver, "red", &words.collect::<String>(), PARK),
+            model(&driver, "green", "", ""),
+        ];
+        let mut residentd = start(&driver, "600MiB", &models);
+        let red = residentd.complete("red").worker_pid();
+        if phase == "unparking" {
+            assert_eq!(residentd.complete("green").status, 200);
+            residentd.wait_for_phase("red", "parked");
+        }
+        let wanted = if phase == "parking" { "green" } else { "red" };
+        let body = json!({"model": wanted, "prompt": "x"}).to_string();
+        let asked = send(residentd.address(), "POST", "/v1/completions", Some(&body));
+        residentd.wait_for_phase("red", phase);
+        residentd.wait_until_kept("red");
+        residentd.restart_after(Signal::SIGKILL);
+        drop(asked);
+        assert!(!runs(red), "{phase}");
+        assert_eq!(residentd.log().matches(ENDED).count(), 1, "{phase}");
+        let again = residentd.complete("red");
+        assert_eq!(again.status, 200, "{phase}: {}", again.text());
+    }
 }

@@ -1,0 +1,142 @@
+//! A worker's processes, and what is held as long as they run.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use tracing::debug;
+
+use super::Shared;
+use super::adopt::{self, Adoptee};
+use super::command::{self, Launch, Names};
+use super::output::Log;
+use super::port::{Held, Ports};
+use super::process::Process;
+use crate::model::{ModelSpec, PlacedGpu, WorkerId, WorkerRecord};
+
+/// Raised for workers, so that the kernel's OOM killer takes one of them
+/// before it takes residentd.
+const OOM_SCORE_ADJ: &[u8] = b"500";
+
+/// What a life holds while its processes run.
+pub(super) struct Body {
+    pub(super) process: Process,
+    pub(super) log: Log,
+    pub(super) port: Option<Held>,
+    /// What a later residentd must know of it.
+    pub(super) record: WorkerRecord,
+}
+
+impl Body {
+    /// Spawns a worker. Returns its pid too; the text of an error says what is
+    /// wrong.
+    pub(super) fn spawn(
+        shared: &Shared,
+        worker: &WorkerId,
+        (spec, gpus): (&ModelSpec, &[PlacedGpu]),
+        hold_port: bool,
+    ) -> Result<(i32, Self), String> {
+        let mut port = command::uses(spec, "PORT")
+            .then(|| shared.ports.take())
+            .transpose()
+            .map_err(text)?;
+        if let Some(held) = port.as_mut().filter(|_| !hold_port) {
+            held.release();
+        }
+        let socket = command::uses(spec, "SOCKET")
+            .then(|| shared.socket())
+            .transpose()?;
+        let names = Names {
+            port: port.as_ref().map(|held| held.port),
+            socket: socket.as_deref(),
+            gpus,
+        };
+        let report = shared.own_file("reports")?;
+        let launch = Launch::new(spec, names)?;
+        let failed = |what: &'static str| move |error: std::io::Error| format!("{what}: {error}");
+        let mut log = Log::open(&shared.state_dir, spec.name.as_str(), shared.log_cap)
+            .map_err(failed("open its log"))?;
+        log.note(&format!("--- {worker} starts: {} ---", launch.program()))
+            .map_err(failed("write its log"))?;
+        // Before the spawn, so that a worker that ends at once loses no line.
+        let log_from = log.skip();
+        let output = log.writer().map_err(failed("open its log"))?;
+        let errors = output.try_clone().map_err(failed("open its log"))?;
+        let mark = shared.owner.mark(worker);
+        let mut command = launch.command(&mark, &report, output, errors);
+        // Held until the child is noted, so that the reaper leaves it alone.
+        let mut leaders = shared.leaders.lock();
+        let child = command
+            .spawn()
+            .map_err(|error| format!("{}: {error}", launch.program()))?;
+        let stamp = i32::try_from(child.id())
+            .map_err(std::io::Error::other)
+            .and_then(|pid| shared.marks.stamp(pid, &mark))
+            .inspect_err(|error| {
+                debug!(%worker, %error, "not stamped; a daemon that renames itself may be missed");
+            });
+        let process = Process::spawned(child.id(), mark.clone(), Arc::clone(&shared.marks))
+            .map_err(failed("take charge of it"))?;
+        leaders.insert(process.pid(), Arc::clone(&process.tree));
+        drop(leaders);
+        if let Some(guard) = shared.guard.get() {
+            guard.protect(process.tree.leader(), stamp.as_ref().ok().copied());
+        }
+        let pid = process.pid();
+        // Best effort: raising it needs no right, but it may be gone already.
+        let _ = std::fs::write(format!("/proc/{pid}/oom_score_adj"), OOM_SCORE_ADJ);
+        let record = WorkerRecord {
+            worker: worker.clone(),
+            pid,
+            start_time: process.tree.leader().start_time,
+            home: adopt::home(),
+            mark: mark.as_str().to_owned(),
+            stamp: stamp.ok(),
+            origin: String::new(),
+            upstream: launch.upstream,
+            port: port.as_ref().map(|held| held.port),
+            socket,
+            report,
+            log_from,
+            gpus: gpus.iter().map(|gpu| gpu.uuid.clone()).collect(),
+            ready: false,
+            parked: false,
+            peak: BTreeMap::new(),
+        };
+        let body = Self {
+            process,
+            log,
+            port,
+            record,
+        };
+        Ok((pid, body))
+    }
+
+    /// Takes up what an earlier residentd left.
+    pub(super) fn adopted(shared: &Shared, adoptee: Adoptee) -> Result<Self, String> {
+        let (mark, key) = (adoptee.mark(), adoptee.leader());
+        let record = adoptee.record;
+        let process = Process::adopted(
+            (adoptee.leader, key, adoptee.parent),
+            (mark, record.stamp),
+            Arc::clone(&shared.marks),
+        )
+        .map_err(text)?;
+        let place = (shared.state_dir.as_path(), record.worker.model.as_str());
+        let from = (record.log_from, record.ready);
+        let mut log = Log::resume(place, shared.log_cap, from).map_err(text)?;
+        log.look_at_once();
+        let mut leaders = shared.leaders.lock();
+        leaders.insert(process.pid(), Arc::clone(&process.tree));
+        drop(leaders);
+        Ok(Self {
+            port: record.port.map(Ports::rejoin),
+            process,
+            log,
+            record,
+        })
+    }
+}
+
+fn text(error: std::io::Error) -> String {
+    error.to_string()
+}
