@@ -12,10 +12,12 @@ use std::time::Duration;
 mod bytes;
 mod difference;
 mod gaps;
+mod health;
 
 pub use bytes::Bytes;
 pub use difference::{ChangedModel, Difference, Takes};
 pub use gaps::{GAP_CLASSES, Gaps};
+pub use health::{Ailment, Live};
 
 /// What a client asks for: 1 to 128 of letters, digits and `._-/:@+`.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -305,6 +307,8 @@ pub struct ModelSpec {
     pub upstream: UpstreamSpec,
     /// How it shows that it can answer.
     pub ready: ReadyCheck,
+    /// How it is watched once it does.
+    pub live: Live,
     /// Longest time from spawn to ready.
     pub start_timeout: Duration,
     /// Grace between the stop signal and SIGKILL of the tree.
@@ -351,6 +355,7 @@ impl ModelSpec {
             variables: Arc::default(),
             upstream: UpstreamSpec::Tcp("127.0.0.1:${PORT}".into()),
             ready: ReadyCheck::Tcp,
+            live: Live::default(),
             start_timeout: Duration::from_secs(120),
             stop_timeout: Duration::from_secs(10),
             stop_signal: 15,

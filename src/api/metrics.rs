@@ -235,6 +235,12 @@ fn events(out: Out<'_, '_>, snapshot: &Snapshot) -> fmt::Result {
             &counters.load_failures,
         ),
         (
+            "unhealthy_total",
+            "Workers that ran and were of no use, and were ended, by what was wrong",
+            "reason",
+            &counters.unhealthy,
+        ),
+        (
             "evictions_total",
             "Workers ended by reason",
             "reason",

@@ -159,6 +159,7 @@ fn changed(old: &ModelSpec, new: &ModelSpec) -> Option<ChangedModel> {
         variables: _,
         upstream,
         ready,
+        live: watched,
         start_timeout,
         stop_timeout,
         stop_signal,
@@ -185,9 +186,6 @@ fn changed(old: &ModelSpec, new: &ModelSpec) -> Option<ChangedModel> {
             .collect()
     };
     let folder = |spec: &ModelSpec| spec.cwd.as_ref().map(|cwd| filled(spec, cwd));
-    let asked = |spec: &ModelSpec| match &spec.upstream {
-        UpstreamSpec::Tcp(text) | UpstreamSpec::Unix(text) => used(spec, text),
-    };
 
     let mut replaces = Keys::default();
     replaces.compare(
@@ -204,6 +202,7 @@ fn changed(old: &ModelSpec, new: &ModelSpec) -> Option<ChangedModel> {
     replaces.compare("weights", &old.weights, weights);
 
     let mut next = Keys::default();
+    next.compare("live", &old.live, watched);
     next.compare("start_timeout", &old.start_timeout, start_timeout);
     next.compare("stop_timeout", &old.stop_timeout, stop_timeout);
     next.compare("stop_signal", &old.stop_signal, stop_signal);
@@ -232,6 +231,13 @@ fn changed(old: &ModelSpec, new: &ModelSpec) -> Option<ChangedModel> {
         keys,
         takes,
     })
+}
+
+/// The values of the variables in a model's upstream.
+fn asked(spec: &ModelSpec) -> Vec<Option<String>> {
+    match &spec.upstream {
+        UpstreamSpec::Tcp(text) | UpstreamSpec::Unix(text) => used(spec, text),
+    }
 }
 
 /// The values of the variables that a template uses, in order.

@@ -40,6 +40,8 @@ enum Move {
     Cancel(usize),
     Ready(usize),
     NeverReady(usize),
+    /// A ready worker turns out to be of no use.
+    Unhealthy(usize),
     Exit(usize),
     Leave(usize),
     /// A request comes in by the gate alone, as the proxy's fast path does.
@@ -73,6 +75,7 @@ fn moves() -> impl Strategy<Value = Vec<Move>> {
         1 => (0..20_usize).prop_map(Move::Cancel),
         6 => model.clone().prop_map(Move::Ready),
         1 => model.clone().prop_map(Move::NeverReady),
+        1 => model.clone().prop_map(Move::Unhealthy),
         5 => model.clone().prop_map(Move::Exit),
         6 => model.clone().prop_map(Move::Leave),
         2 => model.clone().prop_map(Move::Enter),

@@ -4,9 +4,9 @@
 //! Stopped    spawn → Starting
 //! Starting   ready → Ready; exit → Backoff; never ready, or unload → Stopping
 //! Ready      evict or idle (no leases) → Stopping; unload, or room for a patient
-//!            waiter → Draining; exit → Backoff
-//! Draining   last lease, or deadline → Stopping; exit → Stopped; not needed any more → Ready
-//! Stopping   reaped → Stopped, or Backoff if it was never ready
+//!            waiter → Draining; unhealthy → Stopping; exit → Backoff
+//! Draining   last lease, deadline, or unhealthy → Stopping; exit → Stopped; not needed any more → Ready
+//! Stopping   reaped → Stopped, or Backoff if it was unhealthy or never ready
 //! Backoff    delay over → Stopped, and from there as any; too many → Failed; unload → Stopped
 //! Failed     operator loads, or ten minutes over → Starting
 //! ```
@@ -120,6 +120,8 @@ pub struct History {
     pub reloads: u64,
     /// Lives that ended by themselves after they were ready.
     pub crashes: u64,
+    /// Lives that were ended because they were of no use, by what was wrong.
+    pub unhealthy: BTreeMap<&'static str, u64>,
     /// Evictions by reason.
     pub evictions: BTreeMap<&'static str, u64>,
     /// The last eviction.

@@ -199,6 +199,7 @@ impl Policy {
             }
             Event::EvictRefused { worker, inside } => self.evict_refused(&worker, inside),
             Event::Ready { worker } => self.ready(now, &worker, &mut out),
+            Event::Unhealthy { worker, why } => self.unhealthy(now, &worker, why, &mut out),
             Event::NeverReady {
                 worker,
                 after,

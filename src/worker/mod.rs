@@ -5,7 +5,7 @@
 //! [`WorkerEvent`]s. The order of events of one worker is fixed:
 //!
 //! ```text
-//! Spawned ── Ready ──────────────┐
+//! Spawned ── Ready ── Unhealthy ─┐
 //!    │  └─── NeverReady ─────────┤
 //!    └───────────────────────────┴── Exited   (always last, exactly once)
 //! ```
@@ -15,6 +15,7 @@
 mod command;
 mod leftovers;
 mod listener;
+mod liveness;
 mod output;
 mod port;
 mod probe;
@@ -41,7 +42,8 @@ pub use self::reaper::become_subreaper;
 use self::task::Life;
 pub(crate) use self::watched::readable;
 use crate::clock::Clock;
-use crate::model::{Bytes, ModelSpec, PlacedGpu, Upstream, WorkerId};
+use crate::gate::Pulse;
+use crate::model::{Ailment, Bytes, ModelSpec, PlacedGpu, Upstream, WorkerId};
 use crate::procfs::ProcessTree;
 use crate::procfs::mark::{Marks, Owner};
 use crate::telemetry;
@@ -64,7 +66,7 @@ pub struct SpawnOrder {
     /// The GPUs it is placed on.
     pub gpus: Vec<PlacedGpu>,
     /// Where its events go. Unbounded because a task that reaps cannot wait;
-    /// four events at most per worker bound it.
+    /// five events at most per worker bound it.
     pub events: mpsc::UnboundedSender<WorkerEvent>,
 }
 
@@ -75,6 +77,8 @@ pub struct WorkerHandle {
     pub stop: Arc<watch::Sender<Stop>>,
     /// The last lines of its output.
     pub tail: Arc<Tail>,
+    /// What requests hear from it.
+    pub pulse: Arc<Pulse>,
 }
 
 impl WorkerHandle {
@@ -129,6 +133,14 @@ pub enum WorkerEvent {
         worker: WorkerId,
         /// How long it was waited for.
         after: Duration,
+    },
+    /// The worker runs and is of no use any more. It is left as it is until it
+    /// is told to stop.
+    Unhealthy {
+        /// Which worker.
+        worker: WorkerId,
+        /// What is wrong with it.
+        why: Ailment,
     },
     /// The whole tree is gone and reaped, or nothing could be spawned.
     Exited {
@@ -278,11 +290,14 @@ impl Spawner for ProcessSpawner {
     fn spawn(&self, order: SpawnOrder) -> WorkerHandle {
         let (stop, orders) = watch::channel(Stop::Run);
         let tail = Arc::new(Tail::default());
-        let life = Life::new(Arc::clone(&self.shared), order, orders, Arc::clone(&tail));
+        let pulse = Arc::new(Pulse::default());
+        let shown = (Arc::clone(&tail), Arc::clone(&pulse));
+        let life = Life::new(Arc::clone(&self.shared), order, orders, shown);
         telemetry::spawn("worker", life.run());
         WorkerHandle {
             stop: Arc::new(stop),
             tail,
+            pulse,
         }
     }
 }

@@ -7,19 +7,23 @@
 //! ```
 
 use std::path::PathBuf;
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures_util::FutureExt;
 use tokio::sync::{mpsc, watch};
 use tracing::{debug, info, warn};
 
 use super::command::{self, Launch, Names};
 use super::listener::{self, Owner};
+use super::liveness::Watched;
 use super::output::{Log, Tail};
 use super::port::Held;
 use super::process::Process;
 use super::{ExitStatus, Shared, SpawnOrder, Stop, WorkerEvent, probe};
 use crate::clock::Timestamp;
+use crate::gate::Pulse;
 use crate::model::{ModelSpec, PlacedGpu, ReadyCheck, Upstream, WorkerId};
 
 /// At most one probe in this time, however many lines a worker prints.
@@ -53,6 +57,7 @@ pub(super) struct Life {
     events: mpsc::UnboundedSender<WorkerEvent>,
     stop: watch::Receiver<Stop>,
     tail: Arc<Tail>,
+    pulse: Arc<Pulse>,
 }
 
 impl Life {
@@ -60,7 +65,7 @@ impl Life {
         shared: Arc<Shared>,
         order: SpawnOrder,
         stop: watch::Receiver<Stop>,
-        tail: Arc<Tail>,
+        (tail, pulse): (Arc<Tail>, Arc<Pulse>),
     ) -> Self {
         let SpawnOrder {
             worker,
@@ -76,6 +81,7 @@ impl Life {
             events,
             stop,
             tail,
+            pulse,
         }
     }
 
@@ -219,8 +225,22 @@ impl Life {
     }
 
     async fn serving(&mut self, body: &mut Body) -> End {
+        let watched = Watched {
+            worker: self.worker.clone(),
+            spec: Arc::clone(&self.spec),
+            upstream: body.upstream.clone(),
+            tree: Arc::clone(&body.process.tree),
+            pulse: Arc::clone(&self.pulse),
+        };
+        let ails = watched.ails(self.shared.clock);
+        let mut ails = pin!(ails.fuse());
         loop {
             tokio::select! {
+                why = &mut ails => {
+                    // What follows is not decided here.
+                    let worker = self.worker.clone();
+                    self.say(WorkerEvent::Unhealthy { worker, why });
+                }
                 _ = body.process.exited() => return End::ByItself,
                 () = stopped(&mut self.stop) => return End::Asked,
                 () = body.log.changed() => {

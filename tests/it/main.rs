@@ -8,6 +8,7 @@ mod config;
 mod events;
 mod failures;
 mod gpu;
+mod liveness;
 mod memory;
 mod patience;
 mod policies;

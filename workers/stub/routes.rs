@@ -5,6 +5,7 @@
 
 use std::convert::Infallible;
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
 use http_body_util::BodyExt;
@@ -12,7 +13,7 @@ use hyper::body::Incoming;
 use hyper::header::{CONNECTION, CONTENT_TYPE, HeaderValue, UPGRADE};
 use hyper::{HeaderMap, Request, Response, StatusCode};
 use serde_json::{Value, json};
-use tokio::time::sleep;
+use tokio::time::{Instant, sleep};
 
 use crate::answer::{Answer, BrokenOff, Parts, ResetFlag, kill_self, whole};
 use crate::checksum::Checksum;
@@ -104,6 +105,7 @@ async fn complete(
     if !knobs.delay.is_zero() {
         sleep(knobs.delay).await;
     }
+    compute(knobs.busy);
     if knobs.drop {
         in_flight.finish();
         return Err(BrokenOff);
@@ -125,6 +127,15 @@ async fn complete(
     } else {
         plain(&voice, knobs, reset, in_flight)
     })
+}
+
+/// Computes for so long. The worker has one thread: nobody is served meanwhile.
+fn compute(time: Duration) {
+    let started = Instant::now();
+    let mut sum = 0_u64;
+    while started.elapsed() < time {
+        sum = std::hint::black_box(sum.wrapping_mul(31).wrapping_add(7));
+    }
 }
 
 fn streamed(voice: Voice, knobs: Knobs, reset: ResetFlag, request: InFlight) -> Response<Answer> {

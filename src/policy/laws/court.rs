@@ -12,7 +12,7 @@ use std::time::Duration;
 use super::super::testing::{World, name, spec};
 use super::super::*;
 use super::{MODELS, Move};
-use crate::model::GpuRequest;
+use crate::model::{Ailment, GpuRequest};
 
 /// The world, and the book of who asked and was answered.
 pub(super) struct Court {
@@ -316,8 +316,18 @@ impl Court {
                     deadline,
                 });
             }
+            Move::Unhealthy(m) => self.ail(m),
             _ => self.play_machine(made),
         }
+    }
+
+    fn ail(&mut self, m: usize) {
+        let worker = self.world.worker(MODELS[m]);
+        let why = Ailment::Errors {
+            times: 20,
+            status: 500,
+        };
+        self.step(Event::Unhealthy { worker, why });
     }
 
     /// What workers, neighbours and time do.
@@ -340,11 +350,9 @@ impl Court {
                 self.step(Event::Ready { worker });
             }
             Move::NeverReady(m) if phase(self, m) == Phase::Starting => {
-                let worker = self.world.worker(MODELS[m]);
-                let after = Duration::from_secs(120);
                 self.step(Event::NeverReady {
-                    worker,
-                    after,
+                    worker: self.world.worker(MODELS[m]),
+                    after: Duration::from_secs(120),
                     last_lines: Vec::new(),
                 });
             }

@@ -4,5 +4,6 @@ mod admission;
 mod ceilings;
 mod configuring;
 mod explaining;
+mod health;
 mod leaving;
 mod patience;
