@@ -3,7 +3,8 @@
 //!
 //! The worker writes to the file itself, never to a pipe of ours: a pipe would
 //! end the worker when residentd ends. The file is read as it grows, on
-//! inotify's word, and is cut back when it is over its cap.
+//! inotify's word, and is cut back when it is over its cap, or when its disk is
+//! about to be full: the last lines are in memory anyway.
 
 use std::collections::VecDeque;
 use std::fs::{File, OpenOptions};
@@ -26,6 +27,11 @@ const LONGEST_LINE: usize = 16 << 10;
 const PIECE: usize = 64 << 10;
 /// Pieces after which other tasks get their turn.
 const PIECES: usize = 16;
+/// A disk of which less than this part is free is full, and so is one on which
+/// a log does not fit a second time.
+const FULL: u64 = 64;
+/// Emptying a smaller log helps nobody.
+const WORTH_EMPTYING: u64 = 64 << 10;
 
 /// The last lines of one worker's output, bounded in lines and bytes.
 #[derive(Debug, Default)]
@@ -81,6 +87,8 @@ pub(super) struct Log {
     /// There is more to read than was read at the last turn.
     behind: bool,
     cap: Bytes,
+    /// That the disk is full was told.
+    told_full: bool,
     watch: Option<AsyncFd<OwnedFd>>,
 }
 
@@ -101,8 +109,30 @@ impl Log {
             partial: Vec::new(),
             behind: false,
             cap,
+            told_full: false,
             watch,
         })
+    }
+
+    /// Returns a log that keeps nothing, for a worker whose own cannot be
+    /// opened.
+    pub(super) fn nowhere() -> io::Result<Self> {
+        let path = PathBuf::from("/dev/null");
+        Ok(Self {
+            reader: File::open(&path)?,
+            path,
+            position: 0,
+            partial: Vec::new(),
+            behind: false,
+            cap: Bytes(u64::MAX),
+            told_full: true,
+            watch: None,
+        })
+    }
+
+    /// Returns what was printed of a line that has not ended yet.
+    pub(super) fn unfinished(&self) -> String {
+        text(&self.partial)
     }
 
     /// Returns a handle the worker writes to.
@@ -170,8 +200,17 @@ impl Log {
             self.position += u64::try_from(read).unwrap_or(0);
             self.split(&piece[..read], &mut lines);
         }
-        let meanwhile = self.cut_back().await;
-        self.split(&meanwhile, &mut lines);
+        let full = self.position >= WORTH_EMPTYING && self.disk_is_full();
+        if full && !std::mem::replace(&mut self.told_full, true) {
+            tracing::warn!(path = %self.path.display(), "the disk is full: logs of workers are not kept");
+            lines.push(
+                "… the disk is full: earlier output is not kept in the log file …".to_owned(),
+            );
+        }
+        if full || self.position >= self.cap.get() {
+            let meanwhile = self.cut_back(!full).await;
+            self.split(&meanwhile, &mut lines);
+        }
         for line in &lines {
             tail.push(line.clone());
         }
@@ -217,16 +256,28 @@ impl Log {
         }
     }
 
-    /// Keeps one older file and begins anew when the file is over its cap. The
+    fn disk_is_full(&self) -> bool {
+        let Ok(disk) = rustix::fs::fstatvfs(&self.reader) else {
+            return false;
+        };
+        let free = disk.f_bavail.saturating_mul(disk.f_frsize);
+        let total = disk.f_blocks.saturating_mul(disk.f_frsize);
+        free < (total / FULL).min(self.cap.get())
+    }
+
+    /// Begins anew, and keeps one older file if it is to be kept and can be. The
     /// worker appends, so its next write goes to the new beginning. Returns
     /// what it wrote meanwhile.
-    async fn cut_back(&mut self) -> Vec<u8> {
-        if self.position < self.cap.get() {
-            return Vec::new();
-        }
+    async fn cut_back(&mut self, keep: bool) -> Vec<u8> {
         let (path, position, cap) = (self.path.clone(), self.position, self.cap.get());
         // Copying waits for the disk.
-        let cut = tokio::task::spawn_blocking(move || cut(&path, position, cap));
+        let cut = tokio::task::spawn_blocking(move || {
+            let kept = keep.then(|| cut(&path, position, cap));
+            match kept {
+                Some(Ok(rest)) => Ok(rest),
+                Some(Err(_)) | None => empty(&path, position, cap),
+            }
+        });
         match cut.await.map_err(io::Error::other).flatten() {
             Ok(rest) => {
                 self.position = 0;
@@ -255,6 +306,19 @@ fn cut(path: &Path, position: u64, cap: u64) -> io::Result<Vec<u8>> {
     Read::by_ref(&mut file).take(cap).read_to_end(&mut rest)?;
     file.set_len(0)?;
     older.write_all(&rest)?;
+    Ok(rest)
+}
+
+/// Empties a log and keeps nothing of it. Returns what was behind `position`
+/// in it, at most `cap` bytes.
+fn empty(path: &Path, position: u64, cap: u64) -> io::Result<Vec<u8>> {
+    // It may not be there.
+    let _ = std::fs::remove_file(path.with_extension("log.1"));
+    let mut file = OpenOptions::new().read(true).write(true).open(path)?;
+    file.seek(SeekFrom::Start(position))?;
+    let mut rest = Vec::new();
+    Read::by_ref(&mut file).take(cap).read_to_end(&mut rest)?;
+    file.set_len(0)?;
     Ok(rest)
 }
 

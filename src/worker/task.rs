@@ -189,7 +189,13 @@ impl Life {
                 () = tokio::time::sleep(poll) => lines = body.log.drain(&self.tail).await,
             }
             if let ReadyCheck::Log(pattern) = &self.spec.ready {
-                if lines.iter().any(|line| pattern.is_match(line)) {
+                // Some print a sign and no end of the line.
+                let unfinished = body.log.unfinished();
+                if lines
+                    .iter()
+                    .chain([&unfinished])
+                    .any(|line| pattern.is_match(line))
+                {
                     return End::Ready;
                 }
                 continue;
@@ -251,7 +257,8 @@ impl Life {
     }
 
     /// Stop signal, again half way, and when the grace is over SIGKILL to the
-    /// whole tree. What the leader leaves behind gets a little of the grace.
+    /// whole tree. What the leader leaves behind gets the signal then, and a
+    /// little of the grace.
     async fn stopping(&mut self, body: &mut Body) {
         let clock = self.shared.clock;
         let grace = self.spec.stop_timeout;
@@ -273,12 +280,15 @@ impl Life {
         }
         let stragglers = end.min(clock.instant(clock.now() + STRAGGLERS));
         let mut pause = Duration::from_millis(1);
-        while !body.process.members().is_empty() {
+        // A wrapper may have gone without a word to the server that it started.
+        let mut left = body.process.signal_members(self.spec.stop_signal);
+        while !left.is_empty() {
             tokio::select! {
                 () = killed(&mut self.stop) => return,
                 () = tokio::time::sleep_until(stragglers) => return,
                 () = tokio::time::sleep(pause) => pause = (pause * 2).min(Duration::from_millis(50)),
             }
+            left = body.process.members();
         }
     }
 
@@ -353,10 +363,10 @@ impl Body {
         let report = shared.own_file("reports")?;
         let launch = Launch::new(spec, names)?;
         let failed = |what: &'static str| move |error: std::io::Error| format!("{what}: {error}");
-        let mut log = Log::open(&shared.state_dir, spec.name.as_str(), shared.log_cap)
-            .map_err(failed("open its log"))?;
-        log.note(&format!("--- {worker} starts: {} ---", launch.program()))
-            .map_err(failed("write its log"))?;
+        let mut log = open_log(shared, worker, spec).map_err(failed("open its log"))?;
+        if let Err(error) = log.note(&format!("--- {worker} starts: {} ---", launch.program())) {
+            warn!(%worker, %error, "a log cannot be written; what the worker prints may be lost");
+        }
         // Before the spawn, so that a worker that ends at once loses no line.
         log.skip();
         let output = log.writer().map_err(failed("open its log"))?;
@@ -391,6 +401,19 @@ impl Body {
                 report,
             },
         ))
+    }
+}
+
+/// Opens the worker's log. That it cannot be kept is no reason not to start a
+/// worker, unless a line in it is what shows that it is ready.
+fn open_log(shared: &Shared, worker: &WorkerId, spec: &ModelSpec) -> std::io::Result<Log> {
+    let opened = Log::open(&shared.state_dir, spec.name.as_str(), shared.log_cap);
+    match opened {
+        Err(error) if !matches!(spec.ready, ReadyCheck::Log(_)) => {
+            warn!(%worker, %error, "a log cannot be opened; what the worker prints is lost");
+            Log::nowhere()
+        }
+        opened => opened,
     }
 }
 

@@ -5,6 +5,7 @@ mod adapter;
 mod api;
 mod cli;
 mod config;
+mod deaths;
 mod events;
 mod failures;
 mod gpu;
