@@ -27,6 +27,9 @@ const LONGEST_LINE: usize = 16 << 10;
 const PIECE: usize = 64 << 10;
 /// Pieces after which other tasks get their turn.
 const PIECES: usize = 16;
+/// Read at most this much of what comes while a log is cut back: it is held in
+/// memory for a moment.
+const MEANWHILE: u64 = 2 << 20;
 /// A disk of which less than this part is free is full, and so is one on which
 /// a log does not fit a second time.
 const FULL: u64 = 64;
@@ -275,7 +278,7 @@ impl Log {
             let kept = keep.then(|| cut(&path, position, cap));
             match kept {
                 Some(Ok(rest)) => Ok(rest),
-                Some(Err(_)) | None => empty(&path, position, cap),
+                Some(Err(_)) | None => throw_away(&path, position),
             }
         });
         match cut.await.map_err(io::Error::other).flatten() {
@@ -291,9 +294,8 @@ impl Log {
     }
 }
 
-/// Copies a log aside, empties it, and returns what was behind `position` in
-/// it, at most `cap` bytes. What is written between the last read and the cut,
-/// some microseconds, is lost.
+/// Copies a log aside, at most `cap` bytes of it, empties it, and returns what
+/// was behind `position` in it.
 fn cut(path: &Path, position: u64, cap: u64) -> io::Result<Vec<u8>> {
     let mut older = File::create(path.with_extension("log.1"))?;
     let mut file = OpenOptions::new().read(true).write(true).open(path)?;
@@ -302,22 +304,29 @@ fn cut(path: &Path, position: u64, cap: u64) -> io::Result<Vec<u8>> {
         &mut Read::by_ref(&mut file).take(cap.min(position)),
         &mut older,
     )?;
-    let mut rest = Vec::new();
-    Read::by_ref(&mut file).take(cap).read_to_end(&mut rest)?;
-    file.set_len(0)?;
+    let rest = empty(&mut file, position)?;
     older.write_all(&rest)?;
     Ok(rest)
 }
 
 /// Empties a log and keeps nothing of it. Returns what was behind `position`
-/// in it, at most `cap` bytes.
-fn empty(path: &Path, position: u64, cap: u64) -> io::Result<Vec<u8>> {
+/// in it.
+fn throw_away(path: &Path, position: u64) -> io::Result<Vec<u8>> {
     // It may not be there.
     let _ = std::fs::remove_file(path.with_extension("log.1"));
     let mut file = OpenOptions::new().read(true).write(true).open(path)?;
-    file.seek(SeekFrom::Start(position))?;
+    empty(&mut file, position)
+}
+
+/// Returns the last of what is behind `position`, and empties the file. What is
+/// written between the last read and the cut, some microseconds, is lost.
+fn empty(file: &mut File, position: u64) -> io::Result<Vec<u8>> {
+    let length = file.metadata()?.len();
+    file.seek(SeekFrom::Start(
+        position.max(length.saturating_sub(MEANWHILE)),
+    ))?;
     let mut rest = Vec::new();
-    Read::by_ref(&mut file).take(cap).read_to_end(&mut rest)?;
+    Read::by_ref(file).take(MEANWHILE).read_to_end(&mut rest)?;
     file.set_len(0)?;
     Ok(rest)
 }
