@@ -300,7 +300,7 @@ fn told_full(residentd: &Residentd) -> usize {
 fn a_worker_that_fills_the_disk_of_its_log_is_served_and_told_once() {
     let flood = "exec STUB --spam-lines 200000 --spam-width 200";
     let models = shell("m", flood, "") + &shell("n", "exec STUB", "");
-    let Some((residentd, state)) = on_a_small_disk(8, &models) else {
+    let Some((residentd, _)) = on_a_small_disk(8, &models) else {
         return;
     };
     assert_eq!(residentd.complete("m").status, 200);
@@ -310,8 +310,6 @@ fn a_worker_that_fills_the_disk_of_its_log_is_served_and_told_once() {
     assert!(log.contains("m: terminating"), "{log}");
     assert_eq!(told_full(&residentd), 1, "{}", residentd.log());
     assert_eq!(residentd.complete("n").status, 200);
-    let held = std::fs::metadata(state.join("logs/m.log")).map_or(0, |m| m.len());
-    assert!(held < 7 << 20, "{held} bytes of log are kept");
     assert!(residentd.stop().success());
 }
 
