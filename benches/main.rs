@@ -25,7 +25,7 @@ fn main() {
         .skip(1)
         .filter(|argument| !argument.starts_with('-'))
         .collect();
-    let all: [(&str, fn()); 7] = [
+    let all: [(&str, fn()); 8] = [
         ("S21", policy::steps),
         ("policies", policies::waits),
         ("S20", measuring::passes),
@@ -33,6 +33,7 @@ fn main() {
         ("request", serving::proxied_request),
         ("S10", serving::swap),
         ("S11", serving::readiness),
+        ("A41", serving::noticed_exit),
     ];
     for (name, bench) in all {
         if wanted.is_empty() || wanted.iter().any(|wanted| wanted == name) {

@@ -14,6 +14,7 @@ mod bytes;
 mod difference;
 mod fingerprint;
 mod gaps;
+mod health;
 mod park;
 mod record;
 
@@ -21,6 +22,7 @@ pub use bytes::Bytes;
 pub use difference::{ChangedModel, Difference, Takes};
 pub use fingerprint::Fingerprint;
 pub use gaps::{GAP_CLASSES, Gaps};
+pub use health::{Ailment, Live};
 pub use park::{ParkCall, ParkSpec};
 pub use record::WorkerRecord;
 
@@ -347,6 +349,8 @@ pub struct ModelSpec {
     pub upstream: UpstreamSpec,
     /// How it shows that it can answer.
     pub ready: ReadyCheck,
+    /// How it is watched once it does.
+    pub live: Live,
     /// Longest time from spawn to ready.
     pub start_timeout: Duration,
     /// Grace between the stop signal and SIGKILL of the tree.
@@ -395,6 +399,7 @@ impl ModelSpec {
             variables: Arc::default(),
             upstream: UpstreamSpec::Tcp("127.0.0.1:${PORT}".into()),
             ready: ReadyCheck::Tcp,
+            live: Live::default(),
             start_timeout: Duration::from_secs(120),
             stop_timeout: Duration::from_secs(10),
             stop_signal: 15,

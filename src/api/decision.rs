@@ -13,7 +13,7 @@ use crate::control::{
     Decision, EvictReason, Expected, Explanation, Holder, Outlook, ParkFault, Protection, Refusal,
     Shortage, What, Why,
 };
-use crate::model::{Bytes, Domain, ModelName};
+use crate::model::{Ailment, Bytes, Domain, ModelName};
 
 /// One decision.
 #[derive(Debug, Serialize)]
@@ -210,12 +210,44 @@ fn reason_numbers(reason: &EvictReason) -> Value {
         }) => {
             json!({"domain": domain.to_string(), "freed": freed.get(), "expected": expected.get()})
         }
+        EvictReason::Unhealthy { why } => ailment_numbers(why),
         EvictReason::Cleanup
         | EvictReason::Unload
         | EvictReason::Changed
         | EvictReason::Removed
         | EvictReason::Shutdown => json!({}),
     }
+}
+
+fn ailment_numbers(why: &Ailment) -> Value {
+    let numbers = match why {
+        Ailment::Refuses { times, over }
+        | Ailment::NoAnswer { times, over }
+        | Ailment::Stopped { times, over } => {
+            json!({"times": times, "over_seconds": over.as_secs_f64()})
+        }
+        Ailment::WrongStatus {
+            times,
+            over,
+            status,
+        } => json!({"times": times, "over_seconds": over.as_secs_f64(), "status": status}),
+        Ailment::Still {
+            waiting,
+            silent,
+            still,
+            cpu,
+        } => json!({
+            "waiting": waiting,
+            "silent_seconds": silent.as_secs_f64(),
+            "still_seconds": still.as_secs_f64(),
+            "cpu_seconds": cpu.as_secs_f64(),
+        }),
+        Ailment::Silent { waiting, silent } => {
+            json!({"waiting": waiting, "silent_seconds": silent.as_secs_f64()})
+        }
+        Ailment::Errors { times, status } => json!({"times": times, "status": status}),
+    };
+    with(json!({"ailment": why.as_str()}), numbers)
 }
 
 fn refusal_numbers(refusal: &Refusal) -> Value {

@@ -235,12 +235,23 @@ fn events(out: Out<'_, '_>, snapshot: &Snapshot) -> fmt::Result {
     for (name, help, value) in plain {
         counter(out, name, help)?.sample(&[], value)?;
     }
+    events_by_word(out, snapshot)
+}
+
+fn events_by_word(out: Out<'_, '_>, snapshot: &Snapshot) -> fmt::Result {
+    let counters = &snapshot.counters;
     let by_word = [
         (
             "load_failures_total",
             "Workers that failed before they were ready, by reason",
             "reason",
             &counters.load_failures,
+        ),
+        (
+            "unhealthy_total",
+            "Workers that ran and were of no use, and were ended, by what was wrong",
+            "reason",
+            &counters.unhealthy,
         ),
         (
             "evictions_total",

@@ -147,13 +147,6 @@ fn with_state_dir(spec: Arc<ModelSpec>, running: &Server) -> Arc<ModelSpec> {
     })
 }
 
-/// What the variables in a model's address stand for.
-fn asked(spec: &ModelSpec) -> Vec<Option<String>> {
-    match &spec.upstream {
-        UpstreamSpec::Tcp(text) | UpstreamSpec::Unix(text) => used(spec, text),
-    }
-}
-
 /// Returns what is different of a model; `None` when nothing is.
 fn changed(old: &ModelSpec, new: &ModelSpec) -> Option<ChangedModel> {
     let ModelSpec {
@@ -167,6 +160,7 @@ fn changed(old: &ModelSpec, new: &ModelSpec) -> Option<ChangedModel> {
         variables: _,
         upstream,
         ready,
+        live: watched,
         start_timeout,
         stop_timeout,
         stop_signal,
@@ -212,6 +206,7 @@ fn changed(old: &ModelSpec, new: &ModelSpec) -> Option<ChangedModel> {
     replaces.compare("park", &old.park, park);
 
     let mut next = Keys::default();
+    next.compare("live", &old.live, watched);
     next.compare("start_timeout", &old.start_timeout, start_timeout);
     next.compare("stop_timeout", &old.stop_timeout, stop_timeout);
     next.compare("stop_signal", &old.stop_signal, stop_signal);
@@ -240,6 +235,13 @@ fn changed(old: &ModelSpec, new: &ModelSpec) -> Option<ChangedModel> {
         keys,
         takes,
     })
+}
+
+/// The values of the variables in a model's upstream.
+fn asked(spec: &ModelSpec) -> Vec<Option<String>> {
+    match &spec.upstream {
+        UpstreamSpec::Tcp(text) | UpstreamSpec::Unix(text) => used(spec, text),
+    }
 }
 
 /// The values of the variables that a template uses, in order.

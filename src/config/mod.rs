@@ -18,6 +18,7 @@ pub mod diff;
 mod env;
 mod files;
 mod gpus;
+mod live;
 mod models;
 mod park;
 mod problem;

@@ -145,6 +145,7 @@ impl Model<'_> {
             variables: Arc::default(),
             upstream: upstream?,
             ready: given(raw.ready),
+            live: raw.live.given(),
             start_timeout: given(raw.start_timeout),
             stop_timeout: given(raw.stop_timeout),
             stop_signal: given(raw.stop_signal),

@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use toml::de::DeTable;
 
+use super::live::RawLive;
 use super::problem::{Complaint, Origin, Place, Problems};
 use super::section::{Section, Setting, Text};
 use super::value::{NAME_FIX, Value};
@@ -81,6 +82,7 @@ pub(super) struct RawModel {
     pub(super) aliases: Option<Setting<Vec<ModelName>>>,
     pub(super) upstream: Option<Setting<String>>,
     pub(super) ready: Option<Setting<ReadyCheck>>,
+    pub(super) live: RawLive,
     pub(super) start_timeout: Option<Setting<Duration>>,
     pub(super) stop_timeout: Option<Setting<Duration>>,
     pub(super) stop_signal: Option<Setting<i32>>,
@@ -288,6 +290,10 @@ impl RawModel {
             ready: s
                 .table("ready", problems)
                 .and_then(|table| ready::read(table, problems)),
+            live: s
+                .table("live", problems)
+                .map(|table| RawLive::read(table, problems))
+                .unwrap_or_default(),
             start_timeout: s.get("start_timeout", Value::duration_over_zero, problems),
             stop_timeout: s.get("stop_timeout", Value::duration, problems),
             stop_signal: s.get("stop_signal", Value::signal, problems),
@@ -311,7 +317,7 @@ impl RawModel {
     }
 
     /// Fills in from the weaker what this does not say; `env` variable by
-    /// variable.
+    /// variable, `live` key by key.
     pub(super) fn over(self, weaker: Self) -> Self {
         Self {
             command: self.command.or(weaker.command),
@@ -321,6 +327,7 @@ impl RawModel {
             aliases: self.aliases.or(weaker.aliases),
             upstream: self.upstream.or(weaker.upstream),
             ready: self.ready.or(weaker.ready),
+            live: self.live.over(weaker.live),
             start_timeout: self.start_timeout.or(weaker.start_timeout),
             stop_timeout: self.stop_timeout.or(weaker.stop_timeout),
             stop_signal: self.stop_signal.or(weaker.stop_signal),

@@ -249,6 +249,9 @@ impl Counters {
         self.loads += history.loads;
         self.reloads += history.reloads;
         self.crashes += history.crashes;
+        for (ailment, count) in &history.unhealthy {
+            *self.unhealthy.entry(ailment).or_default() += count;
+        }
         for (reason, count) in &history.evictions {
             *self.evictions.entry(reason).or_default() += count;
         }

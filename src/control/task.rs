@@ -68,7 +68,7 @@ pub fn start(parts: Parts) -> Controller {
     let (signals_in, signals) = mpsc::unbounded_channel();
     #[expect(
         clippy::disallowed_methods,
-        reason = "a worker task that reaps cannot wait; four events at most each"
+        reason = "a worker task that reaps cannot wait; five events at most each"
     )]
     let (events_in, events) = mpsc::unbounded_channel();
     let readings = parts.memory.readings();
@@ -299,6 +299,7 @@ impl Task {
             WorkerEvent::ParkFailed { worker, said } => {
                 self.feed(Event::ParkFailed { worker, said });
             }
+            WorkerEvent::Unhealthy { worker, why } => self.feed(Event::Unhealthy { worker, why }),
             WorkerEvent::NeverReady { worker, after } => {
                 warn!(%worker, after_s = after.as_secs_f64(), "worker missed its start deadline");
                 let last_lines = self.tail_of(&worker.model, ERROR_LINES).lines;
@@ -356,6 +357,7 @@ impl Task {
         let ready = Arc::new(ReadyWorker {
             id: worker.clone(),
             upstream,
+            pulse: Arc::clone(&live.handle.pulse),
             gate: Gate::open(now, model.spec.concurrency),
             closing: CancellationToken::new(),
             serial: self.next_serial,

@@ -151,7 +151,7 @@ fn model(task: &Task, state: &ModelState) -> ModelView {
                 at: *at,
             }),
         last_load: state.history.last_load,
-        restarts: state.history.crashes,
+        restarts: state.history.crashes + state.history.unhealthy.values().sum::<u64>(),
         last_error: state.failures.last.clone(),
         retry_at: state
             .failures

@@ -8,7 +8,7 @@ use super::event::{Effect, Ticket};
 use super::lifecycle::ModelState;
 use super::words::{EvictReason, Phase, Refusal};
 use crate::clock::Timestamp;
-use crate::model::{Domain, ModelName, WorkerId};
+use crate::model::{Ailment, Domain, ModelName, WorkerId};
 
 impl Policy {
     /// Tells an idle worker to go. The gate has the last word: if somebody
@@ -213,6 +213,28 @@ impl Policy {
         self.refuse_all(&worker.model, &refusal, out);
     }
 
+    /// Ends a worker that runs and is of no use, whoever is inside: they get
+    /// nothing from it. Who is on its way out goes for the reason it had.
+    pub(super) fn unhealthy(
+        &mut self,
+        now: Timestamp,
+        worker: &WorkerId,
+        why: Ailment,
+        out: &mut Vec<Effect>,
+    ) {
+        let serves = |m: &&mut ModelState| {
+            m.is_at_rest() || matches!(m.phase, Phase::Ready | Phase::Draining)
+        };
+        let Some(model) = self.current(worker).filter(serves) else {
+            return;
+        };
+        *model.history.unhealthy.entry(why.as_str()).or_default() += 1;
+        let kill = why.is_deaf();
+        let reason = EvictReason::Unhealthy { why };
+        model.failures.last = Some(reason.to_string());
+        self.terminate(now, worker, reason, kill, out);
+    }
+
     /// Takes in what a life that ended taught, and says to keep it.
     pub(super) fn learn(
         &mut self,
@@ -271,21 +293,13 @@ impl Policy {
                     true => format!("{status} while it was {}", model.phase.as_str()),
                     false => format!("{status} while it served"),
                 };
-                model.fail(cause.clone(), true, now);
-                if model.queue.is_empty() {
-                    return;
-                }
-                if model.may_start(now) {
-                    // Who waited for a place is no worse off for the crash.
-                    model.enter(Phase::Stopped, now);
-                } else {
-                    let refusal = failed(&worker.model, cause, last_lines);
-                    self.refuse_all(&worker.model, &refusal, out);
-                    self.want_preload(&worker.model);
-                }
+                self.gave_out(now, worker, cause, last_lines, out);
             }
             // It was told to go, or never got ready.
             Phase::Draining | Phase::Stopping => match leaving {
+                Some(reason @ EvictReason::Unhealthy { .. }) => {
+                    self.gave_out(now, worker, reason.to_string(), last_lines, out);
+                }
                 Some(reason) => {
                     // What was recycled is wanted as much as before.
                     model.wanted |= matches!(reason, EvictReason::Ceiling { .. })
@@ -308,6 +322,32 @@ impl Policy {
                 }
             },
             Phase::Stopped | Phase::Backoff | Phase::Failed => {}
+        }
+    }
+
+    /// Books the end of a worker that had served. Who waits gets the next life,
+    /// if that may come at once, and is no worse off.
+    fn gave_out(
+        &mut self,
+        now: Timestamp,
+        worker: &WorkerId,
+        cause: String,
+        last_lines: &[String],
+        out: &mut Vec<Effect>,
+    ) {
+        let Some(model) = self.current(worker) else {
+            return;
+        };
+        model.fail(cause.clone(), true, now);
+        if model.queue.is_empty() {
+            return;
+        }
+        if model.may_start(now) {
+            model.enter(Phase::Stopped, now);
+        } else {
+            let refusal = failed(&worker.model, cause, last_lines);
+            self.refuse_all(&worker.model, &refusal, out);
+            self.want_preload(&worker.model);
         }
     }
 
@@ -402,10 +442,12 @@ fn is_new(model: &ModelState, out: &[Effect]) -> bool {
 }
 
 /// Notes why a worker went. What an operator unloads by name or configures
-/// otherwise, or residentd's own end takes along, is no eviction.
+/// otherwise, what was of no use, or residentd's own end takes along, is no
+/// eviction.
 fn book_eviction(model: &mut ModelState, reason: EvictReason, now: Timestamp) {
     match reason {
         EvictReason::Unload
+        | EvictReason::Unhealthy { .. }
         | EvictReason::Changed
         | EvictReason::Removed
         | EvictReason::Shutdown => {}

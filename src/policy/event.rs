@@ -7,7 +7,7 @@ use super::configure::Change;
 use super::history::History;
 use super::words::{EvictReason, Expected, Refusal, Skip};
 use crate::clock::Timestamp;
-use crate::model::{Bytes, Domain, Footprint, GpuVendor, ModelName, WorkerId};
+use crate::model::{Ailment, Bytes, Domain, Footprint, GpuVendor, ModelName, WorkerId};
 
 /// Names one wish, so that its answer finds the way back.
 pub type Ticket = u64;
@@ -101,6 +101,13 @@ pub enum Event {
         worker: WorkerId,
         /// Which call, and how.
         said: String,
+    },
+    /// The worker runs and is of no use.
+    Unhealthy {
+        /// Which.
+        worker: WorkerId,
+        /// What is wrong with it.
+        why: Ailment,
     },
     /// The worker missed its start deadline and is being ended.
     NeverReady {

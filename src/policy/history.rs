@@ -15,6 +15,8 @@ pub struct History {
     pub reloads: u64,
     /// Lives that ended by themselves after they were ready.
     pub crashes: u64,
+    /// Lives that were ended because they were of no use, by what was wrong.
+    pub unhealthy: BTreeMap<&'static str, u64>,
     /// Evictions by reason.
     pub evictions: BTreeMap<&'static str, u64>,
     /// The last eviction.

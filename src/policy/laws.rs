@@ -63,6 +63,8 @@ enum Move {
     /// It says it is parked and holds as much as before.
     Pretends(usize),
     ParkFails(usize),
+    /// A ready worker turns out to be of no use.
+    Unhealthy(usize),
     Exit(usize),
     Leave(usize),
     /// A request comes in by the gate alone, as the proxy's fast path does.
@@ -99,6 +101,7 @@ fn moves() -> impl Strategy<Value = Vec<Move>> {
         5 => model.clone().prop_map(Move::Moved),
         1 => model.clone().prop_map(Move::Pretends),
         1 => model.clone().prop_map(Move::ParkFails),
+        1 => model.clone().prop_map(Move::Unhealthy),
         5 => model.clone().prop_map(Move::Exit),
         6 => model.clone().prop_map(Move::Leave),
         2 => model.clone().prop_map(Move::Enter),

@@ -4,13 +4,14 @@
 //! Stopped    spawn, or taken back from an earlier residentd → Starting
 //! Starting   ready → Ready; exit → Backoff; never ready, or unload → Stopping
 //! Ready      evict or idle (no leases) → Stopping; unload, or room for a patient
-//!            waiter → Draining; exit → Backoff; park (no leases) → Parking
+//!            waiter → Draining; unhealthy → Stopping; exit → Backoff; park (no
+//!            leases) → Parking
 //! Parking    bytes are back → Parked; failed, or freed too little, or unload →
 //!            Stopping; gate did not close → Ready; exit → Backoff
 //! Parked     unpark → Unparking; evict, unload or idle → Stopping; exit → Backoff
 //! Unparking  ready again → Ready; failed, or unload → Stopping; exit → Backoff
-//! Draining   last lease, or deadline → Stopping; exit → Stopped; not needed any more → Ready
-//! Stopping   reaped → Stopped, or Backoff if it was never ready
+//! Draining   last lease, deadline, or unhealthy → Stopping; exit → Stopped; not needed any more → Ready
+//! Stopping   reaped → Stopped, or Backoff if it was unhealthy or never ready
 //! Backoff    delay over → Stopped, and from there as any; too many → Failed; unload → Stopped
 //! Failed     operator loads, or ten minutes over → Starting
 //! ```

@@ -212,6 +212,7 @@ impl Policy {
             Event::ParkFailed { worker, said } => {
                 self.park_failed(now, &worker, said, &mut out);
             }
+            Event::Unhealthy { worker, why } => self.unhealthy(now, &worker, why, &mut out),
             Event::NeverReady {
                 worker,
                 after,

@@ -6,7 +6,7 @@ use std::fmt;
 use std::time::Duration;
 
 use super::parking::ParkFault;
-use crate::model::{Bytes, Domain, GpuRequest, ModelName};
+use crate::model::{Ailment, Bytes, Domain, GpuRequest, ModelName};
 
 /// Where a model's worker is in its life.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -104,6 +104,11 @@ pub enum EvictReason {
         /// Its `max_memory`.
         ceiling: Bytes,
     },
+    /// It runs and is of no use.
+    Unhealthy {
+        /// What is wrong with it.
+        why: Ailment,
+    },
     /// An operator's cleanup.
     Cleanup,
     /// An operator's unload.
@@ -127,6 +132,7 @@ impl EvictReason {
             Self::Idle { .. } => "idle",
             Self::Pressure { .. } => "pressure",
             Self::Ceiling { .. } => "max_memory",
+            Self::Unhealthy { .. } => "unhealthy",
             Self::Cleanup => "cleanup",
             Self::Unload => "unload",
             Self::Changed => "changed",
@@ -165,6 +171,7 @@ impl fmt::Display for EvictReason {
             Self::Ceiling { usage, ceiling } => {
                 write!(f, "it holds {usage}, over its max_memory of {ceiling}")
             }
+            Self::Unhealthy { why } => write!(f, "unhealthy: {why}"),
             Self::Cleanup => f.write_str("cleanup by an operator"),
             Self::Unload => f.write_str("unload by an operator"),
             Self::Changed => f.write_str("its configuration changed"),

@@ -5,6 +5,7 @@
 //! `proc_pid_stat(5)`. Memory numbers live in `memory/`, signals in `worker/`;
 //! both walk the same [`ProcessTree`].
 
+mod effort;
 pub mod mark;
 pub mod tree;
 
@@ -15,6 +16,7 @@ use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::{fs, io};
 
+pub use effort::Effort;
 pub use tree::ProcessTree;
 
 /// 52 numbers of at most 20 digits, and a name of at most 64 bytes.
@@ -56,12 +58,8 @@ impl ProcessStat {
     /// Reads one process of another mount of `/proc`.
     #[must_use]
     pub fn read_in(proc: &Path, pid: i32) -> Option<Self> {
-        // One read into a buffer that holds any such line: `fs::read` takes
-        // several, since these files say that they are empty.
         let mut line = [0_u8; LONGEST_STAT];
-        let read = fs::File::open(proc.join(format!("{pid}/stat")))
-            .and_then(|mut file| file.read(&mut line))
-            .ok()?;
+        let read = read_stat(proc, pid, &mut line)?;
         Self::parse(&line[..read])
     }
 
@@ -113,6 +111,14 @@ impl ProcessStat {
             rss_pages: u64::try_from(rss_pages).unwrap_or(0),
         })
     }
+}
+
+/// Reads a process' line and returns its length. One read into a buffer that
+/// holds any such line: `fs::read` takes several, since these files say that
+/// they are empty.
+fn read_stat(proc: &Path, pid: i32, line: &mut [u8; LONGEST_STAT]) -> Option<usize> {
+    let file = fs::File::open(proc.join(format!("{pid}/stat")));
+    file.and_then(|mut file| file.read(line)).ok()
 }
 
 /// Every process that could be read, by pid, at one pass over `/proc`.

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use tracing::debug;
+use tracing::{debug, warn};
 
 use super::Shared;
 use super::adopt::{self, Adoptee};
@@ -11,7 +11,7 @@ use super::command::{self, Launch, Names};
 use super::output::Log;
 use super::port::{Held, Ports};
 use super::process::Process;
-use crate::model::{ModelSpec, PlacedGpu, WorkerId, WorkerRecord};
+use crate::model::{ModelSpec, PlacedGpu, ReadyCheck, WorkerId, WorkerRecord};
 
 /// Raised for workers, so that the kernel's OOM killer takes one of them
 /// before it takes residentd.
@@ -53,10 +53,10 @@ impl Body {
         let report = shared.own_file("reports")?;
         let launch = Launch::new(spec, names)?;
         let failed = |what: &'static str| move |error: std::io::Error| format!("{what}: {error}");
-        let mut log = Log::open(&shared.state_dir, spec.name.as_str(), shared.log_cap)
-            .map_err(failed("open its log"))?;
-        log.note(&format!("--- {worker} starts: {} ---", launch.program()))
-            .map_err(failed("write its log"))?;
+        let mut log = open_log(shared, worker, spec).map_err(failed("open its log"))?;
+        if let Err(error) = log.note(&format!("--- {worker} starts: {} ---", launch.program())) {
+            warn!(%worker, %error, "a log cannot be written; what the worker prints may be lost");
+        }
         // Before the spawn, so that a worker that ends at once loses no line.
         let log_from = log.skip();
         let output = log.writer().map_err(failed("open its log"))?;
@@ -134,6 +134,19 @@ impl Body {
             log,
             record,
         })
+    }
+}
+
+/// Opens the worker's log. That it cannot be kept is no reason not to start a
+/// worker, unless a line in it is what shows that it is ready.
+fn open_log(shared: &Shared, worker: &WorkerId, spec: &ModelSpec) -> std::io::Result<Log> {
+    let opened = Log::open(&shared.state_dir, spec.name.as_str(), shared.log_cap);
+    match opened {
+        Err(error) if !matches!(spec.ready, ReadyCheck::Log(_)) => {
+            warn!(%worker, %error, "a log cannot be opened; what the worker prints is lost");
+            Log::nowhere()
+        }
+        opened => opened,
     }
 }
 

@@ -5,9 +5,9 @@
 //! [`WorkerEvent`]s. The order of events of one worker is fixed:
 //!
 //! ```text
-//! Spawned ── Ready ── (Parked ── Unparked)* ── ParkFailed ──┐
-//!    │  └─── NeverReady ────────────────────────────────────┤
-//!    └──────────────────────────────────────────────────────┴── Exited   (always last, exactly once)
+//! Spawned ── Ready ── (Parked ── Unparked)* ── ParkFailed, or Unhealthy ──┐
+//!    │  └─── NeverReady ─────────────────────────────────────────────────┤
+//!    └───────────────────────────────────────────────────────────────────┴── Exited   (always last, exactly once)
 //! ```
 //!
 //! `Parked` and `Unparked` answer an order each; after a `ParkFailed` the worker
@@ -22,6 +22,7 @@ mod exit;
 mod guard;
 mod leftovers;
 mod listener;
+mod liveness;
 mod output;
 mod park;
 mod port;
@@ -52,7 +53,8 @@ pub use self::reaper::become_subreaper;
 use self::task::Life;
 pub(crate) use self::watched::readable;
 use crate::clock::Clock;
-use crate::model::{Bytes, ModelSpec, PlacedGpu, Upstream, WorkerId, WorkerRecord};
+use crate::gate::Pulse;
+use crate::model::{Ailment, Bytes, ModelSpec, PlacedGpu, Upstream, WorkerId, WorkerRecord};
 use crate::procfs::mark::{Marks, Owner};
 use crate::procfs::{ProcessKey, ProcessTree};
 use crate::telemetry;
@@ -81,7 +83,7 @@ pub struct SpawnOrder {
     /// one once it runs.
     pub origin: String,
     /// Where its events go. Unbounded because a task that reaps cannot wait;
-    /// four events at most per worker bound it, and one for each park or unpark.
+    /// five events at most per worker bound it, and one for each park or unpark.
     pub events: mpsc::UnboundedSender<WorkerEvent>,
 }
 
@@ -95,6 +97,8 @@ pub struct WorkerHandle {
     pub residence: Arc<watch::Sender<Residence>>,
     /// The last lines of its output.
     pub tail: Arc<Tail>,
+    /// What requests hear from it.
+    pub pulse: Arc<Pulse>,
 }
 
 impl WorkerHandle {
@@ -176,6 +180,14 @@ pub enum WorkerEvent {
         worker: WorkerId,
         /// How long it was waited for.
         after: Duration,
+    },
+    /// The worker runs and is of no use any more. It is left as it is until it
+    /// is told to stop.
+    Unhealthy {
+        /// Which worker.
+        worker: WorkerId,
+        /// What is wrong with it.
+        why: Ailment,
     },
     /// The whole tree is gone and reaped, or nothing could be spawned.
     Exited {
@@ -347,11 +359,14 @@ impl ProcessSpawner {
         let (residence, residences) = watch::channel(Residence::Ready);
         let tail = Arc::new(Tail::default());
         let orders = (stops, residences);
-        let life = Life::new(Arc::clone(&self.shared), order, orders, Arc::clone(&tail));
+        let pulse = Arc::new(Pulse::default());
+        let shown = (Arc::clone(&tail), Arc::clone(&pulse));
+        let life = Life::new(Arc::clone(&self.shared), order, orders, shown);
         let handle = WorkerHandle {
             stop: Arc::new(stop),
             residence: Arc::new(residence),
             tail,
+            pulse,
         };
         (life, handle)
     }

@@ -141,6 +141,17 @@ impl Process {
         }
     }
 
+    /// Sends every member a signal, and returns them.
+    pub(super) fn signal_members(&self, number: i32) -> Vec<ProcessKey> {
+        let members = self.members();
+        if let Some(signal) = Signal::from_named_raw(number) {
+            for member in &members {
+                send(*member, signal);
+            }
+        }
+        members
+    }
+
     /// Returns the members that live.
     pub(super) fn members(&self) -> Vec<ProcessKey> {
         members(&self.tree)

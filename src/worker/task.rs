@@ -6,18 +6,22 @@
 //!                     └─ ended by itself ─────┴─ ended by itself ────────────┴─ tree gone ── Exited
 //! ```
 
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures_util::FutureExt;
 use tokio::sync::{mpsc, watch};
 use tracing::{debug, info, warn};
 
 use super::adopt::Adoptee;
 use super::body::Body;
 use super::listener::{self, Owner};
+use super::liveness::Watched;
 use super::output::Tail;
 use super::{ExitStatus, Residence, Shared, SpawnOrder, Stop, WorkerEvent, park, probe};
 use crate::clock::Timestamp;
+use crate::gate::Pulse;
 use crate::model::{ModelSpec, PlacedGpu, ReadyCheck, WorkerId};
 use crate::telemetry;
 
@@ -56,6 +60,7 @@ pub(super) struct Life {
     stop: watch::Receiver<Stop>,
     residence: watch::Receiver<Residence>,
     tail: Arc<Tail>,
+    pulse: Arc<Pulse>,
 }
 
 impl Life {
@@ -63,7 +68,7 @@ impl Life {
         shared: Arc<Shared>,
         order: SpawnOrder,
         (stop, residence): (watch::Receiver<Stop>, watch::Receiver<Residence>),
-        tail: Arc<Tail>,
+        (tail, pulse): (Arc<Tail>, Arc<Pulse>),
     ) -> Self {
         let SpawnOrder {
             worker,
@@ -82,6 +87,7 @@ impl Life {
             stop,
             residence,
             tail,
+            pulse,
         }
     }
 
@@ -225,7 +231,10 @@ impl Life {
                 if was_ready && self.answers_for(body, &mut warned) {
                     return End::Ready;
                 }
-                if !was_ready && lines.iter().any(|line| pattern.is_match(line)) {
+                // Some print a sign and no end of the line.
+                let unfinished = body.log.unfinished();
+                let mut printed = lines.iter().chain([&unfinished]);
+                if !was_ready && printed.any(|line| pattern.is_match(line)) {
                     return End::Ready;
                 }
                 continue;
@@ -262,8 +271,22 @@ impl Life {
     }
 
     async fn serving(&mut self, body: &mut Body) -> End {
+        let watched = Watched {
+            worker: self.worker.clone(),
+            spec: Arc::clone(&self.spec),
+            upstream: body.record.upstream.clone(),
+            tree: Arc::clone(&body.process.tree),
+            pulse: Arc::clone(&self.pulse),
+        };
+        let ails = watched.ails(self.shared.clock);
+        let mut ails = pin!(ails.fuse());
         loop {
             tokio::select! {
+                why = &mut ails => {
+                    // What follows is not decided here.
+                    let worker = self.worker.clone();
+                    self.say(WorkerEvent::Unhealthy { worker, why });
+                }
                 _ = body.process.exited() => return End::ByItself,
                 () = stopped(&mut self.stop) => return End::Asked,
                 () = body.log.changed() => {
@@ -307,7 +330,8 @@ impl Life {
     }
 
     /// Stop signal, again half way, and when the grace is over SIGKILL to the
-    /// whole tree. What the leader leaves behind gets a little of the grace.
+    /// whole tree. What the leader leaves behind gets the signal then, and a
+    /// little of the grace.
     async fn stopping(&mut self, body: &mut Body) {
         let clock = self.shared.clock;
         let grace = self.spec.stop_timeout;
@@ -329,12 +353,15 @@ impl Life {
         }
         let stragglers = end.min(clock.instant(clock.now() + STRAGGLERS));
         let mut pause = Duration::from_millis(1);
-        while !body.process.members().is_empty() {
+        // A wrapper may have gone without a word to the server that it started.
+        let mut left = body.process.signal_members(self.spec.stop_signal);
+        while !left.is_empty() {
             tokio::select! {
                 () = killed(&mut self.stop) => return,
                 () = tokio::time::sleep_until(stragglers) => return,
                 () = tokio::time::sleep(pause) => pause = (pause * 2).min(Duration::from_millis(50)),
             }
+            left = body.process.members();
         }
     }
 

@@ -151,6 +151,12 @@ pub(crate) struct Args {
     /// Answer this many requests, then only `/health` and `/stats`.
     #[arg(long)]
     pub(crate) hang_after_requests: Option<u64>,
+    /// Answer this many requests, then stop listening and live on.
+    #[arg(long)]
+    pub(crate) close_after_requests: Option<u64>,
+    /// Answer this many requests, then take connections and never answer.
+    #[arg(long)]
+    pub(crate) mute_after_requests: Option<u64>,
     /// Print this many lines while loading.
     #[arg(long, default_value_t = 0)]
     pub(crate) spam_lines: u64,

@@ -5,6 +5,7 @@
 
 use std::convert::Infallible;
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
 use http_body_util::BodyExt;
@@ -111,6 +112,7 @@ async fn complete(
     if !knobs.delay.is_zero() {
         tokio::time::sleep(knobs.delay).await;
     }
+    compute(knobs.busy);
     if knobs.drop {
         in_flight.finish();
         return Err(BrokenOff);
@@ -132,6 +134,15 @@ async fn complete(
     } else {
         plain(&voice, knobs, reset, in_flight)
     })
+}
+
+/// Computes for so long. The worker has one thread: nobody is served meanwhile.
+fn compute(time: Duration) {
+    let started = tokio::time::Instant::now();
+    let mut sum = 0_u64;
+    while started.elapsed() < time {
+        sum = std::hint::black_box(sum.wrapping_mul(31).wrapping_add(7));
+    }
 }
 
 fn streamed(voice: Voice, knobs: Knobs, reset: ResetFlag, request: InFlight) -> Response<Answer> {

@@ -3,14 +3,19 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
 
 use serde_json::{Value, json};
 use tokio::sync::watch;
+use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
 
 use crate::args::Args;
 use crate::memory::Memory;
 use crate::sleep::Sleep;
+
+/// The last answer leaves within this time.
+pub(crate) const LAST_WORDS: Duration = Duration::from_millis(20);
 
 /// One stub worker.
 #[derive(Debug)]
@@ -89,6 +94,18 @@ impl Stub {
             number,
             finished: false,
         }
+    }
+
+    /// Waits until this many requests were answered and the last answer has
+    /// left; for ever without a number.
+    pub(crate) async fn answered(&self, most: Option<u64>) {
+        let Some(most) = most else {
+            return std::future::pending().await;
+        };
+        let mut ended = self.request_ended.subscribe();
+        // The sender lives in `self`, so this cannot fail.
+        let _ = ended.wait_for(|()| self.served() >= most).await;
+        sleep(LAST_WORDS).await;
     }
 
     /// Returns the books, for `GET /stats`.

@@ -231,6 +231,7 @@ impl Digest {
         match reason {
             EvictReason::MakeRoom { for_model, .. } => self.add(for_model.as_str()),
             EvictReason::Idle { .. }
+            | EvictReason::Unhealthy { .. }
             | EvictReason::Pressure { .. }
             | EvictReason::Ceiling { .. }
             | EvictReason::Cleanup

@@ -375,7 +375,7 @@ impl Naive {
         let lost_patience = self.models[m].line[0].since + self.patience <= self.now;
         let is_held_up = |other: &Model| match other.life {
             Life::DrainsFor(whom, since) => whom != m && since + self.patience * ALONE > self.now,
-            _ => false,
+            Life::Gone | Life::Loading | Life::Ready | Life::Unloads(_) | Life::Ending => false,
         };
         lost_patience && !self.models.iter().any(is_held_up)
     }

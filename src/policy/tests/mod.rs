@@ -4,6 +4,7 @@ mod admission;
 mod ceilings;
 mod configuring;
 mod explaining;
+mod health;
 mod leaving;
 mod parked;
 mod parking;

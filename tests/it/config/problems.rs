@@ -365,3 +365,18 @@ park = { engine = "none" }
     assert_eq!(sglang.unpark[0].path, "/resume_memory_occupation");
     assert_eq!(sglang.unpark[0].body.as_deref(), Some("{}"));
 }
+
+#[test]
+fn each_key_of_live_is_checked_and_told_by_its_path() {
+    let text = "[models.a]\ncommand = 'sh ${PORT}'\nlive = { probe = 5, timeout = '0s', failures = 0, errors = -1, stil = '1m' }\n";
+    let told = one(text).problems();
+    for problem in [
+        "models.a.live.probe: 5 is not a duration",
+        "models.a.live.timeout: is zero",
+        "models.a.live.failures: 0 is not a count",
+        "models.a.live.errors: -1 is not a count",
+        "models.a.live.stil: unknown key; did you mean \"still\"?",
+    ] {
+        assert!(told.contains(problem), "{told}");
+    }
+}

@@ -6,6 +6,7 @@ use super::super::super::testing::name;
 use super::super::super::*;
 use super::super::{MODELS, Move};
 use super::Court;
+use crate::model::Ailment;
 
 impl Court {
     pub(in super::super) fn measure(&mut self) {
@@ -78,8 +79,18 @@ impl Court {
                     deadline,
                 });
             }
+            Move::Unhealthy(m) => self.ail(m),
             _ => self.play_machine(made),
         }
+    }
+
+    fn ail(&mut self, m: usize) {
+        let worker = self.world.worker(MODELS[m]);
+        let why = Ailment::Errors {
+            times: 20,
+            status: 500,
+        };
+        self.step(Event::Unhealthy { worker, why });
     }
 
     /// What workers, neighbours and time do.
