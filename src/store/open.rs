@@ -269,6 +269,8 @@ pub(super) fn failed(path: &Path, error: redb::Error) -> StoreError {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
     use crate::model::{Bytes, Domain, Footprint, ModelName, ModelSpec};
     use crate::store::Store;
@@ -294,11 +296,11 @@ mod tests {
     /// Opens when whoever had it open before is done: its thread ends after it.
     fn reopen(folder: &Path) -> Result<Store, StoreError> {
         let mut opened = Store::open(folder, &[spec()]);
-        for _ in 0..2000 {
+        for _ in 0..20_000 {
             if !matches!(opened, Err(StoreError::Held { .. })) {
                 break;
             }
-            std::thread::yield_now();
+            std::thread::park_timeout(Duration::from_millis(1));
             opened = Store::open(folder, &[spec()]);
         }
         opened

@@ -9,6 +9,8 @@ use std::time::Duration;
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
+use crate::gpu::parked;
+use crate::support::gpu::FakeDriver;
 use crate::support::residentd::{RESIDENTD, STUB};
 use crate::support::{Residentd, kill, pause, runs, wait_until};
 
@@ -147,6 +149,46 @@ fn a_disk_that_runs_full_costs_no_worker_is_told_and_recovers() {
         residentd.worker_pid("m"),
         Some(pid),
         "its record was not lost"
+    );
+}
+
+#[test]
+fn on_a_full_disk_whoever_would_be_parked_is_ended() {
+    let disk = Disk::mount("size=8m");
+    if !disk.mounted {
+        // A unit test of the store has its half of the story without a disk.
+        return;
+    }
+    let driver = FakeDriver::new(1);
+    let models = ["red", "green"].map(|name| parked::model(&driver, name, "", parked::PARK));
+    let library = driver.library();
+    let head =
+        format!("[memory]\nlimit = \"600MiB\"\nreserve = \"16MiB\"\nnvml_library = {library:?}\n");
+    let mut residentd = Residentd::start(&(head + &models.concat()));
+    residentd.signal(Signal::SIGTERM);
+    residentd.wait();
+    let state = disk.path().join("state").display().to_string();
+    residentd.start_again(&["--state-dir", &state]);
+    let red = residentd.complete("red").worker_pid();
+    let green = residentd.complete("green").worker_pid();
+    residentd.wait_for_phase("red", "parked");
+    wait_until("the disk to be full", || {
+        fill(&disk.path().join("filler"));
+        residentd.ask("POST", "/api/v1/models/red/unpin", None);
+        let error = residentd.memory("stats")["state_error"].clone();
+        (!error.is_null()).then_some(())
+    });
+    let answer = residentd.complete("red");
+    assert_eq!(answer.status, 200, "{}", answer.text());
+    assert_eq!(answer.worker_pid(), red, "a parked one comes back");
+    assert!(!runs(green));
+    assert_eq!(residentd.eviction("green"), "park_failed");
+    let told = residentd.ask("GET", "/api/v1/events?kind=terminate&model=green", None);
+    let cause = told.json()["data"]["events"][0]["cause"].clone();
+    let cause = cause.as_str().expect("a cause");
+    assert!(
+        cause.starts_with("that it is parked cannot be written down"),
+        "{cause}"
     );
 }
 

@@ -1,6 +1,6 @@
 //! GPUs, by a fake driver library and real processes.
 
 mod ladder;
-mod parked;
+pub(crate) mod parked;
 mod placed;
 mod trouble;

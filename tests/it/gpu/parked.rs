@@ -11,7 +11,7 @@ use crate::support::{Residentd, runs, wait_until};
 
 /// A model whose worker holds 64 MiB of host RAM and 10 GiB of the one GPU, and
 /// can be parked: then it holds 160 MiB and nothing, unless flags say otherwise.
-fn model(driver: &FakeDriver, name: &str, flags: &str, park: &str) -> String {
+pub(crate) fn model(driver: &FakeDriver, name: &str, flags: &str, park: &str) -> String {
     let folder = driver.folder();
     format!(
         "[models.{name}]\ncommand = [{STUB:?}, \"--port\", \"${{PORT}}\", \"--name\", \"{name}\", \
@@ -22,7 +22,7 @@ fn model(driver: &FakeDriver, name: &str, flags: &str, park: &str) -> String {
 }
 
 /// As vLLM parks, where it is known what goes to host RAM.
-const PARK: &str =
+pub(crate) const PARK: &str =
     "park = { park = \"POST /sleep?level=1\", unpark = \"POST /wake_up\", memory = \"192MiB\" }";
 
 fn start(driver: &FakeDriver, limit: &str, models: &[String]) -> Residentd {
