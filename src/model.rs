@@ -12,10 +12,12 @@ use std::time::Duration;
 mod bytes;
 mod difference;
 mod gaps;
+mod prefetch;
 
 pub use bytes::Bytes;
 pub use difference::{ChangedModel, Difference, Takes};
 pub use gaps::{GAP_CLASSES, Gaps};
+pub use prefetch::{Prefetch, PrefetchEnd, PrefetchReason};
 
 /// What a client asks for: 1 to 128 of letters, digits and `._-/:@+`.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -327,6 +329,8 @@ pub struct ModelSpec {
     pub max_memory: Option<Bytes>,
     /// Weight files: declared, else found among the command's arguments.
     pub weights: Vec<PathBuf>,
+    /// When its files are read into the page cache ahead of its worker.
+    pub prefetch: Prefetch,
     /// Most requests in its worker at once; more wait. Absent: no bound.
     pub concurrency: Option<NonZeroU32>,
     /// Most requests waiting at once; more are turned away.
@@ -362,6 +366,7 @@ impl ModelSpec {
             vram: None,
             max_memory: None,
             weights: Vec::new(),
+            prefetch: Prefetch::Off,
             concurrency: None,
             max_queue: 256,
             queue_timeout: Duration::from_secs(60),

@@ -5,6 +5,8 @@
 //! waits for the disk and the controller may not. A write that fails is logged
 //! and costs only what would have been remembered.
 
+mod files;
+
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc as std_mpsc};
@@ -97,6 +99,7 @@ pub struct Store {
 #[derive(Debug)]
 struct Known {
     footprints: BTreeMap<String, u64>,
+    files: BTreeMap<String, String>,
     fingerprints: Fingerprints,
 }
 
@@ -129,6 +132,7 @@ enum Write {
         key: String,
         millis: u64,
     },
+    Files(files::Entry),
     /// Tells when all that was sent before is on the disk.
     Flush(std_mpsc::Sender<()>),
 }
@@ -164,6 +168,7 @@ impl Store {
         };
         let footprints = read_all(&database, FOOTPRINTS).map_err(failed)?;
         let limits = read_all(&database, LIMITS).map_err(failed)?;
+        let files = files::read(&database).map_err(failed)?;
         let name = name(&database).map_err(failed)?;
         let (writer, writes) = std_mpsc::sync_channel(WRITE_QUEUE);
         std::thread::Builder::new()
@@ -176,6 +181,7 @@ impl Store {
         Ok(Self {
             known: Arc::new(Mutex::new(Known {
                 footprints,
+                files,
                 fingerprints: Fingerprints::of(models),
             })),
             limits: Arc::new(limits),
@@ -480,6 +486,7 @@ fn commit(database: &Database, batch: &[Write]) -> Result<(), redb::Error> {
                     loads.retain(|key, _| !key.starts_with(model.as_str()))?;
                     loads.insert(key.as_str(), millis)?;
                 }
+                Write::Files(entry) => files::write(&transaction, entry)?,
                 Write::Flush(_) => {}
             }
         }

@@ -47,6 +47,7 @@ impl<'a> DecisionEntry<'a> {
     }
 }
 
+#[expect(clippy::too_many_lines, reason = "a table: one arm for each kind")]
 fn numbers(what: &What) -> Value {
     match what {
         What::Spawn {
@@ -63,6 +64,20 @@ fn numbers(what: &What) -> Value {
         What::Ready { took, reload } => {
             json!({"load_ms": took.as_millis(), "reload": reload})
         }
+        What::Prefetch {
+            read,
+            found,
+            size,
+            took,
+            end,
+            ..
+        } => json!({
+            "read": read.get(),
+            "found": found.get(),
+            "size": size.get(),
+            "took_ms": took.as_millis(),
+            "end": end.as_str(),
+        }),
         What::Wait { outlook } => outlook_numbers(outlook),
         What::Evict {
             reason,

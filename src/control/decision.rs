@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use super::{ReloadOrigin, ReloadProblem, ReloadReport};
 use crate::clock::Timestamp;
-use crate::model::{Bytes, Domain, ModelName};
+use crate::model::{Bytes, Domain, ModelName, PrefetchEnd, PrefetchReason};
 use crate::policy::{EvictReason, Expected, Outlook, PressureLevel, Refusal};
 
 /// One decision, or one thing that happened and led to some.
@@ -46,6 +46,22 @@ pub enum What {
         took: Duration,
         /// Its model had been evicted before.
         reload: bool,
+    },
+    /// Files of a model were read into the page cache, before or while its
+    /// worker starts.
+    Prefetch {
+        /// Why.
+        reason: PrefetchReason,
+        /// How much was read.
+        read: Bytes,
+        /// How much was there already, as far as it was looked.
+        found: Bytes,
+        /// Of all its files together.
+        size: Bytes,
+        /// How long it took.
+        took: Duration,
+        /// How it ended.
+        end: PrefetchEnd,
     },
     /// A request waits, and nobody is told to go for it.
     Wait {
@@ -248,6 +264,7 @@ impl LoadFailure {
 pub enum Kind {
     Spawn,
     Ready,
+    Prefetch,
     Wait,
     Evict,
     Keep,
@@ -268,9 +285,10 @@ pub enum Kind {
 
 impl Kind {
     /// Every kind.
-    pub const ALL: [Self; 18] = [
+    pub const ALL: [Self; 19] = [
         Self::Spawn,
         Self::Ready,
+        Self::Prefetch,
         Self::Wait,
         Self::Evict,
         Self::Keep,
@@ -295,6 +313,7 @@ impl Kind {
         match self {
             Self::Spawn => "spawn",
             Self::Ready => "ready",
+            Self::Prefetch => "prefetch",
             Self::Wait => "wait",
             Self::Evict => "evict",
             Self::Keep => "keep",
@@ -331,6 +350,7 @@ impl What {
         match self {
             Self::Spawn { .. } => Kind::Spawn,
             Self::Ready { .. } => Kind::Ready,
+            Self::Prefetch { .. } => Kind::Prefetch,
             Self::Wait { .. } => Kind::Wait,
             Self::Evict { .. } => Kind::Evict,
             Self::Keep { .. } => Kind::Keep,
@@ -357,6 +377,7 @@ impl What {
         Some(match self {
             Self::Spawn { reason, .. } => reason.as_str(),
             Self::Ready { reload: true, .. } => "reload",
+            Self::Prefetch { reason, .. } => reason.as_str(),
             Self::Evict { reason, .. }
             | Self::Keep { reason, .. }
             | Self::Drain { reason, .. }

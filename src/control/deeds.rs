@@ -82,6 +82,8 @@ impl Task {
                 self.counters.reclaim_shortfall += missing;
             }
             Effect::Learn { model, footprint } => self.store.learn(&model, &footprint),
+            Effect::Prefetch { model, reason } => self.prefetch(&model, reason),
+            Effect::CallOff { model } => self.files.call_off(&model),
             Effect::Forget { model, history } => self.forget_model(&model, &history),
             Effect::Finished => {
                 self.finished = true;

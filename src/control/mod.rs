@@ -11,6 +11,7 @@ mod command;
 mod decision;
 mod decisions;
 mod deeds;
+mod files;
 mod lease;
 mod obey;
 mod reload;

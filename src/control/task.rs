@@ -10,6 +10,7 @@ use tracing::{debug, info, warn};
 
 use super::answers::Answers;
 use super::command::Reply;
+use super::files::Files;
 use super::tell::Told;
 use super::{
     CleanupReport, Command, Controller, Counters, Lease, LimitSource, LogTail, ReadyWorker,
@@ -23,7 +24,7 @@ use crate::policy::{Activity, Event, Phase, Policy, Ticket};
 use crate::procfs::ProcessTree;
 use crate::store::Store;
 use crate::telemetry;
-use crate::worker::{Spawner, Stop, Tail, WorkerEvent, WorkerHandle};
+use crate::worker::{Spawner, Stop, Survey, Tail, WorkerEvent, WorkerHandle};
 
 /// Arrivals handled before the next snapshot is published, so that a burst
 /// costs one snapshot and a quiet moment shows each step.
@@ -75,6 +76,7 @@ pub fn start(parts: Parts) -> Controller {
         routes: Arc::clone(&parts.routes),
         spawner: parts.spawner,
         memory: parts.memory,
+        files: Files::new(Survey::start(parts.clock)),
         store: parts.store,
         events: events_in,
         signals: signals_in.clone(),
@@ -101,6 +103,8 @@ pub fn start(parts: Parts) -> Controller {
         next_serial: 0,
         seq: 0,
     };
+    task.files
+        .look_at(task.policy.models().values().map(|m| &m.spec));
     task.take_reading();
     let (publish, snapshots) = watch::channel(Arc::new(task.snapshot()));
     let handle = Controller::from_parts(
@@ -231,6 +235,7 @@ pub(super) struct Task {
     pub(super) routes: Arc<Routes>,
     pub(super) spawner: Arc<dyn Spawner>,
     pub(super) memory: Arc<dyn MemorySource>,
+    pub(super) files: Files,
     pub(super) store: Store,
     pub(super) events: mpsc::UnboundedSender<WorkerEvent>,
     pub(super) signals: mpsc::UnboundedSender<Signal>,
@@ -294,6 +299,8 @@ impl Task {
                 }
             }
             WorkerEvent::Ready { worker, upstream } => self.worker_ready(&worker, upstream),
+            WorkerEvent::Used { worker, files } => self.keep_files(&worker.model, &files),
+            WorkerEvent::Prefetched(report) => self.prefetched(&report),
             WorkerEvent::NeverReady { worker, after } => {
                 warn!(%worker, after_s = after.as_secs_f64(), "worker missed its start deadline");
                 let last_lines = self.tail_of(&worker.model, ERROR_LINES).lines;
@@ -313,6 +320,7 @@ impl Task {
                 let verdict = (status.as_str(), !out_of_memory.is_empty());
                 self.tell_exit(&worker, &exit, verdict);
                 self.bury(&worker);
+                self.files.look_again();
                 self.memory.forget(&worker);
                 let from = last_lines.len().saturating_sub(ERROR_LINES);
                 last_lines.drain(..from);
@@ -360,6 +368,7 @@ impl Task {
         }
         self.tell(worker, what);
         self.memory.loaded(worker);
+        self.files.look_again();
         self.memory.sample_now();
         self.feed(Event::Ready {
             worker: worker.clone(),
@@ -450,6 +459,7 @@ impl Task {
         self.oom.notice(self.clock.now(), self.reading.host.oom);
         let measured = self.measured();
         self.feed(Event::Measured(measured));
+        self.mind_files();
         self.tell_refusals();
     }
 

@@ -15,6 +15,7 @@
 //! | `placement` | which GPUs a model goes to |
 //! | `eviction` | who goes to make room, by `lru` or by `cost` |
 //! | `reuse` | what it would cost that a worker goes |
+//! | `prefetch` | whose files are read ahead, and how much memory there is for it |
 //! | `patience` | when busy workers are drained to make room |
 //! | `pressure` | how tight memory is |
 //! | `relief` | who goes for idleness, pressure, or an operator's cleanup |
@@ -35,6 +36,7 @@ mod ledger;
 mod lifecycle;
 mod patience;
 mod placement;
+mod prefetch;
 mod pressure;
 mod relief;
 mod reuse;
@@ -219,6 +221,7 @@ impl Policy {
             Event::Shutdown { until } => self.begin_shutdown(until, &mut out),
         }
         self.follow_up(now, &mut out);
+        self.prefetch(&mut out);
         debug_assert_eq!(self.check(), Ok(()), "a law of the policy is broken");
         out
     }

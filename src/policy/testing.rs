@@ -139,6 +139,8 @@ impl World {
                 | Effect::Resume { .. }
                 | Effect::Learn { .. }
                 | Effect::Forget { .. }
+                | Effect::Prefetch { .. }
+                | Effect::CallOff { .. }
                 | Effect::Finished => {}
             }
         }

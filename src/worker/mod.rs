@@ -5,18 +5,20 @@
 //! [`WorkerEvent`]s. The order of events of one worker is fixed:
 //!
 //! ```text
-//! Spawned ── Ready ──────────────┐
+//! Spawned ── Ready ──── Used ────┐
 //!    │  └─── NeverReady ─────────┤
 //!    └───────────────────────────┴── Exited   (always last, exactly once)
 //! ```
 //!
-//! `Exited` means that the whole tree is gone and reaped, not just the leader.
+//! `Used` may be missing. `Exited` means that the whole tree is gone and reaped, not just the leader.
+//! `Prefetched` tells of a model's files, with or without a worker.
 
 mod command;
 mod leftovers;
 mod listener;
 mod output;
 mod port;
+mod prefetch;
 mod probe;
 mod process;
 mod reaper;
@@ -36,6 +38,9 @@ use tokio::sync::{mpsc, watch};
 pub use self::leftovers::{end_left_behind, end_orphans};
 pub use self::output::{TAIL_LINES, Tail};
 use self::port::Ports;
+pub use self::prefetch::{
+    Cached, CachedModels, PrefetchOrder, PrefetchReport, Prefetching, Survey,
+};
 use self::reaper::Leaders;
 pub use self::reaper::become_subreaper;
 use self::task::Life;
@@ -64,7 +69,7 @@ pub struct SpawnOrder {
     /// The GPUs it is placed on.
     pub gpus: Vec<PlacedGpu>,
     /// Where its events go. Unbounded because a task that reaps cannot wait;
-    /// four events at most per worker bound it.
+    /// five events at most per worker bound it.
     pub events: mpsc::UnboundedSender<WorkerEvent>,
 }
 
@@ -123,6 +128,15 @@ pub enum WorkerEvent {
         /// Where it answers.
         upstream: Upstream,
     },
+    /// Which files it maps or has open, some time after it was ready.
+    Used {
+        /// Which worker.
+        worker: WorkerId,
+        /// Regular files of some size that it only reads, each once.
+        files: Vec<PathBuf>,
+    },
+    /// What became of reading a model's files ahead.
+    Prefetched(PrefetchReport),
     /// The start deadline passed; the worker task is ending the tree.
     NeverReady {
         /// Which worker.

@@ -17,6 +17,7 @@ use super::command::{self, Launch, Names};
 use super::listener::{self, Owner};
 use super::output::{Log, Tail};
 use super::port::Held;
+use super::prefetch::Used;
 use super::process::Process;
 use super::{ExitStatus, Shared, SpawnOrder, Stop, WorkerEvent, probe};
 use crate::clock::Timestamp;
@@ -109,6 +110,7 @@ impl Life {
             }
         };
         let tree = Arc::clone(&body.process.tree);
+        let mut used = Used::watch(Arc::clone(&tree));
         self.say(WorkerEvent::Spawned {
             worker: self.worker.clone(),
             tree,
@@ -121,7 +123,8 @@ impl Life {
                 worker: self.worker.clone(),
                 upstream: body.upstream.clone(),
             });
-            end = self.serving(&mut body).await;
+            used.ready();
+            end = self.serving(&mut body, &mut used).await;
         }
         match end {
             End::Ready | End::ByItself => {}
@@ -218,7 +221,7 @@ impl Life {
         owner != Owner::Stranger
     }
 
-    async fn serving(&mut self, body: &mut Body) -> End {
+    async fn serving(&mut self, body: &mut Body, used: &mut Used) -> End {
         loop {
             tokio::select! {
                 _ = body.process.exited() => return End::ByItself,
@@ -226,6 +229,10 @@ impl Life {
                 () = body.log.changed() => {
                     body.log.drain(&self.tail).await;
                 }
+                files = used.found() => self.say(WorkerEvent::Used {
+                    worker: self.worker.clone(),
+                    files,
+                }),
             }
         }
     }

@@ -191,7 +191,9 @@ impl Court {
                 }
                 self.moving.insert(worker);
             }
-            Effect::Reclaimed { .. }
+            Effect::Prefetch { .. } => unreachable!("no model here has its files read"),
+            Effect::CallOff { .. }
+            | Effect::Reclaimed { .. }
             | Effect::Learn { .. }
             | Effect::Forget { .. }
             | Effect::Finished => {}

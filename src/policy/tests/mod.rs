@@ -6,3 +6,4 @@ mod configuring;
 mod explaining;
 mod leaving;
 mod patience;
+mod prefetching;

@@ -109,6 +109,8 @@ impl Machine {
             Effect::Reclaimed { .. }
             | Effect::Learn { .. }
             | Effect::Forget { .. }
+            | Effect::Prefetch { .. }
+            | Effect::CallOff { .. }
             | Effect::Finished => {}
         }
         None

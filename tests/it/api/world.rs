@@ -218,6 +218,7 @@ fn stopped(spec: Arc<ModelSpec>) -> ModelView {
         last_error: None,
         retry_at: None,
         file_size: Bytes::ZERO,
+        cached: None,
     }
 }
 
