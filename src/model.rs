@@ -249,6 +249,8 @@ pub enum ReadyCheck {
     },
     /// The port accepts a connection.
     Tcp,
+    /// It says so itself, by `sd_notify`.
+    Notify,
     /// A line of the worker's output matches.
     Log(regex::Regex),
 }

@@ -204,6 +204,7 @@ impl Task {
         if let Some(ready) = &live.ready {
             ready.gate.close();
             ready.closing.cancel();
+            ready.opened.close();
         }
         live.handle
             .stop(if kill { Stop::Kill } else { Stop::Graceful });

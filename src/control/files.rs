@@ -20,7 +20,7 @@ use crate::policy::Phase;
 use crate::worker::{Cached, CachedModels, PrefetchOrder, PrefetchReport, Prefetching, Survey};
 
 /// Between two looks for something to read in idle time.
-const IDLE_EVERY: Duration = Duration::from_secs(10);
+const IDLE_EVERY: Duration = Duration::from_secs(5);
 /// A model whose files were read in idle time is left alone for this long:
 /// when the kernel has dropped them again there was better use for the memory.
 const IDLE_AGAIN: Duration = Duration::from_secs(600);

@@ -44,6 +44,7 @@ pub use crate::policy::{
     CleanupReport, EvictReason, Expectation, Expected, ExpectedSource, Explanation, Holder,
     Outlook, Phase, PressureLevel, Protection, Refusal, Shortage, Skip, Skipped, Why,
 };
+pub use crate::worker::{Opened, Stream};
 
 /// Commands waiting at most. A full queue is answered with `503 overloaded`:
 /// the controller handles a command in microseconds, so thousands waiting

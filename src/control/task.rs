@@ -24,7 +24,7 @@ use crate::policy::{Activity, Event, Phase, Policy, Ticket};
 use crate::procfs::ProcessTree;
 use crate::store::Store;
 use crate::telemetry;
-use crate::worker::{Spawner, Stop, Survey, Tail, WorkerEvent, WorkerHandle};
+use crate::worker::{Opened, Spawner, Stop, Survey, Tail, WorkerEvent, WorkerHandle};
 
 /// Arrivals handled before the next snapshot is published, so that a burst
 /// costs one snapshot and a quiet moment shows each step.
@@ -298,7 +298,11 @@ impl Task {
                     self.memory.sample_now();
                 }
             }
-            WorkerEvent::Ready { worker, upstream } => self.worker_ready(&worker, upstream),
+            WorkerEvent::Ready {
+                worker,
+                upstream,
+                opened,
+            } => self.worker_ready(&worker, upstream, opened),
             WorkerEvent::Used { worker, files } => self.keep_files(&worker.model, &files),
             WorkerEvent::Prefetched(report) => self.prefetched(&report),
             WorkerEvent::NeverReady { worker, after } => {
@@ -337,7 +341,7 @@ impl Task {
         }
     }
 
-    fn worker_ready(&mut self, worker: &WorkerId, upstream: Upstream) {
+    fn worker_ready(&mut self, worker: &WorkerId, upstream: Upstream, opened: Opened) {
         let model = &self.policy.models()[&worker.model];
         if model.phase != Phase::Starting || model.generation != worker.generation {
             return;
@@ -348,6 +352,10 @@ impl Task {
         let now = self.clock.now();
         debug!(%worker, %upstream, "worker answers");
         let took = now.since(model.since);
+        if model.queue.iter().all(|waiter| !waiter.wants_lease) {
+            // A server with one thread would wait for a request on it.
+            opened.close();
+        }
         let what = What::Ready {
             took,
             reload: model.history.evicted,
@@ -357,6 +365,7 @@ impl Task {
         let ready = Arc::new(ReadyWorker {
             id: worker.clone(),
             upstream,
+            opened,
             gate: Gate::open(now, model.spec.concurrency),
             closing: CancellationToken::new(),
             serial: self.next_serial,

@@ -16,6 +16,8 @@
 mod command;
 mod leftovers;
 mod listener;
+mod notify;
+mod opened;
 mod output;
 mod port;
 mod prefetch;
@@ -36,6 +38,7 @@ use std::time::Duration;
 use tokio::sync::{mpsc, watch};
 
 pub use self::leftovers::{end_left_behind, end_orphans};
+pub use self::opened::{Opened, Stream};
 pub use self::output::{TAIL_LINES, Tail};
 use self::port::Ports;
 pub use self::prefetch::{
@@ -127,6 +130,8 @@ pub enum WorkerEvent {
         worker: WorkerId,
         /// Where it answers.
         upstream: Upstream,
+        /// The connection that it has answered on.
+        opened: Opened,
     },
     /// Which files it maps or has open, some time after it was ready.
     Used {

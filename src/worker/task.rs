@@ -15,6 +15,8 @@ use tracing::{debug, info, warn};
 
 use super::command::{self, Launch, Names};
 use super::listener::{self, Owner};
+use super::notify::{self, Notices};
+use super::opened::Opened;
 use super::output::{Log, Tail};
 use super::port::Held;
 use super::prefetch::Used;
@@ -22,6 +24,7 @@ use super::process::Process;
 use super::{ExitStatus, Shared, SpawnOrder, Stop, WorkerEvent, probe};
 use crate::clock::Timestamp;
 use crate::model::{ModelSpec, PlacedGpu, ReadyCheck, Upstream, WorkerId};
+use crate::procfs::ProcessTree;
 
 /// At most one probe in this time, however many lines a worker prints.
 const PROBE_GAP: Duration = Duration::from_millis(2);
@@ -122,6 +125,7 @@ impl Life {
             self.say(WorkerEvent::Ready {
                 worker: self.worker.clone(),
                 upstream: body.upstream.clone(),
+                opened: std::mem::take(&mut body.opened),
             });
             used.ready();
             end = self.serving(&mut body, &mut used).await;
@@ -174,6 +178,7 @@ impl Life {
         let deadline = clock.instant(since + self.spec.start_timeout);
         let mut warned = false;
         let mut probed = Timestamp::START;
+        let tree = Arc::clone(&body.process.tree);
         loop {
             let waited = clock.now().since(since);
             let poll = (waited / 50).clamp(POLL.0, POLL.1);
@@ -182,6 +187,7 @@ impl Life {
                 _ = body.process.exited() => return End::ByItself,
                 () = stopped(&mut self.stop) => return End::Asked,
                 () = tokio::time::sleep_until(deadline) => return End::NeverReady,
+                () = noticed(body.notices.as_ref(), &tree) => return End::Ready,
                 () = body.log.changed() => lines = body.log.drain(&self.tail).await,
                 () = tokio::time::sleep(poll) => lines = body.log.drain(&self.tail).await,
             }
@@ -189,6 +195,9 @@ impl Life {
                 if lines.iter().any(|line| pattern.is_match(line)) {
                     return End::Ready;
                 }
+                continue;
+            }
+            if body.notices.is_some() {
                 continue;
             }
             let gap = PROBE_GAP.saturating_sub(clock.now().since(probed));
@@ -203,7 +212,10 @@ impl Life {
                 () = tokio::time::sleep_until(deadline) => return End::NeverReady,
             };
             probed = clock.now();
-            if passes && self.answers_for(body, &mut warned) {
+            if let Some(opened) = passes
+                && self.answers_for(body, &mut warned)
+            {
+                body.opened = Opened::new(opened);
                 return End::Ready;
             }
         }
@@ -288,6 +300,14 @@ impl Life {
     }
 }
 
+/// Waits until the worker says that it is ready, where it is to say so.
+async fn noticed(notices: Option<&Notices>, tree: &ProcessTree) {
+    match notices {
+        Some(notices) => notices.ready(tree).await,
+        None => std::future::pending().await,
+    }
+}
+
 /// Waits until the worker is to stop.
 async fn stopped(stop: &mut watch::Receiver<Stop>) {
     wait_for(stop, Stop::Graceful).await;
@@ -310,6 +330,10 @@ struct Body {
     process: Process,
     log: Log,
     upstream: Upstream,
+    /// Where it says that it is ready, when it is to say so.
+    notices: Option<Notices>,
+    /// The connection of the probe that it passed.
+    opened: Opened,
     port: Option<Held>,
     socket: Option<PathBuf>,
     report: PathBuf,
@@ -338,6 +362,9 @@ impl Body {
             gpus,
         };
         let report = shared.own_file("reports")?;
+        let notices = matches!(spec.ready, ReadyCheck::Notify)
+            .then(|| Notices::listen(shared.socket()?).map_err(text))
+            .transpose()?;
         let launch = Launch::new(spec, names)?;
         let failed = |what: &'static str| move |error: std::io::Error| format!("{what}: {error}");
         let mut log = Log::open(&shared.state_dir, spec.name.as_str(), shared.log_cap)
@@ -350,6 +377,11 @@ impl Body {
         let errors = output.try_clone().map_err(failed("open its log"))?;
         let mark = shared.owner.mark(worker);
         let mut command = launch.command(&mark, &report, output, errors);
+        // Never that of residentd itself.
+        command.env_remove(notify::VARIABLE);
+        if let Some(notices) = &notices {
+            command.env(notify::VARIABLE, notices.path());
+        }
         // Held until the child is noted, so that the reaper leaves it alone.
         let mut leaders = shared.leaders.lock();
         let child = command
@@ -373,6 +405,8 @@ impl Body {
                 process,
                 log,
                 upstream: launch.upstream,
+                notices,
+                opened: Opened::default(),
                 port,
                 socket,
                 report,

@@ -11,6 +11,7 @@ mod gpu;
 mod memory;
 mod patience;
 mod policies;
+mod prefetch;
 mod pressure;
 mod proxy;
 mod reload;

@@ -28,8 +28,6 @@ const PIECE: usize = 1 << 20;
 const READERS: usize = 4;
 /// Niceness of readers: the worker that starts comes first.
 const NICE: i32 = 10;
-/// The same while nobody waits.
-const NICE_IDLE: i32 = 19;
 /// `IOPRIO_PRIO_VALUE(IOPRIO_CLASS_IDLE, 0)`; see `ioprio_set(2)`.
 const IO_IDLE: libc::c_long = 3 << 13;
 /// `IOPRIO_WHO_PROCESS`.
@@ -207,9 +205,8 @@ impl Job<'_> {
 
 /// Lets everybody else go first; the priorities are this thread's own.
 pub(super) fn give_way(urgent: bool) {
-    let nice = if urgent { NICE } else { NICE_IDLE };
     // Without it reading is no gentler, and all the same right.
-    if let Err(error) = setpriority_process(None, nice) {
+    if let Err(error) = setpriority_process(None, NICE) {
         debug!(%error, "a reader has the priority of residentd itself");
     }
     if !urgent {

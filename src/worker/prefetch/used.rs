@@ -35,7 +35,8 @@ const NO_DISK: [&str; 4] = ["/proc/", "/dev/", "/sys/", "/memfd:"];
 #[derive(Debug)]
 pub(crate) struct Used {
     ready: Option<oneshot::Sender<()>>,
-    found: oneshot::Receiver<Vec<PathBuf>>,
+    /// Absent once it was taken or cannot come any more.
+    found: Option<oneshot::Receiver<Vec<PathBuf>>>,
 }
 
 impl Used {
@@ -51,7 +52,7 @@ impl Used {
         });
         Self {
             ready: Some(ready),
-            found,
+            found: Some(found),
         }
     }
 
@@ -65,7 +66,12 @@ impl Used {
 
     /// Waits for the files; for ever when they were given.
     pub(crate) async fn found(&mut self) -> Vec<PathBuf> {
-        match (&mut self.found).await {
+        let Some(found) = &mut self.found else {
+            return std::future::pending().await;
+        };
+        let files = found.await;
+        self.found = None;
+        match files {
             Ok(files) => files,
             Err(_) => std::future::pending().await,
         }

@@ -242,6 +242,7 @@ fn gemma() -> ModelView {
                 generation: 3,
             },
             upstream: Upstream::Tcp(SocketAddr::from(([127, 0, 0, 1], 9))),
+            opened: Opened::default(),
             gate,
             closing: CancellationToken::new(),
             serial: 1,
@@ -284,6 +285,7 @@ fn gemma() -> ModelView {
         }),
         last_load: Some(Duration::from_millis(2500)),
         file_size: Bytes::mib(512),
+        cached: Some(Bytes::mib(384)),
         ..stopped(spec)
     }
 }
