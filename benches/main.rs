@@ -26,7 +26,7 @@ fn main() {
         .skip(1)
         .filter(|argument| !argument.starts_with('-'))
         .collect();
-    let all: [(&str, fn()); 9] = [
+    let all: [(&str, fn()); 10] = [
         ("S21", policy::steps),
         ("policies", policies::waits),
         ("S20", measuring::passes),
@@ -36,6 +36,7 @@ fn main() {
         ("S11", serving::readiness),
         ("S12", respawn::spawn),
         ("S14", respawn::warm),
+        ("A41", serving::noticed_exit),
     ];
     for (name, bench) in all {
         if wanted.is_empty() || wanted.iter().any(|wanted| wanted == name) {

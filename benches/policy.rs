@@ -72,11 +72,7 @@ impl World {
             });
             world.workers.push(worker);
         }
-        let idle = Activity {
-            inside: 0,
-            last_left: world.now,
-            last_entered: world.now,
-        };
+        let idle = Activity::opened(world.now);
         let workers = world.workers.clone();
         world
             .policy

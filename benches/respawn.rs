@@ -68,6 +68,7 @@ async fn spawns(folder: &Path) -> f64 {
             worker,
             spec: Arc::clone(&spec),
             gpus: Vec::new(),
+            origin: String::new(),
             events,
         });
         let first = told.recv().await;

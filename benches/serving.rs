@@ -4,10 +4,11 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
 use std::process::{Command, Stdio};
 
+use residentd::clock::Clock;
 use serde_json::json;
 
 use crate::support::residentd::STUB;
-use crate::support::{Residentd, now, request};
+use crate::support::{Residentd, kill, now, request, wait_until};
 use crate::{median, micros, millis, print};
 
 const ROUNDS: usize = 7;
@@ -171,4 +172,26 @@ pub(crate) fn readiness() {
             "ms",
         );
     }
+}
+
+/// A41: from SIGKILL to a worker that serves, to the moment at which its end is
+/// told, by one clock; the goal as base.
+pub(crate) fn noticed_exit() {
+    let residentd = residentd("400MiB", &model("a", ""));
+    let clock = Clock::start();
+    let took = (0..SWAPS).map(|_| {
+        // By hand, since it has to rest when it has crashed again.
+        residentd.ask("POST", "/api/v1/models/a/load", None);
+        let pid = residentd.complete("a").worker_pid();
+        let killed = clock.unix(clock.now());
+        kill(pid, nix::sys::signal::Signal::SIGKILL);
+        let told = wait_until("the end to be told", || {
+            let path = "/api/v1/events?kind=exit&model=a";
+            let events = residentd.ask("GET", path, None).json();
+            let last = events["data"]["events"].as_array()?.last()?["at"].as_f64()?;
+            (last > killed).then_some(last)
+        });
+        (told - killed) * 1e3
+    });
+    print("A41-exit-noticed", median(took.collect()), 10.0, "ms");
 }

@@ -1,13 +1,15 @@
 //! Builds everything, binds the listeners, and takes it apart again.
 //!
-//! Order of the start: store, instruments, policy, controller, listeners. A
-//! listener is bound before the first worker is spawned, so that a port that
-//! is taken costs no model load. Order of the end: the controller refuses new
-//! work and drains, workers end, listeners close.
+//! Order of the start: store, workers of an earlier residentd, instruments,
+//! policy, controller, listeners. A listener is bound before the first worker is
+//! spawned, so that a port that is taken costs no model load. Order of the end:
+//! the controller refuses new work and drains, workers end, listeners close.
 
 mod inputs;
+mod keeper;
 mod listen;
 mod reload;
+mod survivors;
 mod watch;
 
 use std::collections::BTreeMap;
@@ -19,9 +21,11 @@ use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
 
 use self::inputs::Defaults;
+use self::keeper::Keeper;
 pub use self::listen::address_text;
 use self::listen::{Server, bind, listen};
 use self::reload::{Grace, Reloading, proxy_settings};
+pub use self::survivors::keep_guard;
 use crate::api::{self, ApiState};
 use crate::clock::Clock;
 use crate::config::{Config, Listen, Sources, diff};
@@ -34,7 +38,7 @@ use crate::proxy::{AccessLog, Proxy};
 pub use crate::store::Learned;
 use crate::store::{Store, StoreError};
 use crate::telemetry;
-use crate::worker::{self, ProcessSpawner, WorkerSettings};
+use crate::worker::{self, Adoptee, Guard, ProcessSpawner, WorkerSettings};
 
 /// The access log is this long at most, and one as long is kept beside it.
 const ACCESS_LOG: u64 = 64 << 20;
@@ -68,6 +72,9 @@ pub enum AppError {
         /// Why.
         source: std::io::Error,
     },
+    /// Workers are not to outlive residentd, and nobody could be found to see to it.
+    #[error("start the guard that ends workers with residentd")]
+    Guard(#[source] std::io::Error),
     /// The state could not be opened.
     #[error("open state")]
     Store(#[from] StoreError),
@@ -87,9 +94,11 @@ pub struct Options {
 pub struct App {
     controller: Controller,
     store: Store,
+    keeper: Arc<Keeper>,
     access: Option<AccessLog>,
     clock: Clock,
     options: Options,
+    guard: Option<Arc<Guard>>,
     addresses: Vec<Listen>,
     reloader: Reloader,
     grace: Arc<Grace>,
@@ -118,16 +127,23 @@ impl App {
         let store = Store::open(&config.server.state_dir, &config.models)?;
         let access = access_log(&config)?;
         let owner = Owner::this_process(store.name().to_owned());
-        // The state is held by us now: whoever held it before is no more.
-        worker::end_left_behind(&owner, clock).await;
+        let adoptees = survivors::find(&config, &store, &owner, clock).await;
+        let ready = survivors::ready(&adoptees);
+        let spawner = spawner(&config, owner.clone(), clock, options);
+        let guard = match options.owns_process && !config.server.adopt {
+            true => Some(survivors::start_guard(&spawner, &config, &owner)?),
+            false => None,
+        };
         let (controller, defaults) =
-            start_controller(&config, store.clone(), owner, clock, options);
+            start_controller(&config, store.clone(), spawner, clock, adoptees);
+        survivors::settle(&controller, ready).await;
         let proxy =
             Proxy::new(controller.clone(), proxy_settings(&config)).with_access_log(access.clone());
         let (reloader, requests) = Reloader::channel();
+        let state = ApiState::new(controller.clone(), Some(reloader.clone()));
         let server = Server {
             proxy: proxy.clone(),
-            api: api::router(ApiState::new(controller.clone(), Some(reloader.clone()))),
+            api: api::router(state.with_past(keeper::past(&store))),
             closing: CancellationToken::new(),
             connections: tokio_util::task::TaskTracker::new(),
         };
@@ -150,11 +166,13 @@ impl App {
         };
         telemetry::spawn("reload", reloading.run(requests));
         let app = Self {
+            keeper: Keeper::start(&controller, store.clone()),
             controller,
             store,
             access,
             clock,
             options,
+            guard,
             addresses,
             reloader,
             grace,
@@ -208,9 +226,20 @@ impl App {
     /// grace while the first call waits.
     pub async fn shutdown(&self, grace: Duration) {
         self.controller.shutdown(grace).await;
+        if let Some(guard) = &self.guard {
+            guard.dismiss().await;
+        }
         if self.options.owns_process {
             worker::end_orphans(self.clock).await;
         }
+        self.close().await;
+    }
+
+    /// Writes what is to be kept and closes the listeners. Workers are left as
+    /// they are: those that still run then are taken back by the next residentd
+    /// with this state.
+    pub async fn close(&self) {
+        self.keeper.keep();
         let (store, access) = (self.store.clone(), self.access.clone());
         // Only a panic of it could fail, which has been told.
         let _ = tokio::task::spawn_blocking(move || {
@@ -257,14 +286,21 @@ fn access_log(config: &Config) -> Result<Option<AccessLog>, AppError> {
     }
 }
 
+fn spawner(config: &Config, owner: Owner, clock: Clock, options: Options) -> ProcessSpawner {
+    worker::become_subreaper();
+    ProcessSpawner::new(WorkerSettings {
+        reap_all: options.owns_process,
+        ..WorkerSettings::new(clock, config.server.state_dir.clone(), owner)
+    })
+}
+
 fn start_controller(
     config: &Config,
     store: Store,
-    owner: Owner,
+    spawner: ProcessSpawner,
     clock: Clock,
-    options: Options,
+    adoptees: Vec<Adoptee>,
 ) -> (Controller, Defaults) {
-    worker::become_subreaper();
     let sampler = Sampler::start(
         clock,
         SamplerSettings {
@@ -284,10 +320,7 @@ fn start_controller(
         footprint: store.footprint(&spec.name),
     });
     let policy = Policy::new(settings, setups);
-    let spawner = ProcessSpawner::new(WorkerSettings {
-        reap_all: options.owns_process,
-        ..WorkerSettings::new(clock, config.server.state_dir.clone(), owner)
-    });
+    let first_decision = keeper::next_id(&store);
     let controller = control::start(control::Parts {
         policy,
         routes: Arc::new(Routes::new(config.models.iter().cloned())),
@@ -297,6 +330,8 @@ fn start_controller(
         clock,
         limit_source,
         auto_cleanup: config.memory.auto_cleanup,
+        first_decision,
+        adoptees,
         config_hash: diff::hash(config),
     });
     (controller, defaults)

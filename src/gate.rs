@@ -14,9 +14,13 @@
 //! 31..0            requests inside
 //! ```
 
+mod pulse;
+
 use std::num::NonZeroU32;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
+
+pub use pulse::{Pulse, PulseReading, Visit};
 
 use crate::clock::Timestamp;
 use crate::model::{GAP_CLASSES, Gaps};

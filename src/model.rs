@@ -6,18 +6,27 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::num::NonZeroU32;
 use std::path::PathBuf;
+use std::str::FromStr;
 use std::sync::Arc;
 use std::time::Duration;
 
 mod bytes;
 mod difference;
+mod fingerprint;
 mod gaps;
+mod health;
+mod park;
 mod prefetch;
+mod record;
 
 pub use bytes::Bytes;
 pub use difference::{ChangedModel, Difference, Takes};
+pub use fingerprint::Fingerprint;
 pub use gaps::{GAP_CLASSES, Gaps};
+pub use health::{Ailment, Live};
+pub use park::{ParkCall, ParkSpec};
 pub use prefetch::{Prefetch, PrefetchEnd, PrefetchReason};
+pub use record::WorkerRecord;
 
 /// What a client asks for: 1 to 128 of letters, digits and `._-/:@+`.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -92,6 +101,23 @@ impl fmt::Display for Domain {
         match self {
             Self::Host => f.write_str("host"),
             Self::Gpu(index) => write!(f, "gpu:{index}"),
+        }
+    }
+}
+
+/// Why a text names no domain.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("a domain is host, or gpu: and an index")]
+pub struct InvalidDomain;
+
+impl FromStr for Domain {
+    type Err = InvalidDomain;
+
+    fn from_str(text: &str) -> Result<Self, InvalidDomain> {
+        match text.strip_prefix("gpu:") {
+            Some(index) => index.parse().map(Self::Gpu).map_err(|_| InvalidDomain),
+            None if text == "host" => Ok(Self::Host),
+            None => Err(InvalidDomain),
         }
     }
 }
@@ -274,6 +300,24 @@ pub enum Upstream {
     Unix(PathBuf),
 }
 
+/// Why a text names no upstream.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("an upstream is http://ADDRESS:PORT or unix:PATH")]
+pub struct InvalidUpstream;
+
+/// Reads what is shown of one.
+impl FromStr for Upstream {
+    type Err = InvalidUpstream;
+
+    fn from_str(text: &str) -> Result<Self, InvalidUpstream> {
+        match (text.strip_prefix("http://"), text.strip_prefix("unix:")) {
+            (Some(address), _) => address.parse().map(Self::Tcp).map_err(|_| InvalidUpstream),
+            (None, Some(path)) => Ok(Self::Unix(PathBuf::from(path))),
+            (None, None) => Err(InvalidUpstream),
+        }
+    }
+}
+
 impl fmt::Display for Upstream {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -309,6 +353,8 @@ pub struct ModelSpec {
     pub upstream: UpstreamSpec,
     /// How it shows that it can answer.
     pub ready: ReadyCheck,
+    /// How it is watched once it does.
+    pub live: Live,
     /// Longest time from spawn to ready.
     pub start_timeout: Duration,
     /// Grace between the stop signal and SIGKILL of the tree.
@@ -329,6 +375,8 @@ pub struct ModelSpec {
     pub vram: Option<Bytes>,
     /// A ceiling of its own for host RAM: over it, recycled when idle.
     pub max_memory: Option<Bytes>,
+    /// How its worker gives memory back while it lives; absent when it cannot.
+    pub park: Option<Arc<ParkSpec>>,
     /// Weight files: declared, else found among the command's arguments.
     pub weights: Vec<PathBuf>,
     /// When its files are read into the page cache ahead of its worker.
@@ -357,6 +405,7 @@ impl ModelSpec {
             variables: Arc::default(),
             upstream: UpstreamSpec::Tcp("127.0.0.1:${PORT}".into()),
             ready: ReadyCheck::Tcp,
+            live: Live::default(),
             start_timeout: Duration::from_secs(120),
             stop_timeout: Duration::from_secs(10),
             stop_signal: 15,
@@ -367,6 +416,7 @@ impl ModelSpec {
             gpus: GpuRequest::None,
             vram: None,
             max_memory: None,
+            park: None,
             weights: Vec::new(),
             prefetch: Prefetch::Off,
             concurrency: None,

@@ -82,6 +82,14 @@ pub enum Fault {
         "no `model` in the first {0} of the body: put it first, or name it in the header x-model"
     )]
     PrefixTooLong(Bytes),
+    /// The path parks or unparks the worker, which is not for clients to do.
+    #[error("{path} parks or unparks the worker of {model}: only residentd calls it")]
+    ParkPath {
+        /// Whose worker.
+        model: ModelName,
+        /// What was asked for.
+        path: String,
+    },
     /// The worker could not be reached or broke before it answered.
     #[error("the worker of {model} broke before it answered: {cause}")]
     WorkerBroke {
@@ -110,6 +118,7 @@ impl Fault {
         match self {
             Self::BadRequest(_) | Self::NoModel => StatusCode::BAD_REQUEST,
             Self::ModelNotFound { .. } => StatusCode::NOT_FOUND,
+            Self::ParkPath { .. } => StatusCode::FORBIDDEN,
             Self::BodyTooLarge(_) | Self::PrefixTooLong(_) => StatusCode::PAYLOAD_TOO_LARGE,
             Self::WorkerBroke { .. } => StatusCode::BAD_GATEWAY,
             Self::Refused(refusal) => status_of(refusal),
@@ -122,6 +131,7 @@ impl Fault {
         match self {
             Self::BadRequest(_) | Self::NoModel => "bad_request",
             Self::ModelNotFound { .. } => "model_not_found",
+            Self::ParkPath { .. } => "forbidden",
             Self::BodyTooLarge(_) | Self::PrefixTooLong(_) => "body_too_large",
             Self::WorkerBroke { .. } => "worker_failed",
             Self::Refused(refusal) => refusal.code(),
@@ -148,7 +158,7 @@ impl Fault {
 
     fn model(&self) -> Option<&ModelName> {
         match self {
-            Self::WorkerBroke { model, .. } => Some(model),
+            Self::WorkerBroke { model, .. } | Self::ParkPath { model, .. } => Some(model),
             Self::Refused(refusal) => match refusal {
                 Refusal::UnknownModel(model)
                 | Refusal::Unloaded(model)

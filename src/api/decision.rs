@@ -10,9 +10,10 @@ use serde_json::{Map, Value, json};
 use super::reload::DifferenceEntry;
 use crate::clock::{Clock, Timestamp};
 use crate::control::{
-    Decision, EvictReason, Explanation, Holder, Outlook, Protection, Refusal, Shortage, What, Why,
+    Decision, EvictReason, Expected, Explanation, Holder, Outlook, ParkFault, Protection, Refusal,
+    Shortage, What, Why,
 };
-use crate::model::{Bytes, Domain, ModelName};
+use crate::model::{Ailment, Bytes, Domain, ModelName};
 
 /// One decision.
 #[derive(Debug, Serialize)]
@@ -47,7 +48,6 @@ impl<'a> DecisionEntry<'a> {
     }
 }
 
-#[expect(clippy::too_many_lines, reason = "a table: one arm for each kind")]
 fn numbers(what: &What) -> Value {
     match what {
         What::Spawn {
@@ -56,10 +56,15 @@ fn numbers(what: &What) -> Value {
             gpus,
             ..
         } => {
-            let known = expected.domains();
-            let known = known.filter_map(|d| Some((d.to_string(), expected.known(d)?.get())));
-            let expected: BTreeMap<_, _> = known.collect();
-            json!({"waiting": waiting, "expected": expected, "gpus": gpus})
+            json!({"waiting": waiting, "expected": known(expected), "gpus": gpus})
+        }
+        What::Adopt {
+            pid,
+            age,
+            ready,
+            held,
+        } => {
+            json!({"pid": pid, "age_seconds": age.as_secs(), "ready": ready, "held": by_domain(held)})
         }
         What::Ready { took, reload } => {
             json!({"load_ms": took.as_millis(), "reload": reload})
@@ -92,6 +97,10 @@ fn numbers(what: &What) -> Value {
             reason_numbers(reason),
             json!({"charge": by_domain(charge), "kill": kill}),
         ),
+        park @ (What::Park { .. }
+        | What::Parked { .. }
+        | What::Unpark { .. }
+        | What::Unparked { .. }) => park_numbers(park),
         What::Keep { reason, inside } | What::Drain { reason, inside } => {
             with(reason_numbers(reason), json!({"in_flight": inside}))
         }
@@ -112,6 +121,35 @@ fn numbers(what: &What) -> Value {
         What::Refuse { refusal, requests } => {
             with(refusal_numbers(refusal), json!({"requests": requests}))
         }
+        other => numbers_of_whole(other),
+    }
+}
+
+/// Of a worker that parks, or is made ready again.
+fn park_numbers(what: &What) -> Value {
+    match what {
+        What::Park {
+            reason,
+            charge,
+            holds,
+        } => with(
+            reason_numbers(reason),
+            json!({"charge": by_domain(charge), "holds": by_domain(holds)}),
+        ),
+        What::Parked { freed, took } => {
+            json!({"freed": by_domain(freed), "park_ms": took.as_millis()})
+        }
+        What::Unpark {
+            waiting, expected, ..
+        } => json!({"waiting": waiting, "expected": known(expected)}),
+        What::Unparked { took } => json!({"unpark_ms": took.as_millis()}),
+        _ => json!({}),
+    }
+}
+
+/// Of what concerns residentd as a whole, or an operator's wish.
+fn numbers_of_whole(what: &What) -> Value {
+    match what {
         What::Cleanup {
             unloaded,
             freed,
@@ -138,7 +176,14 @@ fn numbers(what: &What) -> Value {
             json!({"origin": origin.as_str(), "problems": texts})
         }
         What::Shutdown { grace } => json!({"grace_seconds": grace.as_secs_f64()}),
+        _ => json!({}),
     }
+}
+
+fn known(expected: &Expected) -> BTreeMap<String, u64> {
+    let known = expected.domains();
+    let known = known.filter_map(|d| Some((d.to_string(), expected.known(d)?.get())));
+    known.collect()
 }
 
 fn reason_numbers(reason: &EvictReason) -> Value {
@@ -169,12 +214,54 @@ fn reason_numbers(reason: &EvictReason) -> Value {
         EvictReason::Ceiling { usage, ceiling } => {
             json!({"usage": usage.get(), "max_memory": ceiling.get()})
         }
+        EvictReason::ParkFailed(ParkFault::Park(cause) | ParkFault::Unpark(cause)) => {
+            json!({"cause": cause})
+        }
+        EvictReason::ParkFailed(ParkFault::TooLittle {
+            domain,
+            freed,
+            expected,
+        }) => {
+            json!({"domain": domain.to_string(), "freed": freed.get(), "expected": expected.get()})
+        }
+        EvictReason::Unhealthy { why } => ailment_numbers(why),
         EvictReason::Cleanup
         | EvictReason::Unload
         | EvictReason::Changed
         | EvictReason::Removed
         | EvictReason::Shutdown => json!({}),
     }
+}
+
+fn ailment_numbers(why: &Ailment) -> Value {
+    let numbers = match why {
+        Ailment::Refuses { times, over }
+        | Ailment::NoAnswer { times, over }
+        | Ailment::Stopped { times, over } => {
+            json!({"times": times, "over_seconds": over.as_secs_f64()})
+        }
+        Ailment::WrongStatus {
+            times,
+            over,
+            status,
+        } => json!({"times": times, "over_seconds": over.as_secs_f64(), "status": status}),
+        Ailment::Still {
+            waiting,
+            silent,
+            still,
+            cpu,
+        } => json!({
+            "waiting": waiting,
+            "silent_seconds": silent.as_secs_f64(),
+            "still_seconds": still.as_secs_f64(),
+            "cpu_seconds": cpu.as_secs_f64(),
+        }),
+        Ailment::Silent { waiting, silent } => {
+            json!({"waiting": waiting, "silent_seconds": silent.as_secs_f64()})
+        }
+        Ailment::Errors { times, status } => json!({"times": times, "status": status}),
+    };
+    with(json!({"ailment": why.as_str()}), numbers)
 }
 
 fn refusal_numbers(refusal: &Refusal) -> Value {
@@ -255,6 +342,9 @@ fn why_numbers(why: &Why, clock: Clock) -> Value {
         Why::Impossible(refusal) => refusal_numbers(refusal),
         Why::Ready
         | Why::Loading
+        | Why::Parking
+        | Why::Parked
+        | Why::Unparking
         | Why::NeverLoaded
         | Why::Unloaded
         | Why::Leaving(None)
@@ -265,7 +355,7 @@ fn why_numbers(why: &Why, clock: Clock) -> Value {
 
 fn outlook_numbers(outlook: &Outlook) -> Value {
     match outlook {
-        Outlook::Served | Outlook::Starts => json!({}),
+        Outlook::Served | Outlook::Starts | Outlook::Unparks => json!({}),
         Outlook::Evicts { victims, shortage } => with(
             shortage_numbers(shortage),
             json!({"would_evict": holders(victims)}),
@@ -299,12 +389,16 @@ fn shortage_numbers(shortage: &Shortage) -> Value {
 
 fn holders(holders: &[Holder]) -> Vec<Value> {
     let each = holders.iter().map(|holder| {
-        json!({
+        let told = json!({
             "name": holder.model.as_str(),
             "why": holder.protection.map_or("idle", Protection::as_str),
             "in_flight": holder.inside,
             "holds": by_domain(&holder.holds),
-        })
+        });
+        match holder.parks {
+            true => with(told, json!({"parks": true})),
+            false => told,
+        }
     });
     each.collect()
 }

@@ -2,8 +2,9 @@
 //! `follow=true` those to come, as server-sent events.
 //!
 //! A follower has its place in the record and is told what it came too late
-//! for; nobody waits for it. An event's id is `<run>:<number>`, so that who
-//! comes back after a restart of residentd misses none of the new run's.
+//! for; nobody waits for it. An event's id is `<run>:<number>`: numbers go on in
+//! the next run, but the last few of a run that died may be lost and their
+//! numbers given again, and who comes back must miss none of the new run's.
 
 use std::collections::VecDeque;
 use std::convert::Infallible;
@@ -22,9 +23,10 @@ use serde::Serialize;
 use super::ApiState;
 use super::decision::DecisionEntry;
 use super::envelope::{ApiError, success};
+use super::past::{Both, Past, PastEvent};
 use super::query::{Params, bad_value};
 use crate::clock::Clock;
-use crate::control::{Decisions, Found, KEPT, Kind, Wanted};
+use crate::control::{Decisions, KEPT, Kind, Wanted};
 
 /// Events shown unless asked otherwise.
 const DEFAULT_LIMIT: usize = 100;
@@ -60,15 +62,18 @@ pub(crate) async fn events(
     let decisions = state.controller.decisions();
     let clock = state.controller.clock();
     let found = match &from {
-        Some(place) => place.look(&decisions, &wanted, limit),
-        None => decisions.newest(&wanted, limit),
+        Some(place) => {
+            let id = place.id(decisions.epoch(), &state.past);
+            Both::after(id, (&state.past, &decisions), &wanted, limit)
+        }
+        None => Both::newest((&state.past, &decisions), &wanted, limit),
     };
     if follow {
         let follower = Follower {
             decisions,
             wanted,
             clock,
-            seen: found.seen,
+            seen: found.found.seen,
         };
         return Ok(follower.stream(&found));
     }
@@ -119,15 +124,27 @@ impl FromStr for Place {
 }
 
 impl Place {
-    fn look(self, decisions: &Decisions, wanted: &Wanted, limit: usize) -> Found {
-        let same = self.run.is_none_or(|run| run == decisions.epoch());
-        decisions.after(if same { self.id } else { 0 }, wanted, limit)
+    /// Returns the number of the last event that was seen, as they are numbered
+    /// in this run; 0 for a run that nobody knows.
+    fn id(self, this_run: u64, past: &Past) -> u64 {
+        match self.run {
+            Some(run) if run != this_run => past.place(run, self.id).unwrap_or(0),
+            _ => self.id,
+        }
     }
+}
+
+/// What is told of this run or of an earlier one.
+#[derive(Serialize)]
+#[serde(untagged)]
+enum Event<'a> {
+    Past(&'a PastEvent),
+    Now(DecisionEntry<'a>),
 }
 
 #[derive(Serialize)]
 struct Page<'a> {
-    events: Vec<DecisionEntry<'a>>,
+    events: Vec<Event<'a>>,
     /// For `since=`, to go on from here.
     next: String,
     missed: u64,
@@ -135,10 +152,13 @@ struct Page<'a> {
 }
 
 impl<'a> Page<'a> {
-    fn of(found: &'a Found, decisions: &Decisions, clock: Clock) -> Self {
-        let events = found.decisions.iter();
+    fn of(both: &'a Both<'_>, decisions: &Decisions, clock: Clock) -> Self {
+        let found = &both.found;
+        let past = both.past.iter().map(|each| Event::Past(each));
+        let now = found.decisions.iter();
+        let now = now.map(|each| Event::Now(DecisionEntry::of(each, clock)));
         Self {
-            events: events.map(|each| DecisionEntry::of(each, clock)).collect(),
+            events: past.chain(now).collect(),
             next: format!("{}:{}", decisions.epoch(), found.seen),
             missed: found.missed,
             kept: KEPT,
@@ -156,7 +176,7 @@ struct Follower {
 
 impl Follower {
     /// Streams what was found, and then what comes.
-    fn stream(self, found: &Found) -> Response {
+    fn stream(self, found: &Both<'_>) -> Response {
         let opening = format!("retry: {RETRY_MS}\n\n");
         let opening = VecDeque::from([opening + &self.written(found)]);
         let pieces = unfold((self, opening), |(mut follower, mut opening)| async move {
@@ -183,7 +203,7 @@ impl Follower {
                 let is_news = !found.decisions.is_empty() || found.missed > 0;
                 self.seen = found.seen;
                 if is_news || !goes_on {
-                    return is_news.then(|| self.written(&found));
+                    return is_news.then(|| self.written(&found.into()));
                 }
             }
         };
@@ -193,12 +213,18 @@ impl Follower {
         }
     }
 
-    fn written(&self, found: &Found) -> String {
+    fn written(&self, both: &Both<'_>) -> String {
         let mut out = String::new();
         let run = self.decisions.epoch();
+        let found = &both.found;
         if found.missed > 0 {
             let missed = found.missed;
             writeln!(out, "event: missed\ndata: {{\"missed\":{missed}}}\n")
+                .expect("writing to a string does not fail");
+        }
+        for past in &both.past {
+            let json = serde_json::to_string(past).expect("text and numbers serialize");
+            writeln!(out, "id: {run}:{}\ndata: {json}\n", past.id)
                 .expect("writing to a string does not fail");
         }
         for decision in &found.decisions {

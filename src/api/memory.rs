@@ -72,6 +72,7 @@ struct Stats<'a> {
     hit_ratio: f64,
     evictions_total: u64,
     devices: Vec<DeviceEntry<'a>>,
+    state_error: Option<&'a str>,
 }
 
 impl<'a> Stats<'a> {
@@ -103,6 +104,7 @@ impl<'a> Stats<'a> {
             hit_ratio: snapshot.hit_ratio(),
             evictions_total: snapshot.counters.evictions_total(),
             devices: devices(snapshot),
+            state_error: snapshot.state_error.as_deref(),
         }
     }
 }

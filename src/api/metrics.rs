@@ -79,6 +79,9 @@ fn about(out: Out<'_, '_>, snapshot: &Snapshot) -> fmt::Result {
     build.sample(&[("version", env!("CARGO_PKG_VERSION"))], 1_u64)?;
     let mut draining = gauge(out, "draining", "1 while residentd shuts down")?;
     draining.sample(&[], u64::from(snapshot.draining))?;
+    let help = "1 while what happens is written to the state database, 0 while that fails";
+    let mut state = gauge(out, "state_writable", help)?;
+    state.sample(&[], u64::from(snapshot.state_error.is_none()))?;
     let mut phases = gauge(out, "models", "Configured models by phase")?;
     for phase in Phase::ALL {
         let models = snapshot.models.values();
@@ -219,6 +222,11 @@ fn events(out: Out<'_, '_>, snapshot: &Snapshot) -> fmt::Result {
             counters.crashes,
         ),
         (
+            "unparks_total",
+            "Parked workers that became ready again",
+            counters.unparks,
+        ),
+        (
             "reclaim_shortfall_bytes_total",
             "Bytes that did not come back after an eviction",
             counters.reclaim_shortfall.get(),
@@ -227,6 +235,11 @@ fn events(out: Out<'_, '_>, snapshot: &Snapshot) -> fmt::Result {
     for (name, help, value) in plain {
         counter(out, name, help)?.sample(&[], value)?;
     }
+    events_by_word(out, snapshot)
+}
+
+fn events_by_word(out: Out<'_, '_>, snapshot: &Snapshot) -> fmt::Result {
+    let counters = &snapshot.counters;
     let by_word = [
         (
             "load_failures_total",
@@ -235,10 +248,22 @@ fn events(out: Out<'_, '_>, snapshot: &Snapshot) -> fmt::Result {
             &counters.load_failures,
         ),
         (
+            "unhealthy_total",
+            "Workers that ran and were of no use, and were ended, by what was wrong",
+            "reason",
+            &counters.unhealthy,
+        ),
+        (
             "evictions_total",
             "Workers ended by reason",
             "reason",
             &counters.evictions,
+        ),
+        (
+            "parks_total",
+            "Workers parked, their memory measured back, by reason",
+            "reason",
+            &counters.parks,
         ),
         (
             "kills_total",

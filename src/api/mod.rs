@@ -15,6 +15,7 @@ mod logs;
 mod memory;
 mod metrics;
 mod models;
+mod past;
 mod probes;
 mod query;
 mod reload;
@@ -30,6 +31,7 @@ use axum::routing::{get, post};
 use self::envelope::ApiError;
 pub use self::guard::PeerAddr;
 use self::metrics::Page;
+pub use self::past::{Past, written};
 use crate::control::{Controller, Reloader};
 
 /// What every route needs. Cheap to clone.
@@ -38,6 +40,7 @@ pub struct ApiState {
     controller: Controller,
     reloader: Option<Reloader>,
     metrics: Arc<Page>,
+    past: Arc<Past>,
 }
 
 impl ApiState {
@@ -49,6 +52,16 @@ impl ApiState {
             metrics: Arc::new(Page::new(controller.clone())),
             controller,
             reloader,
+            past: Arc::default(),
+        }
+    }
+
+    /// Has events of earlier runs told too.
+    #[must_use]
+    pub fn with_past(self, past: Past) -> Self {
+        Self {
+            past: Arc::new(past),
+            ..self
         }
     }
 }

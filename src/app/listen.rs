@@ -1,4 +1,4 @@
-//! The listeners, and what every connection is served with.
+//! Binds addresses, takes connections, and serves each by the proxy or the API.
 
 use std::convert::Infallible;
 use std::path::PathBuf;
@@ -26,11 +26,13 @@ const HEAD_TIMEOUT: Duration = Duration::from_secs(30);
 /// Wait after an accept that failed, as it does when descriptors run out.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
+/// A bound address.
 pub(super) enum Listener {
     Tcp(TcpListener),
     Unix(UnixListener),
 }
 
+/// Binds an address; the one that comes back has the port that the system gave.
 pub(super) async fn bind(listen: &Listen) -> Result<(Listen, Listener), AppError> {
     let failed = |source: std::io::Error| {
         let address = address_text(listen);
@@ -86,6 +88,7 @@ pub(super) struct Server {
     pub(super) connections: tokio_util::task::TaskTracker,
 }
 
+/// Takes connections until the server is closing.
 pub(super) async fn listen(listener: Listener, server: Server) {
     loop {
         let accepted = tokio::select! {

@@ -49,6 +49,9 @@ pub(super) enum Command {
     Events(EventsArgs),
     /// Play recorded requests under a virtual clock: will these models fit?
     Simulate(Box<SimulateArgs>),
+    /// End the workers of a residentd that dies; started by it
+    #[command(hide = true)]
+    Guard(GuardArgs),
     /// Print the completions of a shell
     Completions {
         /// Which shell
@@ -82,12 +85,18 @@ pub struct ServeArgs {
 /// configuration checks them with everything else.
 #[derive(Args, Clone, Debug, Default)]
 pub struct SettingArgs {
-    /// Folder for learned footprints and worker logs
+    /// Folder for learned footprints, live workers, events and worker logs
     #[arg(long, value_name = "PATH")]
     pub state_dir: Option<String>,
     /// How long requests may finish at shutdown, as 30s
     #[arg(long, value_name = "TIME")]
     pub shutdown_grace: Option<String>,
+    /// Whether workers outlive a residentd that dies and are taken back by the next: true or false
+    #[arg(long, value_name = "BOOL")]
+    pub adopt: Option<String>,
+    /// The same as --adopt false: workers that are found are ended, and none outlives residentd
+    #[arg(long, conflicts_with = "adopt")]
+    pub no_adopt: bool,
     /// text or json
     #[arg(long, value_name = "FORMAT")]
     pub log_format: Option<String>,
@@ -137,6 +146,7 @@ impl SettingArgs {
         let all = [
             ("server.state_dir", &self.state_dir),
             ("server.shutdown_grace", &self.shutdown_grace),
+            ("server.adopt", &self.adopt),
             ("server.log_format", &self.log_format),
             ("server.log_level", &self.log_level),
             ("server.max_body", &self.max_body),
@@ -151,10 +161,32 @@ impl SettingArgs {
             ("memory.patience", &self.patience),
             ("memory.prefetch", &self.prefetch),
         ];
+        let no_adopt = self.no_adopt.then_some(("server.adopt", "false"));
         all.into_iter()
             .filter_map(|(key, text)| Some((key, text.as_deref()?)))
+            .chain(no_adopt)
             .collect()
     }
+}
+
+/// What a guard is told by the residentd that starts it.
+#[derive(Args, Clone, Debug)]
+pub(super) struct GuardArgs {
+    /// Name of its state
+    #[arg(long)]
+    pub(super) state: String,
+    /// Its pid
+    #[arg(long)]
+    pub(super) pid: i32,
+    /// When it started, in clock ticks since the machine came up
+    #[arg(long)]
+    pub(super) start_time: u64,
+    /// Log lines are JSON objects
+    #[arg(long)]
+    pub(super) json: bool,
+    /// How much is logged
+    #[arg(long)]
+    pub(super) log_level: String,
 }
 
 /// What every command needs that talks to a running residentd.

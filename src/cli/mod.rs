@@ -19,11 +19,14 @@ use std::process::ExitCode;
 
 use anyhow::Context;
 pub use args::{CheckArgs, ServeArgs, SettingArgs};
-use args::{Command, CommandLine};
+use args::{Command, CommandLine, GuardArgs};
 use clap::{CommandFactory, Parser};
 pub use client::Server;
 use client::{Answer, CallError};
 use output::OutputError;
+
+use crate::app;
+use crate::telemetry::{self, LogFormat};
 
 /// Does what the command line says.
 #[must_use]
@@ -55,6 +58,7 @@ fn dispatch(command: Command) -> anyhow::Result<ExitCode> {
         Command::Serve(args) => serve::run(&args),
         Command::Check(args) => serve::check(&args),
         Command::Simulate(args) => simulate::run(&args),
+        Command::Guard(args) => guard(&args),
         Command::Completions { shell } => completions(shell),
         asking => block_on(ask(asking)),
     }
@@ -76,6 +80,7 @@ async fn ask(command: Command) -> anyhow::Result<ExitCode> {
         Command::Serve(_)
         | Command::Check(_)
         | Command::Simulate(_)
+        | Command::Guard(_)
         | Command::Completions { .. } => Ok(()),
     };
     let Err(error) = done else {
@@ -106,7 +111,9 @@ fn wants_json(command: &Command) -> bool {
         Command::Logs(args) => args.model.client.json,
         Command::Events(args) => args.client.json,
         Command::Simulate(args) => args.json,
-        Command::Serve(_) | Command::Check(_) | Command::Completions { .. } => false,
+        Command::Serve(_) | Command::Check(_) | Command::Guard(_) | Command::Completions { .. } => {
+            false
+        }
     }
 }
 
@@ -122,6 +129,20 @@ fn show(
         output::write_text(&shown(answer)?)?;
     }
     Ok(())
+}
+
+fn guard(args: &GuardArgs) -> anyhow::Result<ExitCode> {
+    let format = if args.json {
+        LogFormat::Json
+    } else {
+        LogFormat::Text
+    };
+    telemetry::init(format, &args.log_level)
+        .map_err(|error| anyhow::anyhow!("{error}"))
+        .context("set up logging")?;
+    app::keep_guard(args.state.clone(), args.pid, args.start_time)
+        .context("guard the workers of a residentd")?;
+    Ok(ExitCode::SUCCESS)
 }
 
 fn completions(shell: clap_complete::Shell) -> anyhow::Result<ExitCode> {

@@ -56,6 +56,7 @@ fn server(raw: RawServer, context: &Context<'_>, problems: &mut Problems) -> Ser
         log_level: given(raw.log_level),
         max_body: given(raw.max_body),
         model_prefix: given(raw.model_prefix),
+        adopt: given(raw.adopt),
         access_log: given(raw.access_log),
         watch_config: given(raw.watch_config),
     };

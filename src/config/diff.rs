@@ -9,14 +9,16 @@ use std::fmt::Debug;
 use std::sync::Arc;
 
 use super::{Config, Memory, Pressure, Server};
-use crate::model::{ChangedModel, Difference, ModelName, ModelSpec, Takes, UpstreamSpec};
+use crate::model::{
+    ChangedModel, Difference, Fingerprint, ModelName, ModelSpec, Takes, UpstreamSpec,
+};
 use crate::template::Template;
 
 /// The variable that names our own state folder.
 const STATE_DIR: &str = "STATE_DIR";
 
-/// Returns a number that changes when the configuration does. FNV-1a over all
-/// it says; the same for the same configuration in one build.
+/// Returns a text that changes when the configuration does; the same for the
+/// same configuration in one build.
 #[must_use]
 pub fn hash(config: &Config) -> String {
     let Config {
@@ -28,10 +30,9 @@ pub fn hash(config: &Config) -> String {
         warnings: _,
     } = config;
     let text = format!("{server:?}{memory:?}{pressure:?}{gpu_limits:?}{models:?}");
-    let hash = text.bytes().fold(0xcbf2_9ce4_8422_2325, |hash: u64, byte| {
-        (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
-    });
-    format!("{hash:016x}")
+    let mut print = Fingerprint::default();
+    print.feed(text.as_bytes());
+    print.to_string()
 }
 
 /// Returns the configuration that holds after a reload, and what it changes of
@@ -110,7 +111,7 @@ macro_rules! settle {
 fn server(old: &Server, new: Server, difference: &mut Difference) -> Server {
     settle!(difference, "server", old, new,
         at_once: [shutdown_grace, log_level, max_body, model_prefix],
-        at_start: [listen, state_dir, log_format, access_log, watch_config],
+        at_start: [listen, state_dir, adopt, log_format, access_log, watch_config],
         Server)
 }
 
@@ -160,6 +161,7 @@ fn changed(old: &ModelSpec, new: &ModelSpec) -> Option<ChangedModel> {
         variables: _,
         upstream,
         ready,
+        live: watched,
         start_timeout,
         stop_timeout,
         stop_signal,
@@ -175,6 +177,7 @@ fn changed(old: &ModelSpec, new: &ModelSpec) -> Option<ChangedModel> {
         concurrency,
         max_queue,
         queue_timeout,
+        park,
     } = new;
     let filled = |spec: &ModelSpec, text: &str| (text.to_owned(), used(spec, text));
     let words = |spec: &ModelSpec| -> Vec<_> {
@@ -187,9 +190,6 @@ fn changed(old: &ModelSpec, new: &ModelSpec) -> Option<ChangedModel> {
             .collect()
     };
     let folder = |spec: &ModelSpec| spec.cwd.as_ref().map(|cwd| filled(spec, cwd));
-    let asked = |spec: &ModelSpec| match &spec.upstream {
-        UpstreamSpec::Tcp(text) | UpstreamSpec::Unix(text) => used(spec, text),
-    };
 
     let mut replaces = Keys::default();
     replaces.compare(
@@ -204,8 +204,11 @@ fn changed(old: &ModelSpec, new: &ModelSpec) -> Option<ChangedModel> {
     replaces.compare("ready", &shown(&old.ready), &shown(ready));
     replaces.compare("gpus", &old.gpus, gpus);
     replaces.compare("weights", &old.weights, weights);
+    // A worker is asked as was configured when it was spawned.
+    replaces.compare("park", &old.park, park);
 
     let mut next = Keys::default();
+    next.compare("live", &old.live, watched);
     next.compare("start_timeout", &old.start_timeout, start_timeout);
     next.compare("stop_timeout", &old.stop_timeout, stop_timeout);
     next.compare("stop_signal", &old.stop_signal, stop_signal);
@@ -235,6 +238,13 @@ fn changed(old: &ModelSpec, new: &ModelSpec) -> Option<ChangedModel> {
         keys,
         takes,
     })
+}
+
+/// The values of the variables in a model's upstream.
+fn asked(spec: &ModelSpec) -> Vec<Option<String>> {
+    match &spec.upstream {
+        UpstreamSpec::Tcp(text) | UpstreamSpec::Unix(text) => used(spec, text),
+    }
 }
 
 /// The values of the variables that a template uses, in order.

@@ -87,10 +87,11 @@ const fn variable(name: &'static str, table: Table, key: &'static str) -> Variab
     }
 }
 
-const VARIABLES: [Variable; 19] = [
+const VARIABLES: [Variable; 20] = [
     variable("RESIDENTD_LISTEN", Table::Server, "listen"),
     variable("RESIDENTD_STATE_DIR", Table::Server, "state_dir"),
     variable("RESIDENTD_SHUTDOWN_GRACE", Table::Server, "shutdown_grace"),
+    variable("RESIDENTD_ADOPT", Table::Server, "adopt"),
     variable("RESIDENTD_LOG_FORMAT", Table::Server, "log_format"),
     variable("RESIDENTD_LOG_LEVEL", Table::Server, "log_level"),
     variable("RESIDENTD_MAX_BODY", Table::Server, "max_body"),

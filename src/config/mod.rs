@@ -18,7 +18,9 @@ pub mod diff;
 mod env;
 mod files;
 mod gpus;
+mod live;
 mod models;
+mod park;
 mod problem;
 mod program;
 mod raw;
@@ -70,6 +72,9 @@ pub struct Server {
     pub state_dir: PathBuf,
     /// Longest wait for requests at shutdown.
     pub shutdown_grace: Duration,
+    /// Whether workers outlive a residentd that dies and are taken back by the
+    /// next; else they end with it.
+    pub adopt: bool,
     /// How log lines look.
     pub log_format: LogFormat,
     /// A level, or a filter such as `info,residentd::worker=debug`.

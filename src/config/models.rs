@@ -11,7 +11,7 @@ use super::section::Setting;
 use super::units::write_size;
 use super::upstream::{self, Address};
 use super::variables::Scope;
-use super::{Listen, program, weights};
+use super::{Listen, park, program, weights};
 use crate::model::{Bytes, ModelName, ModelSpec, Prefetch, UpstreamSpec};
 use crate::template::{Template, escape};
 
@@ -130,6 +130,7 @@ impl Model<'_> {
         self.check_memory(&weights, problems);
         self.check_ceiling(problems);
         self.check_gpus(&templates, problems);
+        self.check_park(&templates, problems);
 
         let command = self.command(&templates)?;
         let cwd = self.cwd();
@@ -145,6 +146,7 @@ impl Model<'_> {
             variables: Arc::default(),
             upstream: upstream?,
             ready: given(raw.ready),
+            live: raw.live.given(),
             start_timeout: given(raw.start_timeout),
             stop_timeout: given(raw.stop_timeout),
             stop_signal: given(raw.stop_signal),
@@ -155,6 +157,7 @@ impl Model<'_> {
             gpus: given(raw.gpus),
             vram: raw.vram.map(|vram| vram.value),
             max_memory: raw.max_memory.map(|ceiling| ceiling.value),
+            park: raw.park.and_then(|park| park.value.spec),
             weights,
             prefetch: given(raw.prefetch.or_else(|| self.facts.prefetch.cloned())),
             concurrency: given(raw.concurrency),
@@ -374,6 +377,20 @@ impl Model<'_> {
             let place = self.place_of(gpus.map(|gpus| &gpus.place), "gpus");
             let what = "is none, but the worker is given ${GPU}";
             problems.error(&place, what, fix);
+        }
+    }
+
+    fn check_park(&self, templates: &Templates, problems: &mut Problems) {
+        let Some(park) = &self.raw.park else { return };
+        let on_gpu = self.raw.gpus.as_ref().is_some_and(|g| g.value.count() > 0);
+        let place = self.place_of(Some(&park.place), "park");
+        park::check_use((park, &place), on_gpu, self.raw.vram.as_ref(), problems);
+        if let Some(engine) = park.value.engine {
+            let command: Vec<_> = templates.command.iter().map(|w| self.sample(w)).collect();
+            let environment = self.facts.context.environment;
+            let is_set =
+                |name: &str| templates.env.contains_key(name) || environment.get(name).is_some();
+            park::check_engine((engine, &place), &command, is_set, problems);
         }
     }
 

@@ -9,15 +9,15 @@ use std::time::Duration;
 
 use toml::de::DeTable;
 
+use super::live::RawLive;
 use super::problem::{Complaint, Origin, Place, Problems};
 use super::section::{Section, Setting, Text};
 use super::value::{NAME_FIX, Value};
-use super::{Listen, LogFormat, Threshold, gpus, ready};
+use super::{Listen, LogFormat, Threshold, gpus, park, ready};
 use crate::model::{Bytes, DeviceRef, EvictionPolicy, GpuRequest, ModelName, Prefetch, ReadyCheck};
 
 /// Tables and keys of the documentation that this version has no feature for.
 const LATER: [&str; 3] = ["admin", "auth", "tls"];
-const LATER_SERVER: [&str; 1] = ["adopt"];
 const LATER_MODEL: [&str; 6] = [
     "stop_command",
     "request_timeout",
@@ -45,6 +45,7 @@ pub(super) struct RawServer {
     pub(super) listen: Option<Setting<Vec<Listen>>>,
     pub(super) state_dir: Option<Setting<PathBuf>>,
     pub(super) shutdown_grace: Option<Setting<Duration>>,
+    pub(super) adopt: Option<Setting<bool>>,
     pub(super) log_format: Option<Setting<LogFormat>>,
     pub(super) log_level: Option<Setting<String>>,
     pub(super) max_body: Option<Setting<Bytes>>,
@@ -82,6 +83,7 @@ pub(super) struct RawModel {
     pub(super) aliases: Option<Setting<Vec<ModelName>>>,
     pub(super) upstream: Option<Setting<String>>,
     pub(super) ready: Option<Setting<ReadyCheck>>,
+    pub(super) live: RawLive,
     pub(super) start_timeout: Option<Setting<Duration>>,
     pub(super) stop_timeout: Option<Setting<Duration>>,
     pub(super) stop_signal: Option<Setting<i32>>,
@@ -92,6 +94,7 @@ pub(super) struct RawModel {
     pub(super) gpus: Option<Setting<GpuRequest>>,
     pub(super) vram: Option<Setting<Bytes>>,
     pub(super) max_memory: Option<Setting<Bytes>>,
+    pub(super) park: Option<Setting<park::RawPark>>,
     pub(super) weights: Option<Setting<Vec<String>>>,
     pub(super) prefetch: Option<Setting<Prefetch>>,
     pub(super) concurrency: Option<Setting<Option<NonZeroU32>>>,
@@ -193,6 +196,7 @@ impl RawServer {
             listen: s.list("listen", Value::listen, problems),
             state_dir: s.get("state_dir", Value::path, problems),
             shutdown_grace: s.get("shutdown_grace", Value::duration, problems),
+            adopt: s.get("adopt", Value::flag, problems),
             log_format: s.get("log_format", Value::log_format, problems),
             log_level: s.get("log_level", Value::log_level, problems),
             max_body: s.get("max_body", Value::size_over_zero, problems),
@@ -200,7 +204,7 @@ impl RawServer {
             access_log: s.get("access_log", Value::flag, problems),
             watch_config: s.get("watch_config", Value::flag, problems),
         };
-        section.finish(&LATER_SERVER, problems);
+        section.finish(&[], problems);
         raw
     }
 
@@ -209,6 +213,7 @@ impl RawServer {
             listen: self.listen.or(weaker.listen),
             state_dir: self.state_dir.or(weaker.state_dir),
             shutdown_grace: self.shutdown_grace.or(weaker.shutdown_grace),
+            adopt: self.adopt.or(weaker.adopt),
             log_format: self.log_format.or(weaker.log_format),
             log_level: self.log_level.or(weaker.log_level),
             max_body: self.max_body.or(weaker.max_body),
@@ -289,6 +294,10 @@ impl RawModel {
             ready: s
                 .table("ready", problems)
                 .and_then(|table| ready::read(table, problems)),
+            live: s
+                .table("live", problems)
+                .map(|table| RawLive::read(table, problems))
+                .unwrap_or_default(),
             start_timeout: s.get("start_timeout", Value::duration_over_zero, problems),
             stop_timeout: s.get("stop_timeout", Value::duration, problems),
             stop_signal: s.get("stop_signal", Value::signal, problems),
@@ -299,6 +308,9 @@ impl RawModel {
             gpus: s.get("gpus", gpus::read, problems),
             vram: s.get("vram", Value::size_over_zero, problems),
             max_memory: s.get("max_memory", Value::size_over_zero, problems),
+            park: s
+                .table("park", problems)
+                .and_then(|table| park::read(table, problems)),
             weights: s.list("weights", Value::filled_text, problems),
             prefetch: s.get("prefetch", Value::prefetch, problems),
             concurrency: s.get("concurrency", Value::bound, problems),
@@ -310,7 +322,7 @@ impl RawModel {
     }
 
     /// Fills in from the weaker what this does not say; `env` variable by
-    /// variable.
+    /// variable, `live` key by key.
     pub(super) fn over(self, weaker: Self) -> Self {
         Self {
             command: self.command.or(weaker.command),
@@ -320,6 +332,7 @@ impl RawModel {
             aliases: self.aliases.or(weaker.aliases),
             upstream: self.upstream.or(weaker.upstream),
             ready: self.ready.or(weaker.ready),
+            live: self.live.over(weaker.live),
             start_timeout: self.start_timeout.or(weaker.start_timeout),
             stop_timeout: self.stop_timeout.or(weaker.stop_timeout),
             stop_signal: self.stop_signal.or(weaker.stop_signal),
@@ -330,6 +343,7 @@ impl RawModel {
             gpus: self.gpus.or(weaker.gpus),
             vram: self.vram.or(weaker.vram),
             max_memory: self.max_memory.or(weaker.max_memory),
+            park: self.park.or(weaker.park),
             weights: self.weights.or(weaker.weights),
             prefetch: self.prefetch.or(weaker.prefetch),
             concurrency: self.concurrency.or(weaker.concurrency),

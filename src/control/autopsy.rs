@@ -6,7 +6,6 @@ use tracing::warn;
 use super::task::Task;
 use crate::memory::Killer;
 use crate::model::{Domain, WorkerId};
-use crate::policy::Phase;
 use crate::worker::ExitStatus;
 
 impl Task {
@@ -19,8 +18,7 @@ impl Task {
         last_lines: &[String],
     ) -> (String, Vec<Domain>) {
         let model = &self.policy.models()[&worker.model];
-        let unexpected = model.generation == worker.generation
-            && matches!(model.phase, Phase::Starting | Phase::Ready);
+        let unexpected = model.generation == worker.generation && !model.is_leaving();
         if !unexpected {
             return (status.to_string(), Vec::new());
         }

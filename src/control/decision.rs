@@ -14,7 +14,7 @@ use crate::policy::{EvictReason, Expected, Outlook, PressureLevel, Refusal};
 /// One decision, or one thing that happened and led to some.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Decision {
-    /// Counts from 1 since residentd started, without a gap.
+    /// Counts on without a gap, also over restarts, as long as the state is kept.
     pub id: u64,
     /// When.
     pub at: Timestamp,
@@ -39,6 +39,17 @@ pub enum What {
         expected: Expected,
         /// The GPUs it is placed on.
         gpus: Vec<u32>,
+    },
+    /// A worker of an earlier residentd is taken back.
+    Adopt {
+        /// Its leader.
+        pid: i32,
+        /// How long it has run.
+        age: Duration,
+        /// It had answered the earlier residentd; else it still loads.
+        ready: bool,
+        /// What it is measured to hold.
+        held: BTreeMap<Domain, Bytes>,
     },
     /// A worker is ready.
     Ready {
@@ -76,6 +87,36 @@ pub enum What {
         charge: BTreeMap<Domain, Bytes>,
         /// Without grace.
         kill: bool,
+    },
+    /// An idle worker is told to give memory back and live on.
+    Park {
+        /// Why.
+        reason: EvictReason,
+        /// What it is charged with.
+        charge: BTreeMap<Domain, Bytes>,
+        /// What it is expected to hold then.
+        holds: BTreeMap<Domain, Bytes>,
+    },
+    /// The memory of a parked worker is measured to be back.
+    Parked {
+        /// How much, by domain.
+        freed: BTreeMap<Domain, Bytes>,
+        /// How long it took.
+        took: Duration,
+    },
+    /// A parked worker is told to take its memory again.
+    Unpark {
+        /// For whom.
+        reason: LoadReason,
+        /// Requests that wait for it.
+        waiting: usize,
+        /// What is promised to it.
+        expected: Expected,
+    },
+    /// A worker that was parked is ready again.
+    Unparked {
+        /// How long it took.
+        took: Duration,
     },
     /// A worker that was to go turned out to be in use, and stays.
     Keep {
@@ -263,10 +304,15 @@ impl LoadFailure {
 #[expect(missing_docs, reason = "each is what `What` says of the same name")]
 pub enum Kind {
     Spawn,
+    Adopt,
     Ready,
     Prefetch,
     Wait,
     Evict,
+    Park,
+    Parked,
+    Unpark,
+    Unparked,
     Keep,
     Drain,
     Resume,
@@ -285,12 +331,16 @@ pub enum Kind {
 
 impl Kind {
     /// Every kind.
-    pub const ALL: [Self; 19] = [
+    pub const ALL: [Self; 24] = [
         Self::Spawn,
         Self::Ready,
         Self::Prefetch,
         Self::Wait,
         Self::Evict,
+        Self::Park,
+        Self::Parked,
+        Self::Unpark,
+        Self::Unparked,
         Self::Keep,
         Self::Drain,
         Self::Resume,
@@ -305,6 +355,7 @@ impl Kind {
         Self::Pressure,
         Self::Reload,
         Self::Shutdown,
+        Self::Adopt,
     ];
 
     /// Returns the word used in the API.
@@ -312,10 +363,15 @@ impl Kind {
     pub const fn as_str(self) -> &'static str {
         match self {
             Self::Spawn => "spawn",
+            Self::Adopt => "adopt",
             Self::Ready => "ready",
             Self::Prefetch => "prefetch",
             Self::Wait => "wait",
             Self::Evict => "evict",
+            Self::Park => "park",
+            Self::Parked => "parked",
+            Self::Unpark => "unpark",
+            Self::Unparked => "unparked",
             Self::Keep => "keep",
             Self::Drain => "drain",
             Self::Resume => "resume",
@@ -349,10 +405,15 @@ impl What {
     pub const fn kind(&self) -> Kind {
         match self {
             Self::Spawn { .. } => Kind::Spawn,
+            Self::Adopt { .. } => Kind::Adopt,
             Self::Ready { .. } => Kind::Ready,
             Self::Prefetch { .. } => Kind::Prefetch,
             Self::Wait { .. } => Kind::Wait,
             Self::Evict { .. } => Kind::Evict,
+            Self::Park { .. } => Kind::Park,
+            Self::Parked { .. } => Kind::Parked,
+            Self::Unpark { .. } => Kind::Unpark,
+            Self::Unparked { .. } => Kind::Unparked,
             Self::Keep { .. } => Kind::Keep,
             Self::Drain { .. } => Kind::Drain,
             Self::Resume { .. } => Kind::Resume,
@@ -375,10 +436,11 @@ impl What {
     #[must_use]
     pub const fn reason(&self) -> Option<&'static str> {
         Some(match self {
-            Self::Spawn { reason, .. } => reason.as_str(),
+            Self::Spawn { reason, .. } | Self::Unpark { reason, .. } => reason.as_str(),
             Self::Ready { reload: true, .. } => "reload",
             Self::Prefetch { reason, .. } => reason.as_str(),
             Self::Evict { reason, .. }
+            | Self::Park { reason, .. }
             | Self::Keep { reason, .. }
             | Self::Drain { reason, .. }
             | Self::Terminate { reason, .. } => reason.as_str(),
@@ -399,8 +461,11 @@ impl What {
                     "unpin"
                 }
             }
-            Self::Ready { .. }
+            Self::Adopt { .. }
+            | Self::Ready { .. }
             | Self::Wait { .. }
+            | Self::Parked { .. }
+            | Self::Unparked { .. }
             | Self::Resume { .. }
             | Self::Backoff { .. }
             | Self::Reclaim { .. }

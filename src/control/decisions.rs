@@ -54,11 +54,11 @@ pub struct Found {
     pub seen: u64,
 }
 
-/// Returns both ends of a new record.
+/// Returns both ends of a new record, whose first decision gets this number.
 #[must_use]
-pub fn record(clock: Clock) -> (Recorder, Decisions) {
+pub fn record(clock: Clock, first: u64) -> (Recorder, Decisions) {
     let ring: Arc<Ring> = Arc::default();
-    let (sender, newest) = watch::channel(0);
+    let (sender, newest) = watch::channel(first.saturating_sub(1));
     let recorder = Recorder {
         ring: Arc::clone(&ring),
         newest: sender,
@@ -118,7 +118,7 @@ impl Decisions {
         Found {
             decisions,
             missed: 0,
-            seen: ring.back().map_or(0, |last| last.id),
+            seen: ring.back().map_or(*self.newest.borrow(), |last| last.id),
         }
     }
 
@@ -197,7 +197,7 @@ mod tests {
 
     #[tokio::test]
     async fn the_newest_thousand_are_kept_and_a_late_reader_is_told_what_it_missed() {
-        let (recorder, decisions) = record(Clock::start_at(1_700_000_000.5));
+        let (recorder, decisions) = record(Clock::start_at(1_700_000_000.5), 1);
         assert_eq!(decisions.epoch(), 1_700_000_000_500);
         let all = Wanted::default();
         assert_eq!(decisions.after(0, &all, 10).seen, 0);
@@ -220,7 +220,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_reader_gets_each_once_whatever_it_looks_for_and_how_often() {
-        let (recorder, decisions) = record(Clock::start());
+        let (recorder, decisions) = record(Clock::start(), 1);
         for number in 0..700_u32 {
             pin(&recorder, if number % 7 == 0 { "a" } else { "b" }, true);
         }
@@ -250,8 +250,19 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn numbers_go_on_where_an_earlier_run_ended() {
+        let (recorder, decisions) = record(Clock::start(), 41);
+        let all = Wanted::default();
+        assert_eq!(decisions.newest(&all, 9).seen, 40);
+        pin(&recorder, "a", true);
+        pin(&recorder, "a", false);
+        let found = decisions.after(40, &all, 9);
+        assert_eq!((ids(&found), found.missed), (vec![41, 42], 0));
+    }
+
+    #[tokio::test]
     async fn whoever_waits_is_woken_by_the_next_and_by_the_end() {
-        let (recorder, mut decisions) = record(Clock::start());
+        let (recorder, mut decisions) = record(Clock::start(), 1);
         let mut waits = decisions.clone();
         let (woken, ()) = tokio::join!(waits.wait_after(0), async {
             pin(&recorder, "a", true);

@@ -6,11 +6,11 @@ use std::sync::Arc;
 use tracing::error;
 
 use super::task::{Live, Pending, Task};
-use super::{EvictReason, Lease, LoadReason, Refusal, What};
+use super::{CleanupReport, EvictReason, Lease, LoadReason, Refusal, What};
 use crate::memory::DeviceReading;
 use crate::model::{PlacedGpu, WorkerId};
 use crate::policy::{self, Effect, Event, Ticket};
-use crate::worker::{SpawnOrder, Stop};
+use crate::worker::{self, SpawnOrder, Stop};
 
 impl Task {
     pub(super) fn carry_out(&mut self, effect: Effect) -> Option<Event> {
@@ -22,17 +22,7 @@ impl Task {
                 }
             }
             Effect::Reject { ticket, refusal } => self.reject(ticket, refusal),
-            Effect::CleanedUp { ticket, report } => {
-                let what = What::Cleanup {
-                    unloaded: report.unloaded.clone(),
-                    freed: report.freed,
-                    missing: report.shortfall,
-                };
-                self.tell_of(None, what);
-                if let Some(Pending::Cleanup(reply)) = self.waiting.remove(&ticket) {
-                    self.answers.put(reply, Ok(report));
-                }
-            }
+            Effect::CleanedUp { ticket, report } => self.cleaned_up(ticket, report),
             Effect::Spawn {
                 worker,
                 expected,
@@ -43,6 +33,17 @@ impl Task {
                 reason,
                 kill,
             } => return self.evict(worker, reason, kill),
+            Effect::Park {
+                worker,
+                reason,
+                holds,
+            } => return self.park(worker, reason, holds),
+            Effect::Parked {
+                worker,
+                freed,
+                took,
+            } => self.parked(&worker, What::Parked { freed, took }),
+            Effect::Unpark { worker, expected } => self.unpark(&worker, expected),
             Effect::Drain { worker, reason } => {
                 let ready = self.workers.get(&worker)?.ready.as_ref()?;
                 ready.gate.close();
@@ -95,14 +96,21 @@ impl Task {
         None
     }
 
+    fn cleaned_up(&mut self, ticket: Ticket, report: CleanupReport) {
+        let what = What::Cleanup {
+            unloaded: report.unloaded.clone(),
+            freed: report.freed,
+            missing: report.shortfall,
+        };
+        self.tell_of(None, what);
+        if let Some(Pending::Cleanup(reply)) = self.waiting.remove(&ticket) {
+            self.answers.put(reply, Ok(report));
+        }
+    }
+
     /// Ends a worker unless somebody is inside.
     fn evict(&mut self, worker: WorkerId, reason: EvictReason, kill: bool) -> Option<Event> {
-        let live = self.workers.get(&worker)?;
-        if let Some(ready) = &live.ready
-            && !ready.gate.close_if_empty()
-        {
-            // Whoever was inside may have left a moment ago.
-            let inside = ready.gate.read().inside.max(1);
+        if let Some(inside) = self.close_if_empty(&worker)? {
             self.tell(&worker, What::Keep { reason, inside });
             return Some(Event::EvictRefused { worker, inside });
         }
@@ -117,23 +125,40 @@ impl Task {
         None
     }
 
-    fn spawn(&mut self, worker: WorkerId, expected: &policy::Expected, gpus: Vec<u32>) {
+    /// Closes a worker's gate unless somebody is inside: then returns how many.
+    pub(super) fn close_if_empty(&self, worker: &WorkerId) -> Option<Option<u32>> {
+        let live = self.workers.get(worker)?;
+        let busy = live.ready.as_ref().filter(|r| !r.gate.close_if_empty());
+        // Whoever was inside may have left a moment ago.
+        Some(busy.map(|ready| ready.gate.read().inside.max(1)))
+    }
+
+    /// Returns for whom a worker is made ready, and how many requests wait.
+    pub(super) fn load_reason(&self, worker: &WorkerId) -> (LoadReason, usize) {
         let queue = &self.policy.models()[&worker.model].queue;
         let reason = match queue.front() {
             Some(waiter) if waiter.wants_lease => LoadReason::Request,
             Some(_) => LoadReason::Operator,
             None => LoadReason::Preload,
         };
+        let waiting = queue.iter().filter(|waiter| waiter.wants_lease).count();
+        (reason, waiting)
+    }
+
+    fn spawn(&mut self, worker: WorkerId, expected: &policy::Expected, gpus: Vec<u32>) {
+        let (reason, waiting) = self.load_reason(&worker);
         let what = What::Spawn {
             reason,
-            waiting: queue.iter().filter(|waiter| waiter.wants_lease).count(),
+            waiting,
             expected: expected.clone(),
             gpus: gpus.clone(),
         };
         self.tell(&worker, what);
         let spec = Arc::clone(&self.policy.models()[&worker.model].spec);
+        let files = self.store.fingerprint(&worker.model).unwrap_or_default();
         let handle = self.spawner.spawn(SpawnOrder {
             worker: worker.clone(),
+            origin: worker::origin(&spec, &files),
             spec,
             gpus: placed(&self.reading.devices, &gpus),
             events: self.events.clone(),
@@ -147,6 +172,8 @@ impl Task {
                 gpus,
                 tree: None,
                 ready: None,
+                adoption: None,
+                record: None,
             },
         );
     }
@@ -170,13 +197,19 @@ impl Task {
 
     /// The worker takes requests again.
     fn resume(&self, worker: &WorkerId) {
-        let ready = self.workers.get(worker).and_then(|live| live.ready.clone());
-        if let (Some(ready), Some(route)) = (ready, self.routes.get(worker.model.as_str())) {
-            ready.gate.reopen();
-            let inside = ready.gate.read().inside;
+        if let Some(inside) = self.admit_again(worker) {
             self.tell(worker, What::Resume { inside });
-            route.set_ready(Some(ready));
         }
+    }
+
+    /// Opens a worker's gate again, and returns how many are inside.
+    pub(super) fn admit_again(&self, worker: &WorkerId) -> Option<u32> {
+        let ready = self.workers.get(worker)?.ready.clone()?;
+        let route = self.routes.get(worker.model.as_str())?;
+        ready.gate.reopen();
+        let inside = ready.gate.read().inside;
+        route.set_ready(Some(ready));
+        Some(inside)
     }
 
     pub(super) fn reject(&mut self, ticket: Ticket, refusal: Refusal) {
@@ -210,7 +243,7 @@ impl Task {
             .stop(if kill { Stop::Kill } else { Stop::Graceful });
     }
 
-    fn withdraw(&self, worker: &WorkerId) {
+    pub(super) fn withdraw(&self, worker: &WorkerId) {
         let Some(route) = self.routes.get(worker.model.as_str()) else {
             return;
         };

@@ -10,7 +10,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::Signal;
 use crate::clock::{Clock, Timestamp};
-use crate::gate::{Gate, Left};
+use crate::gate::{Gate, Left, Pulse};
 use crate::model::{ModelName, ModelSpec, Upstream, WorkerId};
 use crate::worker::Opened;
 
@@ -165,6 +165,8 @@ pub struct ReadyWorker {
     pub opened: Opened,
     /// Admits requests.
     pub gate: Gate,
+    /// What requests hear from it; watched by the worker's task.
+    pub pulse: Arc<Pulse>,
     /// Cancelled when the worker is about to end or has ended: whoever keeps
     /// connections to it closes them now.
     pub closing: CancellationToken,

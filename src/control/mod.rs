@@ -5,6 +5,7 @@
 //! without a message. Everything else is a [`Command`] on a bounded channel.
 //! Readers take the published [`Snapshot`] and never queue here.
 
+mod adopt;
 mod answers;
 mod autopsy;
 mod command;
@@ -12,8 +13,10 @@ mod decision;
 mod decisions;
 mod deeds;
 mod files;
+mod gates;
 mod lease;
 mod obey;
+mod parking;
 mod reload;
 mod snapshot;
 mod task;
@@ -42,7 +45,7 @@ use crate::clock::{Clock, Timestamp};
 use crate::model::ModelName;
 pub use crate::policy::{
     CleanupReport, EvictReason, Expectation, Expected, ExpectedSource, Explanation, Holder,
-    Outlook, Phase, PressureLevel, Protection, Refusal, Shortage, Skip, Skipped, Why,
+    Outlook, ParkFault, Phase, PressureLevel, Protection, Refusal, Shortage, Skip, Skipped, Why,
 };
 pub use crate::worker::{Opened, Stream};
 

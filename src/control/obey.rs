@@ -5,8 +5,9 @@ use std::time::Duration;
 use super::command::{LimitReport, LimitRequest, Reply};
 use super::task::{Pending, Task};
 use super::{
-    CleanupReport, CleanupRequest, Command, Explanation, LimitSource, LogTail, Refusal, What,
+    CleanupReport, CleanupRequest, Command, Explanation, Lease, LimitSource, LogTail, Refusal, What,
 };
+use crate::clock::Timestamp;
 use crate::model::{Domain, ModelName};
 use crate::policy::{CleanupOrder, Event, Phase, Ticket};
 
@@ -21,18 +22,7 @@ impl Task {
                 model,
                 deadline,
                 reply,
-            } => {
-                if !reply.is_closed() {
-                    self.waiting
-                        .insert(ticket, Pending::Lease { reply, late: false });
-                    self.feed(Event::Acquire {
-                        ticket,
-                        model: model.clone(),
-                        deadline,
-                    });
-                    self.count_wait(ticket, &model);
-                }
-            }
+            } => self.acquire((ticket, deadline), model, reply),
             Command::Load {
                 ticket,
                 model,
@@ -97,6 +87,21 @@ impl Task {
                 self.begin_shutdown(grace);
             }
         }
+    }
+
+    fn acquire(&mut self, asked: (Ticket, Timestamp), model: ModelName, reply: Reply<Lease>) {
+        if reply.is_closed() {
+            return;
+        }
+        let (ticket, deadline) = asked;
+        self.waiting
+            .insert(ticket, Pending::Lease { reply, late: false });
+        self.feed(Event::Acquire {
+            ticket,
+            model: model.clone(),
+            deadline,
+        });
+        self.count_wait(ticket, &model);
     }
 
     fn begin_shutdown(&mut self, grace: Duration) {

@@ -251,8 +251,15 @@ impl Counters {
         self.loads += history.loads;
         self.reloads += history.reloads;
         self.crashes += history.crashes;
+        for (ailment, count) in &history.unhealthy {
+            *self.unhealthy.entry(ailment).or_default() += count;
+        }
         for (reason, count) in &history.evictions {
             *self.evictions.entry(reason).or_default() += count;
+        }
+        self.unparks += history.unparks;
+        for (reason, count) in &history.parks {
+            *self.parks.entry(reason).or_default() += count;
         }
     }
 }

@@ -25,6 +25,8 @@ pub struct Snapshot {
     pub counters: Counters,
     /// Shutting down: no new work is taken.
     pub draining: bool,
+    /// Why the state database is not written at present, if it is not.
+    pub state_error: Option<Arc<str>>,
 }
 
 impl Snapshot {
@@ -64,6 +66,8 @@ pub struct ModelView {
     pub pid: Option<i32>,
     /// The ready worker; its gate has the live number of requests.
     pub ready: Option<Arc<ReadyWorker>>,
+    /// Its worker was spawned by an earlier residentd.
+    pub adopted: bool,
     /// Never evicted to make room, by configuration or by an operator.
     pub pinned: bool,
     /// Requests waiting for it.
@@ -250,8 +254,14 @@ pub struct Counters {
     pub load_failures: BTreeMap<&'static str, u64>,
     /// Lives that ended by themselves after they were ready.
     pub crashes: u64,
+    /// Lives that were ended because they were of no use, by what was wrong.
+    pub unhealthy: BTreeMap<&'static str, u64>,
     /// Evictions by reason.
     pub evictions: BTreeMap<&'static str, u64>,
+    /// Parks that gave back what they should, by reason.
+    pub parks: BTreeMap<&'static str, u64>,
+    /// Parked workers that became ready again.
+    pub unparks: u64,
     /// Workers that were killed by somebody else, by who it most likely was.
     pub kills: BTreeMap<&'static str, u64>,
     /// Refusals by code.

@@ -6,8 +6,9 @@ use std::sync::Arc;
 
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
-use tracing::{debug, info, warn};
+use tracing::{debug, warn};
 
+use super::adopt::Adoption;
 use super::answers::Answers;
 use super::command::Reply;
 use super::files::Files;
@@ -18,13 +19,13 @@ use super::{
 };
 use crate::clock::{Clock, Timestamp};
 use crate::gate::Gate;
-use crate::memory::{MemorySource, OomWatch, Pace, Reading, Subject};
-use crate::model::{ModelName, Upstream, WorkerId};
-use crate::policy::{Activity, Event, Phase, Policy, Ticket};
+use crate::memory::{MemorySource, OomWatch, Pace, Reading};
+use crate::model::{ModelName, Upstream, WorkerId, WorkerRecord};
+use crate::policy::{Event, Phase, Policy, Ticket};
 use crate::procfs::ProcessTree;
 use crate::store::Store;
 use crate::telemetry;
-use crate::worker::{Opened, Spawner, Stop, Survey, Tail, WorkerEvent, WorkerHandle};
+use crate::worker::{Adoptee, Opened, Spawner, Stop, Survey, Tail, WorkerEvent, WorkerHandle};
 
 /// Arrivals handled before the next snapshot is published, so that a burst
 /// costs one snapshot and a quiet moment shows each step.
@@ -49,6 +50,10 @@ pub struct Parts {
     pub limit_source: LimitSource,
     /// Idle models are unloaded under pressure without being asked.
     pub auto_cleanup: bool,
+    /// Number of the first decision.
+    pub first_decision: u64,
+    /// Workers of an earlier residentd that are taken back.
+    pub adoptees: Vec<Adoptee>,
     /// Tells the configuration from others.
     pub config_hash: String,
 }
@@ -64,12 +69,12 @@ pub fn start(parts: Parts) -> Controller {
     let (signals_in, signals) = mpsc::unbounded_channel();
     #[expect(
         clippy::disallowed_methods,
-        reason = "a worker task that reaps cannot wait; four events at most each"
+        reason = "a worker task that reaps cannot wait; six events at most each, and one for each park"
     )]
     let (events_in, events) = mpsc::unbounded_channel();
     let readings = parts.memory.readings();
     let reading = readings.borrow().clone();
-    let (recorder, decisions) = super::record(parts.clock);
+    let (recorder, decisions) = super::record(parts.clock, parts.first_decision);
     let mut task = Task {
         policy: parts.policy,
         clock: parts.clock,
@@ -105,6 +110,7 @@ pub fn start(parts: Parts) -> Controller {
     };
     task.files
         .look_at(task.policy.models().values().map(|m| &m.spec));
+    task.take_back(parts.adoptees);
     task.take_reading();
     let (publish, snapshots) = watch::channel(Arc::new(task.snapshot()));
     let handle = Controller::from_parts(
@@ -206,6 +212,10 @@ pub(super) struct Live {
     pub(super) gpus: Vec<u32>,
     pub(super) tree: Option<Arc<ProcessTree>>,
     pub(super) ready: Option<Arc<ReadyWorker>>,
+    /// How it came to be ours, when we did not spawn it.
+    pub(super) adoption: Option<Adoption>,
+    /// What is kept of it for a later residentd.
+    pub(super) record: Option<Box<WorkerRecord>>,
 }
 
 impl Live {
@@ -283,21 +293,8 @@ impl Task {
             WorkerEvent::Spawned {
                 worker,
                 tree,
-                report,
-            } => {
-                if let Some(live) = self.workers.get_mut(&worker) {
-                    info!(%worker, pid = tree.leader().pid, "worker spawned");
-                    live.tree = Some(Arc::clone(&tree));
-                    let subject = Subject {
-                        tree,
-                        gpus: live.gpus.clone(),
-                        report: Some(report),
-                        loading: true,
-                    };
-                    self.memory.follow(worker, subject);
-                    self.memory.sample_now();
-                }
-            }
+                record,
+            } => self.worker_runs(worker, tree, record),
             WorkerEvent::Ready {
                 worker,
                 upstream,
@@ -305,6 +302,15 @@ impl Task {
             } => self.worker_ready(&worker, upstream, opened),
             WorkerEvent::Used { worker, files } => self.keep_files(&worker.model, &files),
             WorkerEvent::Prefetched(report) => self.prefetched(&report),
+            WorkerEvent::Parked { worker } => {
+                self.feed(Event::Parked { worker });
+                self.memory.sample_now();
+            }
+            WorkerEvent::Unparked { worker } => self.worker_unparked(worker),
+            WorkerEvent::ParkFailed { worker, said } => {
+                self.feed(Event::ParkFailed { worker, said });
+            }
+            WorkerEvent::Unhealthy { worker, why } => self.feed(Event::Unhealthy { worker, why }),
             WorkerEvent::NeverReady { worker, after } => {
                 warn!(%worker, after_s = after.as_secs_f64(), "worker missed its start deadline");
                 let last_lines = self.tail_of(&worker.model, ERROR_LINES).lines;
@@ -326,6 +332,7 @@ impl Task {
                 self.bury(&worker);
                 self.files.look_again();
                 self.memory.forget(&worker);
+                self.store.forget_worker(&worker);
                 let from = last_lines.len().saturating_sub(ERROR_LINES);
                 last_lines.drain(..from);
                 self.feed(Event::Exited {
@@ -351,21 +358,23 @@ impl Task {
         };
         let now = self.clock.now();
         debug!(%worker, %upstream, "worker answers");
-        let took = now.since(model.since);
         if model.queue.iter().all(|waiter| !waiter.wants_lease) {
             // A server with one thread would wait for a request on it.
             opened.close();
         }
-        let what = What::Ready {
-            took,
-            reload: model.history.evicted,
+        let took = match &live.adoption {
+            // It was ready all the time.
+            Some(adoption) if adoption.was_ready => None,
+            Some(adoption) => Some(adoption.age(now)),
+            None => Some(now.since(model.since)),
         };
-        self.store.loaded(&worker.model, took);
+        let reload = model.history.evicted;
         self.next_serial += 1;
         let ready = Arc::new(ReadyWorker {
             id: worker.clone(),
             upstream,
             opened,
+            pulse: Arc::clone(&live.handle.pulse),
             gate: Gate::open(now, model.spec.concurrency),
             closing: CancellationToken::new(),
             serial: self.next_serial,
@@ -375,7 +384,11 @@ impl Task {
         if let Some(route) = self.routes.get(worker.model.as_str()) {
             route.set_ready(Some(ready));
         }
-        self.tell(worker, what);
+        if let Some(took) = took {
+            self.store.loaded(&worker.model, took);
+            self.tell(worker, What::Ready { took, reload });
+            self.keep_ready(worker);
+        }
         self.memory.loaded(worker);
         self.files.look_again();
         self.memory.sample_now();
@@ -413,55 +426,10 @@ impl Task {
         }
     }
 
-    /// Tells the policy how the gates stand and what went through them.
-    pub(super) fn read_gates(&mut self) {
-        for (id, live) in &self.workers {
-            let Some(ready) = &live.ready else { continue };
-            if ready.gate.is_bounded() {
-                // Nobody may come in between this look and who is let in by it.
-                ready.gate.hold(true);
-            }
-            let read = ready.gate.read();
-            let activity = Activity {
-                inside: read.inside,
-                last_left: read.last_left,
-                last_entered: read.last_entered,
-            };
-            self.policy.observe([(id, activity)]);
-            if let Some(gaps) = ready.gate.take_gaps() {
-                self.policy.learn_gaps(&id.model, &gaps);
-            }
-        }
-    }
-
-    /// Lets requests in again where nobody waits.
-    pub(super) fn release_gates(&self) {
-        for (id, live) in &self.workers {
-            let Some(ready) = &live.ready else { continue };
-            if ready.gate.is_bounded() && self.policy.models()[&id.model].queue.is_empty() {
-                ready.gate.hold(false);
-            }
-        }
-    }
-
     pub(super) fn kill_all(&self) {
         for live in self.workers.values() {
             live.handle.stop(Stop::Kill);
         }
-    }
-
-    /// Watches the gates somebody waits for. Returns whether one became empty
-    /// before it was watched, so that nobody would tell.
-    fn watch_gates(&mut self) -> bool {
-        let wanted = self.policy.awaits_idle();
-        let mut missed = false;
-        for (id, live) in &self.workers {
-            let Some(ready) = &live.ready else { continue };
-            let inside = ready.gate.watch(wanted);
-            let believed = self.policy.models()[&id.model].activity.inside;
-            missed |= wanted && inside == 0 && believed > 0;
-        }
-        missed
     }
 
     fn take_reading(&mut self) {
@@ -469,6 +437,7 @@ impl Task {
         let measured = self.measured();
         self.feed(Event::Measured(measured));
         self.mind_files();
+        self.follow_peaks();
         self.tell_refusals();
     }
 

@@ -100,7 +100,7 @@ impl Task {
         let models = self.policy.models();
         let waits = |name: &ModelName| {
             let model = models.get(name);
-            model.is_some_and(|m| m.phase == Phase::Stopped && !m.queue.is_empty())
+            model.is_some_and(|m| m.is_without_memory() && !m.queue.is_empty())
         };
         self.told.waits.retain(|name, _| waits(name));
         if !self.policy.awaits_idle() {
@@ -162,7 +162,7 @@ impl Task {
             (Phase::Starting, _) => End::LoadFailed(failure(exit, out_of_memory)),
             (Phase::Draining | Phase::Stopping, None) => End::LoadFailed(LoadFailure::StartTimeout),
             (Phase::Draining | Phase::Stopping, Some(reason)) => End::Told(reason.clone()),
-            (Phase::Ready, _) => End::Crashed,
+            (Phase::Ready | Phase::Parking | Phase::Parked | Phase::Unparking, _) => End::Crashed,
             // It has no worker that could end.
             (Phase::Stopped | Phase::Backoff | Phase::Failed, _) => return,
         };

@@ -117,6 +117,7 @@ fn snapshot(task: &Task) -> Snapshot {
         memory: memory(task),
         counters,
         draining: task.policy.is_draining(),
+        state_error: task.store.trouble(),
     }
 }
 
@@ -132,6 +133,7 @@ fn model(task: &Task, state: &ModelState, cached: &CachedModels) -> ModelView {
         generation: state.generation,
         pid: live.and_then(Live::pid),
         ready: live.and_then(|live| live.ready.clone()),
+        adopted: live.is_some_and(|live| live.adoption.is_some()),
         pinned: state.pinned,
         queued: state.queue.len(),
         usage: live.and_then(|_| task.reading.workers.get(&worker).cloned()),
@@ -151,7 +153,7 @@ fn model(task: &Task, state: &ModelState, cached: &CachedModels) -> ModelView {
                 at: *at,
             }),
         last_load: state.history.last_load,
-        restarts: state.history.crashes,
+        restarts: state.history.crashes + state.history.unhealthy.values().sum::<u64>(),
         last_error: state.failures.last.clone(),
         retry_at: state
             .failures

@@ -25,6 +25,22 @@ impl Decision {
             } => {
                 info!(id, worker, reason, waiting, need = %expected, ?gpus, "spawning worker");
             }
+            What::Adopt {
+                pid,
+                age,
+                ready,
+                held,
+            } => {
+                info!(
+                    id,
+                    worker,
+                    pid,
+                    age_s = age.as_secs(),
+                    ready,
+                    held = list(held),
+                    "worker of an earlier residentd taken back"
+                );
+            }
             What::Ready { took, reload } => {
                 info!(
                     id,
@@ -51,6 +67,28 @@ impl Decision {
                 kill,
             } => {
                 info!(id, worker, reason, %why, charge = list(charge), kill, "evicting worker");
+            }
+            What::Park {
+                reason: why,
+                charge,
+                holds,
+            } => {
+                info!(id, worker, reason, %why, charge = list(charge), holds = list(holds), "parking worker");
+            }
+            What::Parked { freed, took } => {
+                info!(
+                    id,
+                    worker,
+                    freed = list(freed),
+                    park_s = took.as_secs_f64(),
+                    "worker parked"
+                );
+            }
+            What::Unpark {
+                waiting, expected, ..
+            } => info!(id, worker, reason, waiting, need = %expected, "unparking worker"),
+            What::Unparked { took } => {
+                info!(id, worker, unpark_s = took.as_secs_f64(), "worker unparked");
             }
             What::Keep {
                 reason: why,
@@ -156,12 +194,21 @@ impl fmt::Display for Decision {
             What::Spawn {
                 reason, expected, ..
             } => {
-                let whom = match reason {
-                    LoadReason::Request => "a request",
-                    LoadReason::Operator => "an operator",
-                    LoadReason::Preload => "the configuration",
-                };
+                let whom = whom(*reason);
                 write!(f, "is loaded for {whom}; it is expected to need {expected}")
+            }
+            What::Adopt {
+                pid,
+                age,
+                ready,
+                held,
+            } => {
+                let how = if *ready { "" } else { " while it loads" };
+                let (age, held) = (age.as_secs(), list(held));
+                write!(
+                    f,
+                    "is taken back{how}: pid {pid} has run for {age} s and holds {held}"
+                )
             }
             What::Ready { took, reload } => {
                 let again = if *reload { " again" } else { "" };
@@ -189,6 +236,26 @@ impl fmt::Display for Decision {
             What::Wait { outlook } => write!(f, "has to wait: {outlook}"),
             What::Evict { reason, charge, .. } => {
                 write!(f, "is evicted, which gives back {}: {reason}", list(charge))
+            }
+            What::Park { reason, holds, .. } => {
+                let holds = list(holds);
+                write!(f, "is parked, and expected to hold {holds} then: {reason}")
+            }
+            What::Parked { freed, took } => {
+                let (freed, took) = (list(freed), took.as_secs_f64());
+                write!(f, "is parked after {took:.3} s, which gave back {freed}")
+            }
+            What::Unpark {
+                reason, expected, ..
+            } => {
+                let whom = whom(*reason);
+                write!(
+                    f,
+                    "is unparked for {whom}; it is expected to need {expected}"
+                )
+            }
+            What::Unparked { took } => {
+                write!(f, "is out of its park after {:.3} s", took.as_secs_f64())
             }
             What::Keep { reason, inside } => {
                 write!(
@@ -313,6 +380,14 @@ fn brief(report: &ReloadReport) -> String {
         return "nothing is different".to_owned();
     }
     parts.join("; ")
+}
+
+const fn whom(reason: LoadReason) -> &'static str {
+    match reason {
+        LoadReason::Request => "a request",
+        LoadReason::Operator => "an operator",
+        LoadReason::Preload => "the configuration",
+    }
 }
 
 fn list(bytes: &BTreeMap<Domain, Bytes>) -> String {

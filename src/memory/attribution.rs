@@ -33,6 +33,8 @@ pub(super) struct Claim<'a> {
     pub(super) told: Vec<VramUsage>,
     /// The file it may report in.
     pub(super) report: Option<&'a Path>,
+    /// What it was known to hold before we saw it.
+    pub(super) held: Option<&'a BTreeMap<u32, Bytes>>,
 }
 
 /// Keeps what each load added to its devices.
@@ -80,6 +82,7 @@ impl Attribution {
         }
         for device in devices {
             if let Some(used) = device.used {
+                self.recognize(device.index, used, &claims);
                 self.weigh(device.index, used, &claims);
                 self.watch(at, device.index, used, &claims);
             }
@@ -99,12 +102,45 @@ impl Attribution {
         self.workers = present;
     }
 
+    /// Takes from workers that were taken back what they were known to hold.
+    /// Nobody saw what was there before their loads: it is what none of us holds.
+    fn recognize(&mut self, device: u32, used: Bytes, claims: &[Claim<'_>]) {
+        let mut taken_back = Vec::new();
+        for claim in claims {
+            if !self.is_weighed(claim, device) {
+                continue;
+            }
+            let key = (claim.worker.clone(), device);
+            let added = claim.held.and_then(|held| held.get(&device).copied());
+            if let Some(added) = added.filter(|_| !self.loads.contains_key(&key)) {
+                let load = Load {
+                    before: Bytes::ZERO,
+                    added,
+                    settled: true,
+                };
+                self.loads.insert(key.clone(), load);
+                taken_back.push(key);
+            }
+        }
+        let held = claims.iter().filter_map(|claim| self.held(claim, device));
+        let before = used - held.sum::<Bytes>();
+        for key in taken_back {
+            if let Some(load) = self.loads.get_mut(&key) {
+                load.before = before;
+            }
+        }
+    }
+
     /// Brings the added use up to date of whoever loads on a device and is not
     /// told of.
     fn weigh(&mut self, device: u32, used: Bytes, claims: &[Claim<'_>]) {
         let rest = self.devices.get(&device).map(|device| device.rest);
         for claim in claims {
             if !self.is_weighed(claim, device) {
+                continue;
+            }
+            let key = (claim.worker.clone(), device);
+            if claim.held.is_some() && !self.loads.contains_key(&key) {
                 continue;
             }
             let held_by = |other: &&Claim<'_>| other.worker != claim.worker;
@@ -114,14 +150,13 @@ impl Attribution {
                 .filter_map(|other| self.held(other, device))
                 .sum();
             let now = used - others;
-            let load = self
-                .loads
-                .entry((claim.worker.clone(), device))
-                .or_insert(Load {
-                    before: rest.unwrap_or(now),
-                    added: Bytes::ZERO,
-                    settled: false,
-                });
+            let load = self.loads.entry(key).or_insert(Load {
+                before: rest.unwrap_or(now),
+                added: Bytes::ZERO,
+                settled: false,
+            });
+            // One that is parked or unparked is weighed anew.
+            load.settled &= !claim.loading;
             if !load.settled {
                 load.added = now - load.before;
                 // The first pass after the load is the last that counts.

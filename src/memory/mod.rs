@@ -53,6 +53,9 @@ pub trait MemorySource: fmt::Debug + Send + Sync + 'static {
     /// Notes that a worker has loaded: what its devices use more than before
     /// is its own.
     fn loaded(&self, worker: &WorkerId);
+    /// The worker's memory moves, because it is parked or unparked: it is looked
+    /// at as one that loads until it is `loaded` again.
+    fn moves(&self, worker: &WorkerId);
     /// Stops measuring it.
     fn forget(&self, worker: &WorkerId);
     /// Asks for the proportional share of a worker, which is not read by itself
@@ -79,6 +82,9 @@ pub struct Subject {
     pub report: Option<PathBuf>,
     /// It has not answered yet.
     pub loading: bool,
+    /// What an earlier residentd knew it to hold of each device; absent for a
+    /// worker that we spawned, whose load we can watch.
+    pub held: Option<BTreeMap<u32, Bytes>>,
 }
 
 impl Subject {
@@ -90,6 +96,7 @@ impl Subject {
             gpus: Vec::new(),
             report: None,
             loading: false,
+            held: None,
         }
     }
 }

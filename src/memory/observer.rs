@@ -239,6 +239,7 @@ impl Observer {
                 loading: subject.loading,
                 told,
                 report: subject.report.as_deref(),
+                held: subject.held.as_ref(),
             })
         });
         let claims = claims.collect();

@@ -101,6 +101,15 @@ struct Orders {
 }
 
 impl Sampler {
+    fn set_loading(&self, worker: &WorkerId, loading: bool) {
+        self.desk.order(|orders| {
+            if let Some(subject) = Arc::make_mut(&mut orders.followed).get_mut(worker) {
+                subject.loading = loading;
+                orders.now = true;
+            }
+        });
+    }
+
     /// Takes the first reading and starts the thread. Blocks for some
     /// milliseconds, and for up to 5 s when a GPU driver is slow to open.
     ///
@@ -151,12 +160,11 @@ impl MemorySource for Sampler {
     }
 
     fn loaded(&self, worker: &WorkerId) {
-        self.desk.order(|orders| {
-            if let Some(subject) = Arc::make_mut(&mut orders.followed).get_mut(worker) {
-                subject.loading = false;
-                orders.now = true;
-            }
-        });
+        self.set_loading(worker, false);
+    }
+
+    fn moves(&self, worker: &WorkerId) {
+        self.set_loading(worker, true);
     }
 
     fn forget(&self, worker: &WorkerId) {

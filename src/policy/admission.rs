@@ -9,7 +9,7 @@ use super::Policy;
 use super::event::{Effect, Ticket};
 use super::ledger::{self, Need};
 use super::lifecycle::{ModelState, Waiter};
-use super::verdict::{Verdict, least};
+use super::verdict::{Claims, Verdict, Victim, least};
 use super::words::{Expected, Phase, Refusal};
 use crate::clock::Timestamp;
 use crate::model::{Domain, Gaps, ModelName, WorkerId};
@@ -47,6 +47,9 @@ impl Policy {
             Phase::Stopped
             | Phase::Starting
             | Phase::Ready
+            | Phase::Parking
+            | Phase::Parked
+            | Phase::Unparking
             | Phase::Draining
             | Phase::Stopping
             | Phase::Backoff
@@ -86,11 +89,13 @@ impl Policy {
         let Some(model) = self.current(worker).filter(|m| m.phase == Phase::Starting) else {
             return;
         };
-        let took = now.since(model.since);
-        model.history.last_load = Some(took);
-        model.reuse.loaded(took);
+        if !model.adopted {
+            let took = now.since(model.since);
+            model.history.last_load = Some(took);
+            model.reuse.loaded(took);
+            model.history.loads += 1;
+        }
         model.served = true;
-        model.history.loads += 1;
         if std::mem::take(&mut model.history.evicted) {
             model.history.reloads += 1;
         }
@@ -180,20 +185,30 @@ impl Policy {
         room
     }
 
-    /// Looks at every wanted model and starts, waits, evicts or refuses.
+    /// Looks at every wanted model and starts, unparks, waits, parks, evicts or
+    /// refuses.
     pub(super) fn plan(&mut self, now: Timestamp, out: &mut Vec<Effect>) {
-        let mut claims = Need::new();
+        let mut claims = Claims::default();
         self.blocked = false;
         self.patience_at = None;
         for name in self.wanted_in_order(now) {
             match self.admit(&name, &claims) {
                 Verdict::Spawn(expected, gpus) => self.spawn(now, &name, expected, gpus, out),
-                Verdict::Wait(need) => ledger::add(&mut claims, &need),
+                Verdict::Wait(need) => claims.add(&need),
+                Verdict::WaitForDrains(need) => ledger::add(&mut claims.all, &need),
+                Verdict::Unpark(expected) => {
+                    let worker = self.models[&name].worker();
+                    self.unpark(now, &worker, expected, out);
+                }
                 Verdict::Evict(victims, need, short) => {
-                    for victim in victims {
-                        self.evict(now, &victim.worker, short.reason(&name), false, out);
+                    for Victim { worker, parks } in victims {
+                        let reason = short.reason(&name);
+                        match parks {
+                            true => self.park(now, &worker, reason, out),
+                            false => self.evict(now, &worker, reason, false, out),
+                        }
                     }
-                    ledger::add(&mut claims, &need);
+                    claims.add(&need);
                 }
                 Verdict::Blocked(need, short) => {
                     self.blocked = true;
@@ -202,8 +217,8 @@ impl Policy {
                             let next = self.patience_at.map_or(ends, |at| at.min(ends));
                             self.patience_at = Some(next);
                         }
-                        Some(_) if self.drain_for(now, &name, &claims, out) => {
-                            ledger::add(&mut claims, &need);
+                        Some(_) if self.drain_for(now, &name, &claims.all, out) => {
+                            ledger::add(&mut claims.all, &need);
                         }
                         Some(_) | None => {}
                     }
@@ -219,7 +234,8 @@ impl Policy {
         let mut wanted: Vec<_> = self
             .models
             .values()
-            .filter(|m| (m.wanted || !m.queue.is_empty()) && m.may_start(now) && !m.removed)
+            .filter(|m| (m.wanted || !m.queue.is_empty()) && !m.removed)
+            .filter(|m| m.may_start(now) || m.phase == Phase::Parked)
             .filter(|m| !self.ledger.is_held(&m.worker()))
             .map(|m| {
                 (

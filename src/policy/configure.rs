@@ -140,7 +140,9 @@ impl Policy {
         };
         let worker = model.worker();
         match model.phase {
-            Phase::Starting => self.terminate(now, &worker, reason.clone(), false, out),
+            Phase::Starting | Phase::Parking | Phase::Parked | Phase::Unparking => {
+                self.terminate(now, &worker, reason.clone(), false, out);
+            }
             Phase::Ready => self.drain(now, &worker, reason.clone(), out),
             Phase::Draining if model.drains_for().is_some() => {
                 // From now on it goes whoever else finds room.

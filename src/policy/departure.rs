@@ -8,7 +8,7 @@ use super::event::{Effect, Ticket};
 use super::lifecycle::ModelState;
 use super::words::{EvictReason, Phase, Refusal};
 use crate::clock::Timestamp;
-use crate::model::{Domain, ModelName, WorkerId};
+use crate::model::{Ailment, Domain, ModelName, WorkerId};
 
 impl Policy {
     /// Tells an idle worker to go. The gate has the last word: if somebody
@@ -111,6 +111,13 @@ impl Policy {
     }
 
     pub(super) fn evict_refused(&mut self, worker: &WorkerId, inside: u32) {
+        if self
+            .current(worker)
+            .is_some_and(|m| m.phase == Phase::Parking)
+        {
+            self.park_refused(worker, inside);
+            return;
+        }
         let Some(model) = self.current(worker).filter(|m| m.phase == Phase::Stopping) else {
             return;
         };
@@ -148,7 +155,7 @@ impl Policy {
                 }
                 out.push(Effect::Done { ticket });
             }
-            Phase::Starting => {
+            Phase::Starting | Phase::Parking | Phase::Parked | Phase::Unparking => {
                 model.unloading.push(ticket);
                 self.refuse_all(name, &Refusal::Unloaded(name.clone()), out);
                 self.terminate(now, &worker, EvictReason::Unload, false, out);
@@ -206,6 +213,28 @@ impl Policy {
         self.refuse_all(&worker.model, &refusal, out);
     }
 
+    /// Ends a worker that runs and is of no use, whoever is inside: they get
+    /// nothing from it. Who is on its way out goes for the reason it had.
+    pub(super) fn unhealthy(
+        &mut self,
+        now: Timestamp,
+        worker: &WorkerId,
+        why: Ailment,
+        out: &mut Vec<Effect>,
+    ) {
+        let serves = |m: &&mut ModelState| {
+            m.is_at_rest() || matches!(m.phase, Phase::Ready | Phase::Draining)
+        };
+        let Some(model) = self.current(worker).filter(serves) else {
+            return;
+        };
+        *model.history.unhealthy.entry(why.as_str()).or_default() += 1;
+        let kill = why.is_deaf();
+        let reason = EvictReason::Unhealthy { why };
+        model.failures.last = Some(reason.to_string());
+        self.terminate(now, worker, reason, kill, out);
+    }
+
     /// Takes in what a life that ended taught, and says to keep it.
     pub(super) fn learn(
         &mut self,
@@ -258,24 +287,19 @@ impl Policy {
                 self.want_preload(&worker.model);
                 self.restore_victims(now, &worker.model);
             }
-            Phase::Ready => {
+            Phase::Ready | Phase::Parking | Phase::Parked | Phase::Unparking => {
                 model.history.crashes += 1;
-                let cause = format!("{status} while it served");
-                model.fail(cause.clone(), true, now);
-                if model.queue.is_empty() {
-                    return;
-                }
-                if model.may_start(now) {
-                    // Who waited for a place is no worse off for the crash.
-                    model.enter(Phase::Stopped, now);
-                } else {
-                    let refusal = failed(&worker.model, cause, last_lines);
-                    self.refuse_all(&worker.model, &refusal, out);
-                    self.want_preload(&worker.model);
-                }
+                let cause = match model.is_at_rest() {
+                    true => format!("{status} while it was {}", model.phase.as_str()),
+                    false => format!("{status} while it served"),
+                };
+                self.gave_out(now, worker, cause, last_lines, out);
             }
             // It was told to go, or never got ready.
             Phase::Draining | Phase::Stopping => match leaving {
+                Some(reason @ EvictReason::Unhealthy { .. }) => {
+                    self.gave_out(now, worker, reason.to_string(), last_lines, out);
+                }
                 Some(reason) => {
                     // What was recycled is wanted as much as before.
                     model.wanted |= matches!(reason, EvictReason::Ceiling { .. })
@@ -298,6 +322,32 @@ impl Policy {
                 }
             },
             Phase::Stopped | Phase::Backoff | Phase::Failed => {}
+        }
+    }
+
+    /// Books the end of a worker that had served. Who waits gets the next life,
+    /// if that may come at once, and is no worse off.
+    fn gave_out(
+        &mut self,
+        now: Timestamp,
+        worker: &WorkerId,
+        cause: String,
+        last_lines: &[String],
+        out: &mut Vec<Effect>,
+    ) {
+        let Some(model) = self.current(worker) else {
+            return;
+        };
+        model.fail(cause.clone(), true, now);
+        if model.queue.is_empty() {
+            return;
+        }
+        if model.may_start(now) {
+            model.enter(Phase::Stopped, now);
+        } else {
+            let refusal = failed(&worker.model, cause, last_lines);
+            self.refuse_all(&worker.model, &refusal, out);
+            self.want_preload(&worker.model);
         }
     }
 
@@ -333,6 +383,9 @@ impl Policy {
 
     pub(super) fn begin_shutdown(&mut self, until: Timestamp, out: &mut Vec<Effect>) {
         self.shutdown = Some(self.shutdown.map_or(until, |earlier| earlier.min(until)));
+        // Nobody is planned for any more.
+        self.blocked = false;
+        self.patience_at = None;
         let names: Vec<_> = self.models.keys().cloned().collect();
         for name in names {
             self.refuse_all(&name, &Refusal::ShuttingDown, out);
@@ -346,7 +399,7 @@ impl Policy {
         let live: Vec<_> = self
             .models
             .values()
-            .filter(|m| matches!(m.phase, Phase::Starting | Phase::Ready | Phase::Draining))
+            .filter(|m| m.is_live() && m.phase != Phase::Stopping)
             .map(|m| (m.worker(), m.phase, m.activity.inside))
             .collect();
         for (worker, phase, inside) in live {
@@ -354,7 +407,11 @@ impl Policy {
             match phase {
                 Phase::Ready => self.drain(now, &worker, EvictReason::Shutdown, out),
                 Phase::Draining if busy => {}
-                Phase::Starting | Phase::Draining => {
+                Phase::Starting
+                | Phase::Parking
+                | Phase::Parked
+                | Phase::Unparking
+                | Phase::Draining => {
                     self.terminate(now, &worker, EvictReason::Shutdown, false, out);
                 }
                 Phase::Stopped | Phase::Stopping | Phase::Backoff | Phase::Failed => {}
@@ -385,10 +442,12 @@ fn is_new(model: &ModelState, out: &[Effect]) -> bool {
 }
 
 /// Notes why a worker went. What an operator unloads by name or configures
-/// otherwise, or residentd's own end takes along, is no eviction.
+/// otherwise, what was of no use, or residentd's own end takes along, is no
+/// eviction.
 fn book_eviction(model: &mut ModelState, reason: EvictReason, now: Timestamp) {
     match reason {
         EvictReason::Unload
+        | EvictReason::Unhealthy { .. }
         | EvictReason::Changed
         | EvictReason::Removed
         | EvictReason::Shutdown => {}
@@ -396,6 +455,7 @@ fn book_eviction(model: &mut ModelState, reason: EvictReason, now: Timestamp) {
         | EvictReason::Idle { .. }
         | EvictReason::Pressure { .. }
         | EvictReason::Ceiling { .. }
+        | EvictReason::ParkFailed(_)
         | EvictReason::Cleanup => {
             *model.history.evictions.entry(reason.as_str()).or_default() += 1;
             model.history.evicted = true;

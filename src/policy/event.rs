@@ -4,10 +4,12 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use super::configure::Change;
-use super::lifecycle::History;
+use super::history::History;
 use super::words::{EvictReason, Expected, Refusal, Skip};
 use crate::clock::Timestamp;
-use crate::model::{Bytes, Domain, Footprint, GpuVendor, ModelName, PrefetchReason, WorkerId};
+use crate::model::{
+    Ailment, Bytes, Domain, Footprint, GpuVendor, ModelName, PrefetchReason, WorkerId,
+};
 
 /// Names one wish, so that its answer finds the way back.
 pub type Ticket = u64;
@@ -72,7 +74,7 @@ pub enum Event {
         /// When to answer at the latest.
         deadline: Timestamp,
     },
-    /// A gate could not be closed: someone is inside.
+    /// A gate could not be closed, to evict or to park: someone is inside.
     EvictRefused {
         /// Whose gate.
         worker: WorkerId,
@@ -83,6 +85,31 @@ pub enum Event {
     Ready {
         /// Which.
         worker: WorkerId,
+    },
+    /// The worker answered every call that parks it.
+    Parked {
+        /// Which.
+        worker: WorkerId,
+    },
+    /// The worker answered every call that makes it ready again.
+    Unparked {
+        /// Which.
+        worker: WorkerId,
+    },
+    /// A call that parks a worker, or makes it ready again, failed or took too
+    /// long.
+    ParkFailed {
+        /// Which.
+        worker: WorkerId,
+        /// Which call, and how.
+        said: String,
+    },
+    /// The worker runs and is of no use.
+    Unhealthy {
+        /// Which.
+        worker: WorkerId,
+        /// What is wrong with it.
+        why: Ailment,
     },
     /// The worker missed its start deadline and is being ended.
     NeverReady {
@@ -162,6 +189,32 @@ pub enum Effect {
         /// Skip the grace.
         kill: bool,
     },
+    /// Close the gate if nobody is inside, then have the worker give memory back
+    /// and live on; otherwise say `EvictRefused`.
+    Park {
+        /// Which.
+        worker: WorkerId,
+        /// Why.
+        reason: EvictReason,
+        /// What it is expected to hold when it is parked.
+        holds: BTreeMap<Domain, Bytes>,
+    },
+    /// The memory of a worker that was told to park is measured to be back.
+    Parked {
+        /// Which.
+        worker: WorkerId,
+        /// How much, by domain.
+        freed: BTreeMap<Domain, Bytes>,
+        /// How long that took.
+        took: Duration,
+    },
+    /// Have a parked worker take its memory again; there is room for it.
+    Unpark {
+        /// Which.
+        worker: WorkerId,
+        /// What is promised to it.
+        expected: Expected,
+    },
     /// Close the gate whoever is inside, then look again who is, and tell when
     /// the last one leaves.
     Drain {
@@ -235,6 +288,18 @@ pub struct Activity {
     pub last_left: Timestamp,
     /// When a request last came in; the time of opening when none has.
     pub last_entered: Timestamp,
+}
+
+impl Activity {
+    /// Returns what a gate shows that has just been opened.
+    #[must_use]
+    pub const fn opened(now: Timestamp) -> Self {
+        Self {
+            inside: 0,
+            last_left: now,
+            last_entered: now,
+        }
+    }
 }
 
 /// What one reading says, in the policy's terms.

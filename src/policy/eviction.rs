@@ -21,6 +21,8 @@ pub(super) struct Candidate {
     pub worker: WorkerId,
     /// Requests are inside: it can only be drained, after all that are idle.
     pub busy: bool,
+    /// It is parked: it serves nobody and goes before all that do.
+    pub parked: bool,
     /// When it was last used, or became ready; of a busy one, when it was last
     /// asked for.
     pub idle_since: Timestamp,
@@ -33,7 +35,12 @@ pub(super) struct Candidate {
 impl Candidate {
     /// Who goes first by recency.
     fn age(&self) -> impl Ord + use<> {
-        (self.busy, self.idle_since, self.worker.clone())
+        (
+            self.busy,
+            !self.parked,
+            self.idle_since,
+            self.worker.clone(),
+        )
     }
 }
 
@@ -139,6 +146,7 @@ mod tests {
                 generation: 1,
             },
             busy: false,
+            parked: false,
             idle_since: Timestamp::from_millis(idle_since),
             worth: 1,
             gives: BTreeMap::from([(LIMIT, limit), (GPU, gpu)]),

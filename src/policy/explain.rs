@@ -13,7 +13,7 @@ use super::Policy;
 use super::event::{Effect, Event, Ticket};
 use super::ledger::Need;
 use super::lifecycle::ModelState;
-use super::verdict::missing;
+use super::verdict::{Plan, missing};
 use super::words::{EvictReason, Phase, Protection, Refusal, Shortage};
 use crate::clock::Timestamp;
 use crate::model::{Bytes, Domain, ModelName, WorkerId};
@@ -53,6 +53,12 @@ pub enum Why {
     Ready,
     /// One is being loaded.
     Loading,
+    /// One gives its memory back and lives on.
+    Parking,
+    /// One lives without most of its memory.
+    Parked,
+    /// One takes its memory again.
+    Unparking,
     /// None was spawned since residentd started.
     NeverLoaded,
     /// The last one was evicted.
@@ -90,6 +96,8 @@ pub enum Outlook {
     Served,
     /// It waits for the load only.
     Starts,
+    /// It waits for the parked worker to be ready again.
+    Unparks,
     /// These workers go first; those in use after the requests inside.
     Evicts {
         /// Who, in the order they are told.
@@ -124,8 +132,10 @@ pub struct Holder {
     pub inside: u32,
     /// When it was last used, or became ready.
     pub idle_since: Timestamp,
-    /// What its end gives back, by domain.
+    /// What it is charged with, by domain.
     pub holds: BTreeMap<Domain, Bytes>,
+    /// It would be parked and not end.
+    pub parks: bool,
 }
 
 impl Why {
@@ -135,6 +145,9 @@ impl Why {
         match self {
             Self::Ready => "ready",
             Self::Loading => "loading",
+            Self::Parking => "parking",
+            Self::Parked => "parked",
+            Self::Unparking => "unparking",
             Self::NeverLoaded => "never_loaded",
             Self::Evicted(EvictReason::Idle { .. }) => "idle",
             Self::Evicted(_) => "evicted",
@@ -156,6 +169,7 @@ impl Outlook {
         match self {
             Self::Served => "served",
             Self::Starts => "starts",
+            Self::Unparks => "unparks",
             Self::Evicts { .. } => "evicts",
             Self::Waits { .. } => "waits",
             Self::Refused(_) => "refused",
@@ -169,7 +183,8 @@ impl Outlook {
         let Self::Waits { holders, .. } = self else {
             return false;
         };
-        let stays = |holder: &Holder| holder.protection != Some(Protection::Draining);
+        let goes = [Some(Protection::Draining), Some(Protection::Parking)];
+        let stays = |holder: &Holder| !goes.contains(&holder.protection);
         holders.iter().any(stays)
     }
 }
@@ -202,6 +217,9 @@ impl Policy {
         let why = match model.phase {
             Phase::Ready => Why::Ready,
             Phase::Starting => Why::Loading,
+            Phase::Parking => Why::Parking,
+            Phase::Parked => Why::Parked,
+            Phase::Unparking => Why::Unparking,
             Phase::Draining | Phase::Stopping => Why::Leaving(model.leaving.clone()),
             Phase::Backoff | Phase::Failed => match model.failures.retry_at {
                 Some(until) if until > now => Why::BackingOff {
@@ -231,7 +249,10 @@ impl Policy {
         match model.phase {
             Phase::Ready if model.queue.is_empty() && !model.is_full() => return Outlook::Served,
             Phase::Starting => return Outlook::Starts,
+            Phase::Unparking => return Outlook::Unparks,
             Phase::Ready
+            | Phase::Parking
+            | Phase::Parked
             | Phase::Stopped
             | Phase::Draining
             | Phase::Stopping
@@ -266,19 +287,24 @@ impl Policy {
         if trial.models[name].phase == Phase::Starting {
             return Outlook::Starts;
         }
+        if trial.models[name].phase == Phase::Unparking {
+            return Outlook::Unparks;
+        }
         let told = effects
             .iter()
             .filter_map(|effect| match_victim(effect, name));
+        let parks = |worker: &WorkerId| trial.models[&worker.model].phase == Phase::Parking;
         let victims: Vec<_> = told
-            .filter(|(worker, _)| trial.models[&worker.model].is_leaving())
+            .filter(|(worker, _)| trial.models[&worker.model].is_leaving() || parks(worker))
             .collect();
         if let Some((_, shortage)) = victims.first() {
-            let victims = victims.iter();
+            let holder = |(worker, _): &(WorkerId, _)| Holder {
+                parks: parks(worker),
+                ..self.holder(&self.models[&worker.model])
+            };
             return Outlook::Evicts {
                 shortage: *shortage,
-                victims: victims
-                    .map(|(worker, _)| self.holder(&self.models[&worker.model]))
-                    .collect(),
+                victims: victims.iter().map(holder).collect(),
             };
         }
         trial.waits(name, now)
@@ -287,7 +313,7 @@ impl Policy {
     /// Returns for what a model waits that was neither started nor refused.
     fn waits(&self, name: &ModelName, now: Timestamp) -> Outlook {
         let model = &self.models[name];
-        if model.is_live() {
+        if model.is_live() && model.phase != Phase::Parked {
             return Outlook::Waits {
                 holders: vec![self.holder(model)],
                 behind: Vec::new(),
@@ -295,9 +321,14 @@ impl Policy {
                 drains_in: None,
             };
         }
-        let gpus = self.place(model, &Need::new()).unwrap_or_default();
-        let expected = self.expected_on(model, &gpus);
-        let need = self.need(&expected);
+        let Ok(Plan { expected, need, .. }) = self.plan_of(model, &Need::new()) else {
+            return Outlook::Waits {
+                holders: Vec::new(),
+                behind: Vec::new(),
+                shortage: None,
+                drains_in: None,
+            };
+        };
         let (there, later) = self.rooms(expected.domains(), &Need::new());
         let short = missing(&need, &there);
         let comes_back = missing(&need, &later).is_empty();
@@ -309,13 +340,15 @@ impl Policy {
         let earlier = wanted.into_iter().take_while(|other| other != name);
         let holders = self.models.values().filter(|other| {
             let in_the_way = match other.protection() {
-                Some(Protection::Draining) => true,
+                Some(Protection::Draining | Protection::Parking) => true,
                 // With enough on its way back, only what loads is waited for.
                 Some(Protection::Loading) => short.is_empty() || !comes_back,
                 Some(Protection::Busy | Protection::Pinned) => !comes_back,
                 None => false,
             };
-            in_the_way && domains.iter().any(|d| other.charge(*d) > Bytes::ZERO)
+            in_the_way
+                && other.name() != name
+                && domains.iter().any(|d| other.charge(*d) > Bytes::ZERO)
         });
         let holders: Vec<_> = holders.map(|other| self.holder(other)).collect();
         let is_busy = |holder: &Holder| holder.protection == Some(Protection::Busy);
@@ -337,15 +370,24 @@ impl Policy {
             inside: model.activity.inside,
             idle_since: model.idle_since(),
             holds: domains.map(|d| (d, model.charge(d))).collect(),
+            parks: false,
         }
     }
 
     fn ready_in(&self, model: &ModelState, outlook: &Outlook, now: Timestamp) -> Option<Duration> {
-        let load = model.history.last_load;
+        let load = match model.phase == Phase::Parked {
+            true => model.history.last_unpark,
+            false => model.history.last_load,
+        };
         match outlook {
             Outlook::Served => Some(Duration::ZERO),
             Outlook::Starts if model.phase == Phase::Starting => left(model, now),
             Outlook::Starts => load,
+            Outlook::Unparks => {
+                let since = Some(model.since).filter(|_| model.phase == Phase::Unparking);
+                let unpark = model.history.last_unpark?;
+                Some(unpark.saturating_sub(now.since(since.unwrap_or(now))))
+            }
             // Requests inside have to end first, and nobody knows when they do.
             Outlook::Evicts { victims, .. } if victims.iter().any(|v| v.inside > 0) => None,
             Outlook::Evicts { .. } => load,
@@ -355,9 +397,13 @@ impl Policy {
                 // The end of a load can be told, the end of requests cannot.
                 let ends = holders.iter().map(|holder| match holder.protection {
                     Some(Protection::Loading) => left(&self.models[&holder.model], now),
-                    Some(Protection::Draining | Protection::Busy | Protection::Pinned) | None => {
-                        None
-                    }
+                    Some(
+                        Protection::Draining
+                        | Protection::Parking
+                        | Protection::Busy
+                        | Protection::Pinned,
+                    )
+                    | None => None,
                 });
                 let last = ends.collect::<Option<Vec<_>>>()?.into_iter().max()?;
                 Some(last + load?)
@@ -396,6 +442,7 @@ fn match_refusal(effect: &Effect, of: Ticket) -> Option<Refusal> {
 /// Returns who is told to go by this effect to make room for the model.
 fn match_victim(effect: &Effect, name: &ModelName) -> Option<(WorkerId, Shortage)> {
     let (Effect::Evict { worker, reason, .. }
+    | Effect::Park { worker, reason, .. }
     | Effect::Drain { worker, reason }
     | Effect::Terminate { worker, reason, .. }) = effect
     else {

@@ -28,10 +28,10 @@ pub(super) type Need = BTreeMap<(Domain, Constraint), i128>;
 
 /// Measured bytes have to be back to this many hundredths of what was
 /// expected, as in Ollama's scheduler.
-const BACK_PERCENT: u64 = 75;
+pub(super) const BACK_PERCENT: u64 = 75;
 /// How long a device's headroom is watched for bytes of a reaped worker:
 /// drivers give VRAM back after the process is gone.
-const BACK_DEADLINE: Duration = Duration::from_secs(5);
+pub(super) const BACK_DEADLINE: Duration = Duration::from_secs(5);
 /// The same for host RAM, which the kernel gives back before a process can be
 /// reaped: what is still missing was taken by a neighbour.
 const HOST_BACK_DEADLINE: Duration = Duration::from_millis(500);
@@ -75,22 +75,22 @@ impl DomainBooks {
 /// reaped: no process holds them, and whether the machine has enough headroom
 /// for the next load is in the same measurement, whoever took some meanwhile.
 #[derive(Clone, Debug)]
-struct Reclaim {
-    worker: WorkerId,
-    domain: Domain,
-    held: bool,
+pub(super) struct Reclaim {
+    pub worker: WorkerId,
+    pub domain: Domain,
+    pub held: bool,
     /// What counts against the limit while it is held.
-    charge: Bytes,
+    pub charge: Bytes,
     /// What physics should get back.
-    expected: Bytes,
+    pub expected: Bytes,
     /// Headroom and the other workers' unreclaimable bytes before the end.
-    before: (Bytes, Bytes),
-    reaped_at: Timestamp,
+    pub before: (Bytes, Bytes),
+    pub reaped_at: Timestamp,
 }
 
 impl Reclaim {
     /// When its bytes are no longer watched for.
-    fn deadline(&self) -> Timestamp {
+    pub(super) fn deadline(&self) -> Timestamp {
         match self.domain {
             Domain::Host => self.reaped_at + HOST_BACK_DEADLINE,
             Domain::Gpu(_) => self.reaped_at + BACK_DEADLINE,
@@ -119,13 +119,17 @@ pub(super) struct Ledger {
     /// The GPUs there are, by index.
     pub gpus: BTreeMap<u32, GpuFacts>,
     /// Limits that the configuration sets on GPUs, by name.
-    gpu_limits: BTreeMap<DeviceRef, Bytes>,
+    pub gpu_limits: BTreeMap<DeviceRef, Bytes>,
     /// Domains whose limit an operator set, which beats the configuration.
-    set_by_operator: BTreeSet<Domain>,
-    counted_twice: Bytes,
-    measured_at: Timestamp,
-    baselines: BTreeMap<(WorkerId, Domain), (Bytes, Bytes)>,
-    reclaims: Vec<Reclaim>,
+    pub set_by_operator: BTreeSet<Domain>,
+    /// Bytes of host RAM that the sum of all workers counts more than once.
+    pub counted_twice: Bytes,
+    /// When the newest measurement began.
+    pub measured_at: Timestamp,
+    /// How things stood when a worker was told to end.
+    pub baselines: BTreeMap<(WorkerId, Domain), (Bytes, Bytes)>,
+    /// Bytes on their way back.
+    pub reclaims: Vec<Reclaim>,
 }
 
 impl Ledger {
@@ -265,10 +269,22 @@ impl Ledger {
             }
             physics += reclaim.expected;
         }
-        Need::from([
+        let mut incoming = Need::from([
             ((domain, Constraint::Limit), signed(limit)),
             ((domain, Constraint::Physics), signed(physics)),
-        ])
+        ]);
+        for model in models.values() {
+            let mut gives = model.gives_by_park();
+            gives.retain(|(of, _), _| *of == domain);
+            add(&mut incoming, &gives);
+        }
+        incoming
+    }
+
+    /// Returns when the newest measurement began.
+    #[must_use]
+    pub(super) fn measured_at(&self) -> Timestamp {
+        self.measured_at
     }
 
     /// Returns what a worker's end would give back.
@@ -297,9 +313,11 @@ impl Ledger {
             .values()
             .filter(|m| m.is_live() && !m.is_leaving() && !m.pinned)
         {
+            // What its park gives is on its way already.
+            let parks = model.gives_by_park();
             for (key, bytes) in self.gives(model) {
                 if let Some(total) = possible.get_mut(&key) {
-                    *total += bytes;
+                    *total += bytes - parks.get(&key).copied().unwrap_or(0);
                 }
             }
         }
@@ -421,10 +439,14 @@ impl Ledger {
         self.reclaims.iter().any(|r| r.worker == *worker && r.held)
     }
 
-    /// Returns when the first outstanding reclaim is given up.
+    /// Returns when the first outstanding reclaim is given up. Before anything
+    /// was measured since the worker ended there is nothing to judge by, at
+    /// whatever time: the next measurement does that.
     #[must_use]
     pub(super) fn next_deadline(&self) -> Option<Timestamp> {
-        self.reclaims.iter().map(Reclaim::deadline).min()
+        let is_measured = |r: &&Reclaim| self.measured_at >= r.reaped_at;
+        let measured = self.reclaims.iter().filter(is_measured);
+        measured.map(Reclaim::deadline).min()
     }
 
     /// Headroom, and what workers other than `except` hold and cannot give back:

@@ -1,12 +1,17 @@
 //! One model: its phases, failures and history.
 //!
 //! ```text
-//! Stopped    spawn → Starting
+//! Stopped    spawn, or taken back from an earlier residentd → Starting
 //! Starting   ready → Ready; exit → Backoff; never ready, or unload → Stopping
 //! Ready      evict or idle (no leases) → Stopping; unload, or room for a patient
-//!            waiter → Draining; exit → Backoff
-//! Draining   last lease, or deadline → Stopping; exit → Stopped; not needed any more → Ready
-//! Stopping   reaped → Stopped, or Backoff if it was never ready
+//!            waiter → Draining; unhealthy → Stopping; exit → Backoff; park (no
+//!            leases) → Parking
+//! Parking    bytes are back → Parked; failed, or freed too little, or unload →
+//!            Stopping; gate did not close → Ready; exit → Backoff
+//! Parked     unpark → Unparking; evict, unload or idle → Stopping; exit → Backoff
+//! Unparking  ready again → Ready; failed, or unload → Stopping; exit → Backoff
+//! Draining   last lease, deadline, or unhealthy → Stopping; exit → Stopped; not needed any more → Ready
+//! Stopping   reaped → Stopped, or Backoff if it was unhealthy or never ready
 //! Backoff    delay over → Stopped, and from there as any; too many → Failed; unload → Stopped
 //! Failed     operator loads, or ten minutes over → Starting
 //! ```
@@ -18,6 +23,8 @@ use std::time::Duration;
 
 use super::event::{Activity, Measure, Ticket};
 use super::footprint::{self, Known, Lesson};
+use super::history::History;
+use super::parking::Parking;
 use super::reuse::Reuse;
 use super::words::{EvictReason, Expected, Phase, Protection, Refusal};
 use crate::clock::Timestamp;
@@ -79,6 +86,10 @@ pub struct ModelState {
     pub life: BTreeMap<Domain, Bytes>,
     /// This life was ready once.
     pub served: bool,
+    /// It was measured since it was ready.
+    pub weighed: bool,
+    /// This life was spawned by an earlier residentd.
+    pub adopted: bool,
     /// Failures and what they said.
     pub failures: Failures,
     /// What happened to it.
@@ -87,6 +98,8 @@ pub struct ModelState {
     pub asked_at: Option<Timestamp>,
     /// How soon it is asked for again, and how long a load takes.
     pub(super) reuse: Reuse,
+    /// What is known of parking it.
+    pub(super) parking: Parking,
 }
 
 /// Who waits for a model.
@@ -111,25 +124,6 @@ pub struct Failures {
     pub retry_at: Option<Timestamp>,
     /// What the last one said.
     pub last: Option<String>,
-}
-
-/// What happened to one model since the start.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct History {
-    /// Lives that became ready.
-    pub loads: u64,
-    /// Of those, loads after an eviction.
-    pub reloads: u64,
-    /// Lives that ended by themselves after they were ready.
-    pub crashes: u64,
-    /// Evictions by reason.
-    pub evictions: BTreeMap<&'static str, u64>,
-    /// The last eviction.
-    pub last_eviction: Option<(EvictReason, Timestamp)>,
-    /// Spawn to ready of the last life that got there.
-    pub last_load: Option<Duration>,
-    /// Evicted since it was last ready.
-    pub evicted: bool,
 }
 
 impl ModelState {
@@ -162,10 +156,13 @@ impl ModelState {
             footprint,
             life: BTreeMap::new(),
             served: false,
+            weighed: false,
+            adopted: false,
             failures: Failures::default(),
             history: History::default(),
             asked_at: None,
             reuse: Reuse::default(),
+            parking: Parking::default(),
         }
     }
 
@@ -188,9 +185,26 @@ impl ModelState {
     #[must_use]
     pub fn is_live(&self) -> bool {
         match self.phase {
-            Phase::Starting | Phase::Ready | Phase::Draining | Phase::Stopping => true,
+            Phase::Starting
+            | Phase::Ready
+            | Phase::Parking
+            | Phase::Parked
+            | Phase::Unparking
+            | Phase::Draining
+            | Phase::Stopping => true,
             Phase::Stopped | Phase::Backoff | Phase::Failed => false,
         }
+    }
+
+    /// Returns whether it loads, anew or out of its park.
+    pub(super) fn is_loading(&self) -> bool {
+        matches!(self.phase, Phase::Starting | Phase::Unparking)
+    }
+
+    /// Returns whether it would have to find memory before it could serve.
+    #[must_use]
+    pub fn is_without_memory(&self) -> bool {
+        matches!(self.phase, Phase::Stopped | Phase::Parked)
     }
 
     /// Returns whether it is on its way out.
@@ -204,11 +218,12 @@ impl ModelState {
     #[must_use]
     pub fn protection(&self) -> Option<Protection> {
         match self.phase {
-            Phase::Starting => Some(Protection::Loading),
+            Phase::Starting | Phase::Unparking => Some(Protection::Loading),
+            Phase::Parking => Some(Protection::Parking),
             Phase::Draining | Phase::Stopping => Some(Protection::Draining),
-            Phase::Ready if self.pinned => Some(Protection::Pinned),
+            Phase::Ready | Phase::Parked if self.pinned => Some(Protection::Pinned),
             Phase::Ready if self.activity.inside > 0 => Some(Protection::Busy),
-            Phase::Ready | Phase::Stopped | Phase::Backoff | Phase::Failed => None,
+            Phase::Ready | Phase::Parked | Phase::Stopped | Phase::Backoff | Phase::Failed => None,
         }
     }
 
@@ -222,7 +237,7 @@ impl ModelState {
     /// Returns whether it may be ended to make room.
     #[must_use]
     pub fn is_candidate(&self) -> bool {
-        self.phase == Phase::Ready && self.protection().is_none()
+        matches!(self.phase, Phase::Ready | Phase::Parked) && self.protection().is_none()
     }
 
     /// Returns since when nobody used it: its last completion, or when it
@@ -272,7 +287,7 @@ impl ModelState {
         for (domain, peak) in std::mem::take(&mut self.life) {
             let lesson = Lesson {
                 peak,
-                last: self.used(domain),
+                last: self.settled(domain),
                 served: self.served,
                 out_of_memory: out_of_memory.get(&domain).copied(),
             };
@@ -345,19 +360,30 @@ impl ModelState {
     }
 
     fn reserved(&self, domain: Domain) -> Bytes {
-        // What was promised to a model nobody knew ends with its load: from
-        // then on its measured bytes are the truth.
+        // What was promised to a model nobody knew ends when it is ready and
+        // was measured since: from then on its measured bytes are the truth. One
+        // that is told to go before may still take more.
         let promised = self.reservation.0.get(&domain);
-        if self.reservation.is_unknown(domain) && self.phase != Phase::Starting {
+        if self.reservation.is_unknown(domain) && self.weighed {
             return Bytes::ZERO;
         }
         promised.map_or(Bytes::ZERO, |promised| promised.bytes)
     }
 
-    /// Returns whether it moves memory in this domain: loads, or is dying.
+    /// Returns whether it moves memory in this domain: loads, is dying, or on its
+    /// way into its park or out of it.
     #[must_use]
     pub fn is_moving(&self, domain: Domain) -> bool {
-        matches!(self.phase, Phase::Starting | Phase::Stopping) && self.domains().contains(&domain)
+        let moves = match self.phase {
+            Phase::Starting | Phase::Stopping | Phase::Parking | Phase::Unparking => true,
+            Phase::Stopped
+            | Phase::Ready
+            | Phase::Parked
+            | Phase::Draining
+            | Phase::Backoff
+            | Phase::Failed => false,
+        };
+        moves && self.domains().contains(&domain)
     }
 
     /// Moves to `phase` at `now`.
@@ -373,22 +399,21 @@ impl ModelState {
         self.usage.clear();
         self.life.clear();
         self.served = false;
+        self.weighed = false;
+        self.adopted = false;
         self.leaving = None;
         self.killed = false;
         self.outdated = false;
         self.wanted = false;
-        self.activity = Activity {
-            inside: 0,
-            last_left: now,
-            last_entered: now,
-        };
+        self.parking.begin_life();
+        self.activity = Activity::opened(now);
         self.enter(Phase::Starting, now);
     }
 
-    /// Takes in a measurement of the current life. Of a worker that is being
-    /// ended the most counts: what a dying tree no longer shows is not back
-    /// before the tree is reaped.
-    pub fn measure(&mut self, usage: &BTreeMap<Domain, Measure>) {
+    /// Takes in a measurement of the current life, that began at `at`. Of a
+    /// worker that is being ended the most counts: what a dying tree no longer
+    /// shows is not back before the tree is reaped.
+    pub fn measure(&mut self, usage: &BTreeMap<Domain, Measure>, at: Timestamp) {
         if self.phase == Phase::Stopping {
             for (domain, measure) in usage {
                 let kept = self.usage.entry(*domain).or_default();
@@ -397,9 +422,18 @@ impl ModelState {
             }
             return;
         }
-        self.usage.clone_from(usage);
-        if self.outdated || self.removed {
-            // It says nothing of what the configuration names now.
+        self.weighed |= self.served && at >= self.since;
+        let same = self.usage.keys().eq(usage.keys());
+        if same {
+            for (kept, measure) in self.usage.values_mut().zip(usage.values()) {
+                *kept = *measure;
+            }
+        } else {
+            self.usage.clone_from(usage);
+        }
+        if self.outdated || self.removed || self.is_at_rest() {
+            // It says nothing of what the configuration names now, and what a
+            // parked one holds, as weights in host RAM, is no load's need.
             return;
         }
         for (domain, measure) in usage {
@@ -456,7 +490,13 @@ impl ModelState {
         match self.phase {
             Phase::Stopped => true,
             Phase::Backoff | Phase::Failed => self.failures.retry_at.is_none_or(|at| now >= at),
-            Phase::Starting | Phase::Ready | Phase::Draining | Phase::Stopping => false,
+            Phase::Starting
+            | Phase::Ready
+            | Phase::Parking
+            | Phase::Parked
+            | Phase::Unparking
+            | Phase::Draining
+            | Phase::Stopping => false,
         }
     }
 

@@ -9,12 +9,14 @@
 //! | --- | --- |
 //! | `admission` | who waits, who is granted, who is turned away, what is loaded next |
 //! | `verdict` | whether one model may start, must wait, or takes others' place |
+//! | `adoption` | nothing: takes in workers that an earlier residentd spawned |
 //! | `lifecycle` | one model's phases, backoff and breaker |
 //! | `ledger` | is there room, and when are bytes back |
 //! | `footprint` | what a load is expected to need |
 //! | `placement` | which GPUs a model goes to |
 //! | `eviction` | who goes to make room, by `lru` or by `cost` |
 //! | `reuse` | what it would cost that a worker goes |
+//! | `parking` | which victims are parked instead of ended, and when their bytes are back |
 //! | `prefetch` | whose files are read ahead, and how much memory there is for it |
 //! | `patience` | when busy workers are drained to make room |
 //! | `pressure` | how tight memory is |
@@ -26,14 +28,17 @@
 #![warn(clippy::wildcard_enum_match_arm)]
 
 mod admission;
+mod adoption;
 mod configure;
 mod departure;
 mod event;
 mod eviction;
 mod explain;
 mod footprint;
+mod history;
 mod ledger;
 mod lifecycle;
+mod parking;
 mod patience;
 mod placement;
 mod prefetch;
@@ -47,6 +52,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
+pub use adoption::Adopted;
 pub use configure::{Change, ModelChange};
 pub use event::{
     Activity, CleanupOrder, CleanupReport, DomainMeasure, Effect, Event, GpuFacts, Measure,
@@ -54,9 +60,11 @@ pub use event::{
 };
 pub use explain::{Explanation, Holder, Outlook, Why};
 pub use footprint::{from_weights, from_weights_on_gpus};
+pub use history::History;
 pub use ledger::DomainBooks;
 use ledger::Ledger;
-pub use lifecycle::{History, ModelState};
+pub use lifecycle::ModelState;
+pub use parking::ParkFault;
 pub use pressure::Threshold;
 use pressure::{Levels, Look, Thresholds};
 use relief::Cleanup;
@@ -201,6 +209,12 @@ impl Policy {
             }
             Event::EvictRefused { worker, inside } => self.evict_refused(&worker, inside),
             Event::Ready { worker } => self.ready(now, &worker, &mut out),
+            Event::Parked { worker } => self.park_answered(now, &worker),
+            Event::Unparked { worker } => self.unparked(now, &worker, &mut out),
+            Event::ParkFailed { worker, said } => {
+                self.park_failed(now, &worker, said, &mut out);
+            }
+            Event::Unhealthy { worker, why } => self.unhealthy(now, &worker, why, &mut out),
             Event::NeverReady {
                 worker,
                 after,
@@ -263,6 +277,7 @@ impl Policy {
     fn follow_up(&mut self, now: Timestamp, out: &mut Vec<Effect>) {
         self.settle(now, out);
         self.forget_removed(out);
+        self.settle_parks(now, out);
         self.expire_waiters(now, out);
         self.fill_places(out);
         self.finish_drains(now, out);
@@ -301,18 +316,20 @@ impl Policy {
             let waiters = m.queue.iter().map(|w| w.deadline);
             let drain = m.drain_until.filter(|_| m.phase == Phase::Draining);
             let idle = self.idle_deadline(m);
-            let retry = (m.wanted && matches!(m.phase, Phase::Backoff | Phase::Failed))
-                .then_some(m.failures.retry_at);
+            let rests = matches!(m.phase, Phase::Backoff | Phase::Failed);
+            let is_tried = rests && m.wanted && self.shutdown.is_none();
+            let retry = is_tried.then_some(m.failures.retry_at);
             waiters.chain(drain).chain(idle).chain(retry.flatten())
         });
         of_models
             .chain(self.cleanups.iter().map(|c| c.deadline))
             .chain(self.ledger.next_deadline())
+            .chain(self.next_park_deadline())
             .chain(self.patience_at)
-            .chain(
-                self.shutdown
-                    .filter(|_| self.models.values().any(ModelState::is_live)),
-            )
+            .chain(self.shutdown.filter(|_| {
+                let is_told = |m: &ModelState| m.phase == Phase::Stopping;
+                self.models.values().any(|m| m.is_live() && !is_told(m))
+            }))
             .min()
     }
 
@@ -350,14 +367,13 @@ impl Policy {
     /// should come quickly.
     #[must_use]
     pub fn is_restless(&self) -> bool {
-        self.models
-            .values()
-            .any(|m| matches!(m.phase, Phase::Starting | Phase::Draining | Phase::Stopping))
-            || self
-                .ledger
-                .domains
-                .keys()
-                .any(|domain| self.ledger.is_settling(*domain))
+        self.models.values().any(|m| {
+            m.is_leaving() || matches!(m.phase, Phase::Starting | Phase::Parking | Phase::Unparking)
+        }) || self
+            .ledger
+            .domains
+            .keys()
+            .any(|domain| self.ledger.is_settling(*domain))
             || self.levels.worst() != PressureLevel::None
     }
 
@@ -389,9 +405,14 @@ impl Policy {
 
     fn measure(&mut self, measured: &Measured) {
         self.ledger.measure(measured);
-        for (worker, usage) in &measured.workers {
-            if let Some(model) = self.current(worker).filter(|m| m.is_live()) {
-                model.measure(usage);
+        // Both are in the order of their names.
+        let mut workers = measured.workers.iter().peekable();
+        for (name, model) in &mut self.models {
+            while let Some((worker, usage)) = workers.next_if(|(w, _)| w.model <= *name) {
+                if worker.model == *name && worker.generation == model.generation && model.is_live()
+                {
+                    model.measure(usage, measured.at);
+                }
             }
         }
         self.ledger.follow_reclaims(&self.models);

@@ -17,7 +17,7 @@ use super::event::Effect;
 use super::eviction::{self, Candidate};
 use super::ledger::{self, Need};
 use super::lifecycle::ModelState;
-use super::verdict::missing;
+use super::verdict::{Plan, missing};
 use super::words::{EvictReason, Phase};
 use crate::clock::Timestamp;
 use crate::model::ModelName;
@@ -28,7 +28,7 @@ const RESTORE_WITHIN: std::time::Duration = std::time::Duration::from_secs(300);
 
 /// A set that drains keeps others from draining in its domain for so many times
 /// the patience.
-const ALONE_PATIENCES: u32 = 12;
+pub(super) const ALONE_PATIENCES: u32 = 12;
 
 impl ModelState {
     /// Returns for whom it drains, when that is to make room.
@@ -58,20 +58,22 @@ impl Policy {
         Some(turn.fold(patience, Timestamp::max))
     }
 
-    /// Returns what workers hold that drain to make room, and so come back
-    /// whenever their requests are done, or never.
-    pub(super) fn draining_for_room(&self) -> Need {
+    /// Returns what workers hold that drain to make room for such models, and so
+    /// come back whenever their requests are done, or never.
+    pub(super) fn draining_for(&self, whom: impl Fn(&ModelName) -> bool) -> Need {
         let mut held = Need::new();
-        let draining = self.models.values().filter(|m| m.drains_for().is_some());
-        for model in draining {
+        let draining = self.models.values();
+        for model in draining.filter(|m| m.drains_for().is_some_and(&whom)) {
             ledger::add(&mut held, &self.ledger.gives(model));
         }
         held
     }
 
     /// Returns every worker that may go for another, busy ones too.
-    fn all_candidates(&self) -> Vec<Candidate> {
-        let may_go = |m: &&ModelState| m.phase == Phase::Ready && !m.pinned;
+    fn all_candidates(&self, name: &ModelName) -> Vec<Candidate> {
+        let may_go = |m: &&ModelState| {
+            (m.phase == Phase::Ready && !m.pinned) || self.is_candidate_for(m, name)
+        };
         let models = self.models.values().filter(may_go);
         models.map(|m| self.candidate(m)).collect()
     }
@@ -85,13 +87,14 @@ impl Policy {
         claims: &Need,
         out: &mut Vec<Effect>,
     ) -> bool {
-        let Some((expected, need)) = self.planned_need(name, claims) else {
+        let Ok(Plan { expected, need, .. }) = self.plan_of(&self.models[name], claims) else {
             return false;
         };
         let (_, later) = self.rooms(expected.domains(), claims);
         let short = missing(&need, &later);
         let policy = self.settings.eviction;
-        let Some(victims) = eviction::choose_victims(policy, self.all_candidates(), &short) else {
+        let Some(victims) = eviction::choose_victims(policy, self.all_candidates(name), &short)
+        else {
             return false;
         };
         let shortage = self.shortage(&expected, &short);
@@ -108,7 +111,7 @@ impl Policy {
     pub(super) fn call_off_drains(&mut self, now: Timestamp, out: &mut Vec<Effect>) -> bool {
         let waits = |name: &ModelName| {
             let model = self.models.get(name);
-            model.is_some_and(|m| m.phase == Phase::Stopped && !m.queue.is_empty())
+            model.is_some_and(|m| m.is_without_memory() && !m.queue.is_empty())
         };
         let unneeded = |m: &&ModelState| m.drains_for().is_some_and(|name| !waits(name));
         let workers: Vec<_> = self

@@ -171,7 +171,11 @@ impl Policy {
                 false => Fit::Soon(left(&later)),
             };
         }
-        match eviction::choose_victims(self.settings.eviction, self.candidates(), &short) {
+        match eviction::choose_victims(
+            self.settings.eviction,
+            self.candidates(model.name()),
+            &short,
+        ) {
             Some(victims) => {
                 let used = victims.iter().map(|victim| victim.idle_since).max();
                 Fit::Evict(victims.len(), used.unwrap_or_default())

@@ -61,7 +61,9 @@ impl Policy {
         let expected = self.expected(state);
         let need = expected.known(Domain::Host).unwrap_or(state.weights);
         let has = match state.phase {
-            Phase::Starting | Phase::Ready => state.used(Domain::Host),
+            Phase::Starting | Phase::Ready | Phase::Parking | Phase::Parked | Phase::Unparking => {
+                state.used(Domain::Host)
+            }
             Phase::Stopped | Phase::Draining | Phase::Stopping | Phase::Backoff | Phase::Failed => {
                 Bytes::ZERO
             }
@@ -80,6 +82,12 @@ fn awaits_files(model: &ModelState) -> Option<PrefetchReason> {
         Phase::Stopped | Phase::Draining | Phase::Stopping => {
             (!model.queue.is_empty()).then_some(PrefetchReason::Waiting)
         }
-        Phase::Ready | Phase::Backoff | Phase::Failed => None,
+        // Whoever parks has read its files.
+        Phase::Ready
+        | Phase::Parking
+        | Phase::Parked
+        | Phase::Unparking
+        | Phase::Backoff
+        | Phase::Failed => None,
     }
 }

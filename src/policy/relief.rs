@@ -85,7 +85,7 @@ impl Policy {
         }
     }
 
-    /// One idle worker goes at a time.
+    /// One idle worker goes at a time, or is parked where that is enough.
     fn relieve_soft(
         &mut self,
         now: Timestamp,
@@ -93,10 +93,20 @@ impl Policy {
         reason: EvictReason,
         out: &mut Vec<Effect>,
     ) {
-        if self.leaving(domain).next().is_some() || self.ledger.is_settling(domain) {
+        let parks = |m: &ModelState| m.phase == Phase::Parking && m.is_moving(domain);
+        let gives_back = self.leaving(domain).next().is_some() || self.models.values().any(parks);
+        if gives_back || self.ledger.is_settling(domain) {
             return;
         }
-        if let Some(worker) = self.candidates_on(domain).first().map(|m| m.worker()) {
+        let Some(model) = self.candidates_on(domain).first().copied() else {
+            return;
+        };
+        let (look, thresholds) = (self.look(domain), self.thresholds(domain));
+        let missing = self.levels.missing(domain, look, thresholds);
+        let worker = model.worker();
+        if self.parks_enough(model, domain, missing) {
+            self.park(now, &worker, reason, out);
+        } else {
             self.evict(now, &worker, reason, false, out);
         }
     }
@@ -139,7 +149,16 @@ impl Policy {
     #[must_use]
     pub fn candidates_in_order(&self) -> Vec<&ModelState> {
         let mut all: Vec<_> = self.models.values().filter(|m| m.is_candidate()).collect();
-        all.sort_by_cached_key(|m| (self.worth_per_byte(m), m.idle_since(), m.worker()));
+        // Who is parked serves nobody, and goes first.
+        let serves = |m: &ModelState| m.phase != Phase::Parked;
+        all.sort_by_cached_key(|m| {
+            (
+                serves(m),
+                self.worth_per_byte(m),
+                m.idle_since(),
+                m.worker(),
+            )
+        });
         all
     }
 
@@ -153,7 +172,9 @@ impl Policy {
     /// The same, of those that have bytes in a domain.
     fn candidates_on(&self, domain: Domain) -> Vec<&ModelState> {
         let mut all = self.candidates_in_order();
-        all.retain(|m| m.domains().contains(&domain));
+        // A parked worker may hold nothing of it any more.
+        let holds = |m: &ModelState| m.phase != Phase::Parked || m.charge(domain) > Bytes::ZERO;
+        all.retain(|m| m.domains().contains(&domain) && holds(m));
         all
     }
 
@@ -172,7 +193,7 @@ impl Policy {
     fn least_valuable(&self, domain: Domain) -> Option<WorkerId> {
         let rank = |m: &&ModelState| {
             let class = match m.phase {
-                Phase::Starting => 0,
+                Phase::Starting | Phase::Parking | Phase::Parked | Phase::Unparking => 0,
                 Phase::Ready | Phase::Draining | Phase::Stopping => 1,
                 Phase::Stopped | Phase::Backoff | Phase::Failed => 2,
             };
@@ -180,7 +201,7 @@ impl Policy {
         };
         self.models
             .values()
-            .filter(|m| matches!(m.phase, Phase::Starting | Phase::Ready | Phase::Draining))
+            .filter(|m| m.is_live() && m.phase != Phase::Stopping)
             .filter(|m| m.domains().contains(&domain))
             .min_by_key(rank)
             .map(ModelState::worker)
@@ -260,7 +281,9 @@ impl Policy {
         };
         if order.models.is_none() {
             // The policy's order: oldest first, busy ones after all idle ones.
-            pool.sort_by_key(|m| (m.activity.inside > 0, m.idle_since(), m.worker()));
+            // And parked ones first of all.
+            let serves = |m: &ModelState| m.phase != Phase::Parked;
+            pool.sort_by_key(|m| (serves(m), m.activity.inside > 0, m.idle_since(), m.worker()));
         }
         let everything = order.all || order.models.is_some();
         let mut chosen = Vec::new();

@@ -38,7 +38,7 @@ const WORTH_PER_SECOND: f64 = 1e12;
 
 /// Times between requests, each counted for what it is still worth.
 #[derive(Clone, Debug)]
-struct Weights([f64; GAP_CLASSES]);
+pub(super) struct Weights([f64; GAP_CLASSES]);
 
 impl Weights {
     /// Takes in gaps that came since the last time. Those of one call count as
@@ -75,8 +75,10 @@ impl Common {
 /// What is known of one model's use and loads.
 #[derive(Clone, Debug)]
 pub(super) struct Reuse {
-    own: Weights,
-    load: Duration,
+    /// Its idle times.
+    pub own: Weights,
+    /// How long a load takes, smoothed.
+    pub load: Duration,
 }
 
 impl Default for Reuse {

@@ -15,7 +15,9 @@ use super::{
     Threshold, Ticket,
 };
 use crate::clock::Timestamp;
-use crate::model::{Bytes, Domain, EvictionPolicy, GpuVendor, ModelName, ModelSpec, WorkerId};
+use crate::model::{
+    Bytes, Domain, EvictionPolicy, GpuVendor, ModelName, ModelSpec, ParkCall, ParkSpec, WorkerId,
+};
 
 pub(crate) fn name(text: &str) -> ModelName {
     ModelName::new(text).expect("a good name")
@@ -28,6 +30,22 @@ pub(crate) fn spec(model: &str, declared: Option<u64>) -> ModelSpec {
         max_queue: 4,
         ..ModelSpec::plain(name(model), vec!["worker".into()])
     }
+}
+
+/// A park that says nothing of what is held then.
+pub(crate) fn park() -> Arc<ParkSpec> {
+    let call = |path: &str| ParkCall {
+        method: "POST".into(),
+        path: path.into(),
+        body: None,
+    };
+    Arc::new(ParkSpec {
+        park: vec![call("/sleep")],
+        unpark: vec![call("/wake_up")],
+        timeout: Duration::from_secs(30),
+        memory: None,
+        vram: None,
+    })
 }
 
 /// The policy, and the truth of the machine around it.
@@ -47,6 +65,10 @@ pub(crate) struct World {
     pub(crate) vram: BTreeMap<ModelName, u64>,
     /// VRAM of ended workers that the driver has not given back yet, in MiB.
     pub(crate) late: BTreeMap<u32, u64>,
+    /// Workers that are parked, or on their way there.
+    pub(crate) parked: BTreeSet<WorkerId>,
+    /// What a parked worker keeps of each of its GPUs, in MiB.
+    pub(crate) keeps: u64,
     /// Where each worker was placed.
     pub(crate) placed: BTreeMap<WorkerId, Vec<u32>>,
     total: Bytes,
@@ -97,6 +119,8 @@ impl World {
             gpus: Vec::new(),
             vram: BTreeMap::new(),
             late: BTreeMap::new(),
+            parked: BTreeSet::new(),
+            keeps: 0,
             placed: BTreeMap::new(),
             total: Bytes::gib(16),
             next_ticket: 1,
@@ -116,10 +140,10 @@ impl World {
         for effect in &effects {
             match effect {
                 Effect::Grant { worker, .. } => {
-                    self.inside
-                        .get_mut(worker)
-                        .expect("granted workers are ready")
-                        .inside += 1;
+                    let gate = self.inside.get_mut(worker);
+                    let gate = gate.expect("granted workers are ready");
+                    gate.inside += 1;
+                    gate.last_entered = self.now;
                 }
                 Effect::Evict { worker, .. } => {
                     let inside = self.inside.remove(worker).map_or(0, |a| a.inside);
@@ -128,6 +152,11 @@ impl World {
                 Effect::Terminate { worker, .. } => {
                     self.inside.remove(worker);
                 }
+                Effect::Park { worker, .. } => {
+                    let inside = self.inside.get(worker).map_or(0, |a| a.inside);
+                    assert_eq!(inside, 0, "{worker} is parked though requests are inside");
+                }
+                Effect::Parked { .. } | Effect::Unpark { .. } => {}
                 Effect::Spawn { worker, gpus, .. } => {
                     self.placed.insert(worker.clone(), gpus.clone());
                 }
@@ -174,15 +203,26 @@ impl World {
         let worker = self.worker(model);
         self.pass(Duration::from_millis(100));
         self.holding.insert(worker.clone());
-        self.inside.insert(
-            worker.clone(),
-            Activity {
-                inside: 0,
-                last_left: self.now,
-                last_entered: self.now,
-            },
-        );
+        self.inside
+            .insert(worker.clone(), Activity::opened(self.now));
         let mut effects = self.step(Event::Ready { worker });
+        effects.extend(self.measure());
+        effects
+    }
+
+    /// The worker answers what it was told last, to park or to be ready again,
+    /// and its bytes have moved.
+    pub(crate) fn moved(&mut self, model: &str) -> Vec<Effect> {
+        let worker = self.worker(model);
+        self.pass(Duration::from_millis(50));
+        let event = match self.parked.remove(&worker) {
+            true => Event::Unparked { worker },
+            false => {
+                self.parked.insert(worker.clone());
+                Event::Parked { worker }
+            }
+        };
+        let mut effects = self.step(event);
         effects.extend(self.measure());
         effects
     }
@@ -217,6 +257,7 @@ impl World {
     pub(crate) fn exit_unmeasured(&mut self, worker: &WorkerId) -> Vec<Effect> {
         self.pass(Duration::from_millis(1));
         self.holding.remove(worker);
+        self.parked.remove(worker);
         self.inside.remove(worker);
         self.step(Event::Exited {
             worker: worker.clone(),
@@ -235,11 +276,7 @@ impl World {
 
     pub(crate) fn measure(&mut self) -> Vec<Effect> {
         self.pass(Duration::from_millis(1));
-        let held: u64 = self
-            .holding
-            .iter()
-            .map(|worker| self.size[&worker.model])
-            .sum();
+        let held: u64 = self.holding.iter().map(|worker| self.on_host(worker)).sum();
         let headroom = self.total - Bytes::mib(held);
         self.measure_headroom(headroom)
     }
@@ -254,7 +291,7 @@ impl World {
             .holding
             .iter()
             .map(|worker| {
-                let mut domains = BTreeMap::from([(Domain::Host, self.size[&worker.model])]);
+                let mut domains = BTreeMap::from([(Domain::Host, self.on_host(worker))]);
                 domains.extend(
                     self.vram_of(worker)
                         .map(|(gpu, mib)| (Domain::Gpu(gpu), mib)),
@@ -305,9 +342,24 @@ impl World {
 
     /// Returns the GPUs a worker was placed on and what it holds on each.
     fn vram_of(&self, worker: &WorkerId) -> impl Iterator<Item = (u32, u64)> {
-        let mib = self.vram.get(&worker.model).copied().unwrap_or(0);
+        let full = self.vram.get(&worker.model).copied().unwrap_or(0);
+        let mib = match self.parked.contains(worker) {
+            true => full.min(self.keeps),
+            false => full,
+        };
         let gpus = self.placed.get(worker).into_iter().flatten();
         gpus.map(move |gpu| (*gpu, mib))
+    }
+
+    /// Returns what a worker holds of host RAM: a parked one also what it gave
+    /// back on its GPUs.
+    pub(crate) fn on_host(&self, worker: &WorkerId) -> u64 {
+        let own = self.size[&worker.model];
+        if !self.parked.contains(worker) {
+            return own;
+        }
+        let full = self.vram.get(&worker.model).copied().unwrap_or(0);
+        own + self.vram_of(worker).map(|(_, mib)| full - mib).sum::<u64>()
     }
 
     pub(crate) fn worker(&self, model: &str) -> WorkerId {
@@ -342,6 +394,24 @@ pub(crate) fn drained(effects: &[Effect]) -> Vec<String> {
             _ => None,
         })
         .collect()
+}
+
+/// The names of models that are told to park, in order.
+pub(crate) fn parked(effects: &[Effect]) -> Vec<String> {
+    let told = effects.iter().filter_map(|effect| match effect {
+        Effect::Park { worker, .. } => Some(worker.model.to_string()),
+        _ => None,
+    });
+    told.collect()
+}
+
+/// The names of models whose parked workers are told to be ready again.
+pub(crate) fn unparked(effects: &[Effect]) -> Vec<String> {
+    let told = effects.iter().filter_map(|effect| match effect {
+        Effect::Unpark { worker, .. } => Some(worker.model.to_string()),
+        _ => None,
+    });
+    told.collect()
 }
 
 /// The names of models that are spawned, in order.

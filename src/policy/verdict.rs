@@ -5,7 +5,7 @@ use super::eviction::{self, Candidate};
 use super::ledger::{self, Constraint, Need};
 use super::lifecycle::ModelState;
 use super::words::{Expected, ExpectedSource, Phase, Refusal, Shortage};
-use crate::model::{Bytes, Domain, ModelName};
+use crate::model::{Bytes, Domain, ModelName, WorkerId};
 
 /// The least room an unknown model is started in: a quarter of the limit, at
 /// most this.
@@ -17,22 +17,63 @@ pub(super) enum Verdict {
     Spawn(Expected, Vec<u32>),
     /// Bytes are on their way back that will suffice.
     Wait(Need),
-    /// End these, then wait.
-    Evict(Vec<Candidate>, Need, Shortage),
+    /// The same, when workers that drain to make room are done, if they are.
+    WaitForDrains(Need),
+    /// There is room for what a parked worker held: make it ready again with this
+    /// promise.
+    Unpark(Expected),
+    /// Park or end these, then wait.
+    Evict(Vec<Victim>, Need, Shortage),
     /// Busy workers have to become idle first, for this need; this is missing.
     Blocked(Need, Need),
     /// It cannot be, however long it waits.
     Refuse(Refusal),
 }
 
+/// A worker that makes room.
+pub(super) struct Victim {
+    pub(super) worker: WorkerId,
+    /// It is parked, which is enough, and not ended.
+    pub(super) parks: bool,
+}
+
+/// What is meant for models that were looked at before.
+#[derive(Default)]
+pub(super) struct Claims {
+    /// All of it.
+    pub(super) all: Need,
+    /// What does not depend on workers that drain to make room.
+    pub(super) sure: Need,
+}
+
+impl Claims {
+    /// Means so much for a model that waits for what surely comes.
+    pub(super) fn add(&mut self, need: &Need) {
+        ledger::add(&mut self.all, need);
+        ledger::add(&mut self.sure, need);
+    }
+}
+
+/// What it takes to have a model ready.
+pub(super) struct Plan {
+    /// What its worker is expected to hold.
+    pub(super) expected: Expected,
+    /// What must be found for that: of a parked worker, what it does not hold yet.
+    pub(super) need: Need,
+    gpus: Vec<u32>,
+}
+
 impl Policy {
-    pub(super) fn admit(&self, name: &ModelName, claims: &Need) -> Verdict {
+    pub(super) fn admit(&self, name: &ModelName, claims: &Claims) -> Verdict {
         let model = &self.models[name];
-        let gpus = match self.place(model, claims) {
-            Ok(gpus) => gpus,
+        let Plan {
+            expected,
+            need,
+            gpus,
+        } = match self.plan_of(model, &claims.all) {
+            Ok(plan) => plan,
             Err(refusal) => return Verdict::Refuse(refusal),
         };
-        let expected = self.expected_on(model, &gpus);
         if expected
             .domains()
             .any(|domain| self.must_load_alone(&expected, domain))
@@ -42,19 +83,26 @@ impl Policy {
         if let Some(refusal) = self.never(model, &expected) {
             return Verdict::Refuse(refusal);
         }
-        let need = self.need(&expected);
-        let (now_there, later) = self.rooms(expected.domains(), claims);
+        let (now_there, later) = self.rooms(expected.domains(), &claims.all);
         let still = expected.domains().all(|domain| self.is_still(domain));
         let fits = missing(&need, &now_there).is_empty();
-        if fits && still && missing(&need, &later).is_empty() {
+        let drains = self.draining_for(|_| true);
+        // Who surely gets room keeps it: nobody starts in it because others
+        // drain, whenever they are done.
+        let (_, unclaimed) = self.rooms(expected.domains(), &claims.sure);
+        let others_keep = missing(&need, &less(&unclaimed, &drains)).is_empty();
+        // What drains for this model stays when it starts, and was no help to them.
+        let own = self.draining_for(|whom| whom == name);
+        let without = less(&later, &own);
+        if fits && still && others_keep && missing(&need, &without).is_empty() {
+            if model.phase == Phase::Parked {
+                return Verdict::Unpark(expected);
+            }
             return Verdict::Spawn(promise(expected, &now_there), gpus);
         }
         // Whoever drains may take long, and stays when it is not needed: idle
         // workers are the better victims as soon as there are enough of them.
-        let mut sure = later.clone();
-        for (key, bytes) in self.draining_for_room() {
-            sure.entry(key).and_modify(|room| *room -= bytes);
-        }
+        let sure = less(&later, &drains);
         let short = missing(&need, &sure);
         if short.is_empty() {
             return Verdict::Wait(need);
@@ -71,12 +119,23 @@ impl Policy {
             return Verdict::Wait(need);
         }
         let policy = self.settings.eviction;
-        match eviction::choose_victims(policy, self.candidates(), &short) {
+        match eviction::choose_victims(policy, self.candidates(name), &short) {
             Some(victims) => {
+                if victims
+                    .iter()
+                    .any(|victim| self.awaits_measure(&victim.worker))
+                {
+                    return Verdict::Wait(need);
+                }
                 let shortage = self.shortage(&expected, &short);
-                Verdict::Evict(victims, need, shortage)
+                let parked = self.choose_parked(&victims, &need, (&now_there, &sure));
+                let victims = victims.into_iter().map(|victim| Victim {
+                    parks: parked.contains(&victim.worker),
+                    worker: victim.worker,
+                });
+                Verdict::Evict(victims.collect(), need, shortage)
             }
-            None if missing(&need, &later).is_empty() => Verdict::Wait(need),
+            None if missing(&need, &later).is_empty() => Verdict::WaitForDrains(need),
             // Whom to drain is decided when the memory of this GPU is known again.
             None if gpus.iter().any(|index| !self.is_still(Domain::Gpu(*index))) => {
                 Verdict::Wait(Need::new())
@@ -85,13 +144,31 @@ impl Policy {
         }
     }
 
-    /// Returns what a load of the model would take, and what it must find.
-    pub(super) fn planned_need(&self, name: &ModelName, claims: &Need) -> Option<(Expected, Need)> {
-        let model = &self.models[name];
-        let gpus = self.place(model, claims).ok()?;
+    /// Returns what it takes to have the model ready: a load, or the unpark of
+    /// its parked worker.
+    pub(super) fn plan_of(&self, model: &ModelState, claims: &Need) -> Result<Plan, Refusal> {
+        if model.phase == Phase::Parked {
+            let expected = model.when_unparked();
+            let mut need = self.need(&expected);
+            for ((domain, _), bytes) in &mut need {
+                *bytes -= ledger::signed(model.charge(*domain));
+            }
+            // Where it gives back there is nothing to be found.
+            need.retain(|_, bytes| *bytes > 0);
+            let gpus = expected.gpus();
+            return Ok(Plan {
+                expected,
+                need,
+                gpus,
+            });
+        }
+        let gpus = self.place(model, claims)?;
         let expected = self.expected_on(model, &gpus);
-        let need = self.need(&expected);
-        Some((expected, need))
+        Ok(Plan {
+            need: self.need(&expected),
+            expected,
+            gpus,
+        })
     }
 
     /// Returns where most is missing, what is needed and what is there.
@@ -107,23 +184,39 @@ impl Policy {
         }
     }
 
-    /// Returns idle unpinned workers with what their end would give back.
-    pub(super) fn candidates(&self) -> Vec<Candidate> {
-        let idle = self.models.values().filter(|m| m.is_candidate());
+    /// Returns idle unpinned workers that may go for a model, with what their end
+    /// would give back.
+    pub(super) fn candidates(&self, name: &ModelName) -> Vec<Candidate> {
+        let models = self.models.values();
+        let idle = models.filter(|m| self.is_candidate_for(m, name));
         idle.map(|m| self.candidate(m)).collect()
     }
 
+    /// Returns whether an idle worker may go for a model: a parked one that is
+    /// waited for only for whoever has waited longer.
+    pub(super) fn is_candidate_for(&self, model: &ModelState, name: &ModelName) -> bool {
+        let since = |m: &ModelState| m.queue.front().map(|w| (w.since, w.ticket));
+        let yields = || match (since(model), since(&self.models[name])) {
+            (Some(own), Some(theirs)) => theirs < own,
+            (own, _) => own.is_none(),
+        };
+        model.is_candidate() && model.name() != name && (model.phase != Phase::Parked || yields())
+    }
+
     pub(super) fn candidate(&self, model: &ModelState) -> Candidate {
+        let parked = model.phase == Phase::Parked;
         let busy = model.activity.inside > 0;
         Candidate {
             worker: model.worker(),
             busy,
+            parked,
             idle_since: if busy {
                 model.asked_since()
             } else {
                 model.idle_since()
             },
-            worth: self.worth(model),
+            // Who serves nobody goes before all who do.
+            worth: if parked { 0 } else { self.worth(model) },
             gives: self.ledger.gives(model),
         }
     }
@@ -156,14 +249,14 @@ impl Policy {
     /// waited for: what it takes is only known when it is ready.
     fn must_load_alone(&self, expected: &Expected, domain: Domain) -> bool {
         let alone = |m: &ModelState| m.reservation.is_unknown(domain);
-        let loads = |m: &ModelState| m.phase == Phase::Starting && m.domains().contains(&domain);
+        let loads = |m: &ModelState| m.is_loading() && m.domains().contains(&domain);
         let mut loading = self.models.values().filter(|m| loads(m));
         loading.any(|m| expected.is_unknown(domain) || alone(m))
     }
 
-    /// Returns whether a worker loads in this domain.
+    /// Returns whether a worker loads in this domain, or leaves its park.
     pub(super) fn is_loading(&self, domain: Domain) -> bool {
-        let loads = |m: &ModelState| m.phase == Phase::Starting && m.is_moving(domain);
+        let loads = |m: &ModelState| m.is_loading() && m.is_moving(domain);
         self.models.values().any(loads)
     }
 
@@ -210,7 +303,11 @@ impl Policy {
                     budget,
                 });
             }
-            let room = least(&self.ledger.possible(&self.models, domain));
+            let mut room = least(&self.ledger.possible(&self.models, domain));
+            if model.pinned {
+                // A parked one holds some of it already, and keeps it.
+                room += model.charge(domain);
+            }
             if need > room {
                 return Some(Refusal::NoRoom {
                     model: model.name().clone(),
@@ -251,6 +348,14 @@ pub(super) fn missing(need: &Need, room: &Need) -> Need {
     need.iter()
         .map(|(key, bytes)| (*key, bytes - room.get(key).copied().unwrap_or(0)))
         .filter(|(_, short)| *short > 0)
+        .collect()
+}
+
+/// Room without a part of it.
+fn less(room: &Need, part: &Need) -> Need {
+    let part = |key| part.get(key).copied().unwrap_or(0);
+    room.iter()
+        .map(|(key, bytes)| (*key, bytes - part(key)))
         .collect()
 }
 

@@ -5,7 +5,8 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::time::Duration;
 
-use crate::model::{Bytes, Domain, GpuRequest, ModelName};
+use super::parking::ParkFault;
+use crate::model::{Ailment, Bytes, Domain, GpuRequest, ModelName};
 
 /// Where a model's worker is in its life.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -17,6 +18,12 @@ pub enum Phase {
     Starting,
     /// Answers requests.
     Ready,
+    /// Told to give memory back and live on.
+    Parking,
+    /// Lives, holds little, and answers nobody.
+    Parked,
+    /// Told to take its memory again.
+    Unparking,
     /// Takes no new requests; those inside finish.
     Draining,
     /// Told to end; its tree is not gone yet.
@@ -29,10 +36,13 @@ pub enum Phase {
 
 impl Phase {
     /// Every phase, in the order of a life.
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 10] = [
         Self::Stopped,
         Self::Starting,
         Self::Ready,
+        Self::Parking,
+        Self::Parked,
+        Self::Unparking,
         Self::Draining,
         Self::Stopping,
         Self::Backoff,
@@ -46,6 +56,9 @@ impl Phase {
             Self::Stopped => "stopped",
             Self::Starting => "starting",
             Self::Ready => "ready",
+            Self::Parking => "parking",
+            Self::Parked => "parked",
+            Self::Unparking => "unparking",
             Self::Draining => "draining",
             Self::Stopping => "stopping",
             Self::Backoff => "backoff",
@@ -91,6 +104,11 @@ pub enum EvictReason {
         /// Its `max_memory`.
         ceiling: Bytes,
     },
+    /// It runs and is of no use.
+    Unhealthy {
+        /// What is wrong with it.
+        why: Ailment,
+    },
     /// An operator's cleanup.
     Cleanup,
     /// An operator's unload.
@@ -99,6 +117,8 @@ pub enum EvictReason {
     Changed,
     /// It is no longer configured.
     Removed,
+    /// It could not be parked or unparked, so it is worth nothing.
+    ParkFailed(ParkFault),
     /// residentd itself ends.
     Shutdown,
 }
@@ -112,10 +132,12 @@ impl EvictReason {
             Self::Idle { .. } => "idle",
             Self::Pressure { .. } => "pressure",
             Self::Ceiling { .. } => "max_memory",
+            Self::Unhealthy { .. } => "unhealthy",
             Self::Cleanup => "cleanup",
             Self::Unload => "unload",
             Self::Changed => "changed",
             Self::Removed => "removed",
+            Self::ParkFailed(fault) => fault.as_str(),
             Self::Shutdown => "shutdown",
         }
     }
@@ -149,10 +171,12 @@ impl fmt::Display for EvictReason {
             Self::Ceiling { usage, ceiling } => {
                 write!(f, "it holds {usage}, over its max_memory of {ceiling}")
             }
+            Self::Unhealthy { why } => write!(f, "unhealthy: {why}"),
             Self::Cleanup => f.write_str("cleanup by an operator"),
             Self::Unload => f.write_str("unload by an operator"),
             Self::Changed => f.write_str("its configuration changed"),
             Self::Removed => f.write_str("it is no longer configured"),
+            Self::ParkFailed(fault) => write!(f, "{fault}"),
             Self::Shutdown => f.write_str("residentd ends"),
         }
     }
@@ -223,6 +247,8 @@ pub enum Protection {
     Loading,
     /// On its way out already.
     Draining,
+    /// On its way into its park.
+    Parking,
 }
 
 impl Protection {
@@ -234,6 +260,7 @@ impl Protection {
             Self::Pinned => "pinned",
             Self::Loading => "loading",
             Self::Draining => "draining",
+            Self::Parking => "parking",
         }
     }
 }

@@ -11,7 +11,7 @@
 //!   few bytes lower for each worker, so that the number itself is the mark. It
 //!   stays, whatever a process does to its memory, files and session.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -83,9 +83,16 @@ impl Mark {
         &self.0
     }
 
+    /// Returns the mark that was written down as `text`.
+    #[must_use]
+    pub fn kept(text: &str) -> Self {
+        Self(text.into())
+    }
+
     /// Reads the mark of a process; `None` when it has none, or when its
     /// environment may not be read.
-    fn read(pid: i32) -> Option<Self> {
+    #[must_use]
+    pub fn read(pid: i32) -> Option<Self> {
         let environment = std::fs::read(format!("/proc/{pid}/environ")).ok()?;
         Self::find(&environment)
     }
@@ -101,22 +108,34 @@ impl Mark {
     }
 }
 
-/// Marks of the orphans that came to us. Shared by all trees, since each asks
-/// about the same orphans.
+/// Marks of orphans. Shared by all trees, since each asks about the same
+/// orphans.
 #[derive(Debug)]
 pub struct Marks {
-    /// Orphans become children of this process.
+    /// Orphans of workers that we spawned become children of this process.
     guardian: i32,
     seen: Mutex<Seen>,
-    /// Whose limit is how high.
-    stamps: Mutex<BTreeMap<u64, Mark>>,
+    stamps: Mutex<Stamps>,
     stamped: AtomicU64,
 }
 
-/// Marks of our children, as of one table.
+/// Whose limit on message queues is how high.
+#[derive(Debug, Default)]
+struct Stamps {
+    marks: BTreeMap<u64, Mark>,
+    /// Those of workers that an earlier residentd spawned: not given again.
+    taken: BTreeSet<u64>,
+    /// Orphans of such workers become children of these: of whoever is next
+    /// above us that takes orphans, mostly process 1.
+    guardians: BTreeSet<i32>,
+}
+
+/// Marks of orphans, as of one table.
 #[derive(Debug, Default)]
 struct Seen {
     order: u64,
+    /// How often a child of another guardian was looked at in vain.
+    in_vain: BTreeMap<ProcessKey, u8>,
     marks: BTreeMap<ProcessKey, Mark>,
     carriers: HashMap<Mark, Vec<i32>>,
 }
@@ -125,6 +144,9 @@ struct Seen {
 const QUEUE_BYTES: u64 = 819_200;
 /// Stamps are told apart among so many workers.
 const STAMPS: u64 = 1 << 16;
+/// Looks at a child of another guardian before it counts as a stranger: one may
+/// meet the middle of an exec.
+const LOOKS: u8 = 3;
 
 impl Marks {
     /// Returns marks of the orphans that come to this process.
@@ -142,19 +164,49 @@ impl Marks {
     ///
     /// # Errors
     /// When its limits cannot be changed, or leave no room for a stamp.
-    pub fn stamp(&self, pid: i32, mark: &Mark) -> io::Result<()> {
+    pub fn stamp(&self, pid: i32, mark: &Mark) -> io::Result<u64> {
         let pid = Pid::from_raw(pid).ok_or(io::ErrorKind::InvalidInput)?;
         let own = getrlimit(Resource::Msgqueue).maximum.unwrap_or(QUEUE_BYTES);
-        let nth = self.stamped.fetch_add(1, Ordering::Relaxed) % STAMPS;
-        let height = own.checked_sub(nth + 1).ok_or(io::ErrorKind::Unsupported)?;
+        let mut stamps = self.stamps.lock().unwrap_or_else(PoisonError::into_inner);
+        let height = loop {
+            let nth = self.stamped.fetch_add(1, Ordering::Relaxed) % STAMPS;
+            let height = own.checked_sub(nth + 1).ok_or(io::ErrorKind::Unsupported)?;
+            if !stamps.taken.contains(&height) {
+                break height;
+            }
+        };
         let limit = Rlimit {
             current: Some(height),
             maximum: Some(height),
         };
         prlimit(Some(pid), Resource::Msgqueue, limit)?;
+        stamps.marks.insert(height, mark.clone());
+        Ok(height)
+    }
+
+    /// Takes in the mark and stamp of a worker that an earlier residentd
+    /// spawned, whose leader is a child of `guardian` now. Returns those of its
+    /// processes that are found by them.
+    pub fn resume(
+        &self,
+        (mark, stamp): (&Mark, Option<u64>),
+        guardian: i32,
+        table: &ProcessTable,
+    ) -> Vec<ProcessKey> {
         let mut stamps = self.stamps.lock().unwrap_or_else(PoisonError::into_inner);
-        stamps.insert(height, mark.clone());
-        Ok(())
+        stamps.guardians.insert(guardian);
+        if let Some(height) = stamp {
+            stamps.marks.insert(height, mark.clone());
+            stamps.taken.insert(height);
+        }
+        drop(stamps);
+        let carries = |pid| Mark::read(pid).as_ref() == Some(mark);
+        // A stamp without a mark counts only among orphans: workers of another
+        // residentd may have the same.
+        let orphans = table.children(guardian).filter_map(|pid| table.get(pid));
+        let stamped = orphans.filter(|stat| self.find(stat.key.pid).as_ref() == Some(mark));
+        let marked = table.iter().filter(|stat| carries(stat.key.pid));
+        marked.chain(stamped).map(|stat| stat.key).collect()
     }
 
     /// Returns whose the process is, by its environment or by its stamp.
@@ -162,11 +214,11 @@ impl Marks {
         Mark::read(pid).or_else(|| {
             let height = queue_limit(Path::new(&format!("/proc/{pid}/limits")))?;
             let stamps = self.stamps.lock().unwrap_or_else(PoisonError::into_inner);
-            stamps.get(&height).cloned()
+            stamps.marks.get(&height).cloned()
         })
     }
 
-    /// Returns our children in `table` that carry this mark.
+    /// Returns the orphans in `table` that carry this mark.
     pub(super) fn carriers(&self, mark: &Mark, table: &ProcessTable) -> Vec<i32> {
         let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
         if seen.order != table.order {
@@ -175,21 +227,30 @@ impl Marks {
         seen.carriers.get(mark).cloned().unwrap_or_default()
     }
 
-    /// Reads the marks of our children that are new in a table: once for all
-    /// trees that ask about it.
+    /// Reads the marks of orphans that are new in a table: once for all trees
+    /// that ask about it.
     fn look(&self, seen: &mut Seen, table: &ProcessTable) {
         seen.order = table.order;
-        seen.marks
-            .retain(|key, _| table.get(key.pid).is_some_and(|stat| stat.key == *key));
-        let children = table.children(self.guardian);
-        for stat in children.filter_map(|pid| table.get(pid)) {
-            if stat.is_zombie() || seen.marks.contains_key(&stat.key) {
+        let is_there = |key: &ProcessKey| table.get(key.pid).is_some_and(|stat| stat.key == *key);
+        seen.marks.retain(|key, _| is_there(key));
+        seen.in_vain.retain(|key, _| is_there(key));
+        let stamps = self.stamps.lock().unwrap_or_else(PoisonError::into_inner);
+        let guardians = stamps.guardians.clone();
+        drop(stamps);
+        let ours = table.children(self.guardian).map(|pid| (pid, true));
+        let others = guardians.iter().flat_map(|pid| table.children(*pid));
+        for (pid, ours) in ours.chain(others.map(|pid| (pid, false))) {
+            let Some(stat) = table.get(pid) else { continue };
+            let in_vain = seen.in_vain.get(&stat.key).copied().unwrap_or(0);
+            if stat.is_zombie() || seen.marks.contains_key(&stat.key) || in_vain >= LOOKS {
                 continue;
             }
             // One whose mark cannot be read, as in the middle of an exec, is
             // asked again at the next pass.
-            if let Some(found) = self.find(stat.key.pid) {
+            if let Some(found) = self.find(pid) {
                 seen.marks.insert(stat.key, found);
+            } else if !ours {
+                seen.in_vain.insert(stat.key, in_vain + 1);
             }
         }
         seen.carriers.clear();
@@ -209,17 +270,34 @@ fn queue_limit(path: &Path) -> Option<u64> {
     line.split_ascii_whitespace().nth(1)?.parse().ok()
 }
 
-/// Returns the processes that a residentd left behind which held the same
-/// state as `owner` and is no more.
+/// Returns the processes that the residentd `owner` spawned, or their
+/// descendants.
 #[must_use]
-pub fn left_behind(owner: &Owner, table: &ProcessTable) -> Vec<ProcessKey> {
+pub fn of_run(owner: &Owner, table: &ProcessTable) -> Vec<ProcessKey> {
+    let theirs = table.iter().filter(|stat| {
+        let mark = Mark::read(stat.key.pid);
+        mark.as_ref().and_then(Owner::parse).as_ref() == Some(owner)
+    });
+    theirs.map(|stat| stat.key).collect()
+}
+
+/// Returns whether the process has exactly this limit on message queues.
+#[must_use]
+pub fn is_stamped(pid: i32, stamp: u64) -> bool {
+    queue_limit(Path::new(&format!("/proc/{pid}/limits"))) == Some(stamp)
+}
+
+/// Returns the processes that a residentd left behind which held the same
+/// state as `owner` and is no more, but for those with one of the marks `kept`.
+#[must_use]
+pub fn left_behind(owner: &Owner, kept: &[Mark], table: &ProcessTable) -> Vec<ProcessKey> {
     let runs = |process: ProcessKey| {
         table
             .get(process.pid)
             .is_some_and(|stat| stat.key == process && !stat.is_zombie())
     };
     let left = table.iter().filter(|stat| {
-        let mark = Mark::read(stat.key.pid);
+        let mark = Mark::read(stat.key.pid).filter(|mark| !kept.contains(mark));
         let its = mark.as_ref().and_then(Owner::parse);
         its.is_some_and(|its| its.state == owner.state && !runs(its.process))
     });
@@ -292,6 +370,42 @@ mod tests {
     }
 
     #[test]
+    fn orphans_of_a_worker_that_was_taken_back_are_found_at_whoever_takes_them() {
+        let me = Owner::this_process("a-state".into()).process.pid;
+        let marks = Arc::new(Marks::new(-1));
+        let mark = Mark::kept("a-state 1 2 m#1");
+        let scan = || ProcessTable::scan().expect("/proc can be listed");
+        let own = getrlimit(Resource::Msgqueue).maximum.unwrap_or(QUEUE_BYTES);
+        assert!(marks.resume((&mark, Some(own - 1)), me, &scan()).is_empty());
+        let sleep = |mark: Option<&Mark>| {
+            let mut command = std::process::Command::new("sleep");
+            command.arg("60").env_remove(VARIABLE);
+            command.envs(mark.map(|mark| (VARIABLE, mark.as_str())));
+            command.spawn().expect("sleep can be spawned")
+        };
+        let mut children = [sleep(Some(&mark)), sleep(Some(&mark)), sleep(None)];
+        let pids = [0, 1, 2].map(|n: usize| i32::try_from(children[n].id()).expect("a pid fits"));
+        // In the middle of an exec the environment is not there yet.
+        while pids[..2].iter().any(|pid| Mark::read(*pid).is_none()) {
+            std::thread::yield_now();
+        }
+        let leader = ProcessStat::read(pids[0]).expect("it runs").key;
+        let tree = crate::procfs::ProcessTree::marked(leader, mark, Arc::clone(&marks));
+        let members: Vec<_> = tree.refresh(&scan()).iter().map(|key| key.pid).collect();
+        // Looked at again and again, a stranger stays one.
+        for _ in 0..5 {
+            assert!(!tree.refresh(&scan()).iter().any(|key| key.pid == pids[2]));
+        }
+        let stamp = marks.stamp(pids[2], &Mark::kept("a-state 3 4 n#1"));
+        for child in &mut children {
+            child.kill().expect("it runs");
+            child.wait().expect("it is our child");
+        }
+        assert_eq!(members, pids[..2]);
+        assert!(stamp.expect("a lower limit needs no right") < own - 1);
+    }
+
+    #[test]
     fn only_workers_of_a_dead_residentd_with_the_same_state_were_left_behind() {
         let me = Owner::this_process("a-state".into());
         let dead = Owner {
@@ -315,7 +429,7 @@ mod tests {
             })
             .into();
         let table = ProcessTable::scan().expect("/proc can be listed");
-        let left = left_behind(&me, &table);
+        let left = left_behind(&me, &[], &table);
         let pids: Vec<_> = left.iter().map(|key| key.pid.unsigned_abs()).collect();
         let expected = children[1].id();
         for child in &mut children {

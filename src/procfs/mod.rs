@@ -5,6 +5,7 @@
 //! `proc_pid_stat(5)`. Memory numbers live in `memory/`, signals in `worker/`;
 //! both walk the same [`ProcessTree`].
 
+mod effort;
 pub mod mark;
 pub mod tree;
 
@@ -15,6 +16,7 @@ use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::{fs, io};
 
+pub use effort::Effort;
 pub use tree::ProcessTree;
 
 /// 52 numbers of at most 20 digits, and a name of at most 64 bytes.
@@ -56,13 +58,26 @@ impl ProcessStat {
     /// Reads one process of another mount of `/proc`.
     #[must_use]
     pub fn read_in(proc: &Path, pid: i32) -> Option<Self> {
-        // One read into a buffer that holds any such line: `fs::read` takes
-        // several, since these files say that they are empty.
         let mut line = [0_u8; LONGEST_STAT];
-        let read = fs::File::open(proc.join(format!("{pid}/stat")))
-            .and_then(|mut file| file.read(&mut line))
-            .ok()?;
+        let read = read_stat(proc, pid, &mut line)?;
         Self::parse(&line[..read])
+    }
+
+    /// Returns the wait status of a process that has ended and was not reaped, as
+    /// `waitpid(2)` would tell its parent. The kernel shows it to whoever may
+    /// trace the process: to its own user, that is.
+    #[must_use]
+    pub fn wait_status(key: ProcessKey) -> Option<i32> {
+        use std::os::unix::fs::MetadataExt;
+        let folder = format!("/proc/{}", key.pid);
+        let me = rustix::process::geteuid().as_raw();
+        let may = me == 0 || fs::metadata(&folder).is_ok_and(|folder| folder.uid() == me);
+        let line = fs::read_to_string(folder + "/stat").ok().filter(|_| may)?;
+        let zombie = Self::parse(line.as_bytes()).filter(Self::is_zombie)?;
+        // Field 52; the state is field 3.
+        let mut fields = line[line.rfind(')')? + 1..].split_ascii_whitespace();
+        let status = fields.nth(49)?.parse().ok()?;
+        (zombie.key == key).then_some(status)
     }
 
     /// Returns whether the process has ended and only waits to be reaped.
@@ -96,6 +111,14 @@ impl ProcessStat {
             rss_pages: u64::try_from(rss_pages).unwrap_or(0),
         })
     }
+}
+
+/// Reads a process' line and returns its length. One read into a buffer that
+/// holds any such line: `fs::read` takes several, since these files say that
+/// they are empty.
+fn read_stat(proc: &Path, pid: i32, line: &mut [u8; LONGEST_STAT]) -> Option<usize> {
+    let file = fs::File::open(proc.join(format!("{pid}/stat")));
+    file.and_then(|mut file| file.read(line)).ok()
 }
 
 /// Every process that could be read, by pid, at one pass over `/proc`.
@@ -233,6 +256,24 @@ mod tests {
             ),
             ('S', 17, 4242, 99, 77)
         );
+    }
+
+    #[test]
+    fn how_a_process_ended_is_seen_until_it_is_reaped() {
+        let mut child = std::process::Command::new("sh")
+            .args(["-c", "exit 7"])
+            .spawn()
+            .expect("sh can be spawned");
+        let pid = i32::try_from(child.id()).expect("a pid fits");
+        let key = ProcessStat::read(pid).expect("it is not reaped").key;
+        let status = loop {
+            if let Some(status) = ProcessStat::wait_status(key) {
+                break status;
+            }
+            std::thread::yield_now();
+        };
+        child.wait().expect("it is our child");
+        assert_eq!((status, ProcessStat::wait_status(key)), (7 << 8, None));
     }
 
     #[test]

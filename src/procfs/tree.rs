@@ -47,9 +47,7 @@ impl ProcessTree {
     #[must_use]
     pub fn of(roots: &[ProcessKey]) -> Option<Self> {
         let tree = Self::new(*roots.first()?);
-        let mut members = tree.members.lock().unwrap_or_else(PoisonError::into_inner);
-        members.known.extend(roots);
-        drop(members);
+        tree.join(roots.iter().copied());
         Some(tree)
     }
 
@@ -61,6 +59,12 @@ impl ProcessTree {
             mark: Some((mark, marks)),
             ..Self::new(leader)
         }
+    }
+
+    /// Takes in processes that are known to belong.
+    pub fn join(&self, members: impl IntoIterator<Item = ProcessKey>) {
+        let mut own = self.members.lock().unwrap_or_else(PoisonError::into_inner);
+        own.known.extend(members);
     }
 
     /// Returns the process that was spawned.

@@ -2,7 +2,7 @@
 
 use std::pin::Pin;
 use std::sync::Arc;
-use std::task::{Context, Poll, ready};
+use std::task::{Context, Poll};
 
 use bytes::Bytes;
 use hyper::body::{Body, Frame, Incoming, SizeHint};
@@ -11,6 +11,7 @@ use super::account::Account;
 use super::pool::{Pool, Sender};
 use super::upload::BodyError;
 use crate::control::Lease;
+use crate::gate::Visit;
 
 /// What goes to the client.
 #[derive(Debug)]
@@ -46,6 +47,8 @@ pub struct Streamed {
     /// How a stream of events ends so far.
     events: Option<Tail>,
     broken: Option<Broken>,
+    /// Until the worker has said all.
+    visit: Option<Visit>,
     _lease: Lease,
 }
 
@@ -55,7 +58,7 @@ impl Streamed {
         account: Account,
         connection: (Sender, Arc<Pool>),
         events: bool,
-        lease: Lease,
+        (lease, visit): (Lease, Option<Visit>),
     ) -> Self {
         let mut streamed = Self {
             inner,
@@ -63,6 +66,7 @@ impl Streamed {
             sender: Some(connection),
             events: events.then(Tail::default),
             broken: None,
+            visit,
             _lease: lease,
         };
         // A body without content is never asked for a frame.
@@ -76,12 +80,21 @@ impl Streamed {
         if let Some(broken) = self.broken.take() {
             return self.end_broken(broken, cx);
         }
-        match ready!(Pin::new(&mut self.inner).poll_frame(cx)) {
+        let Poll::Ready(frame) = Pin::new(&mut self.inner).poll_frame(cx) else {
+            if let Some(visit) = &self.visit {
+                visit.waits();
+            }
+            return Poll::Pending;
+        };
+        match frame {
             None => {
                 self.finish();
                 Poll::Ready(None)
             }
             Some(Ok(frame)) => {
+                if let Some(visit) = &self.visit {
+                    visit.hears();
+                }
                 if let Some(data) = frame.data_ref() {
                     self.account.passed(data.len());
                     if let Some(tail) = &mut self.events {
@@ -96,6 +109,7 @@ impl Streamed {
             Some(Err(error)) => {
                 self.account.broke();
                 self.sender = None;
+                self.visit = None;
                 // In the middle of an event our words would end it, and it
                 // would pass for one.
                 let between = self.events.take().is_some_and(|tail| tail.is_between());
@@ -130,6 +144,7 @@ impl Streamed {
     /// The answer is whole: the connection serves the next request.
     fn finish(&mut self) {
         self.account.finish();
+        self.visit = None;
         if let Some((sender, pool)) = self.sender.take() {
             pool.put(sender);
         }

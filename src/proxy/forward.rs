@@ -1,6 +1,7 @@
 //! Sends a request to a worker and passes its answer on.
 
 use std::error::Error;
+use std::io::ErrorKind::{ConnectionRefused, NotFound};
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -20,6 +21,7 @@ use super::upload::{BodyError, RequestBody};
 use super::{Proxy, headers, upgrade};
 use crate::clock::Timestamp;
 use crate::control::{Lease, ModelRoute};
+use crate::gate::Visit;
 use crate::reply::Fault;
 use crate::telemetry;
 
@@ -39,7 +41,7 @@ pub(super) struct Passage {
 
 /// What became of one try.
 enum Tried {
-    Answered(Response<Incoming>, Sender),
+    Answered(Response<Incoming>, Sender, Option<Visit>),
     /// Nothing came back.
     Broke(String),
     /// The client's own body was at fault.
@@ -61,10 +63,10 @@ impl Proxy {
             let pool = self.pools.of(lease.worker());
             let tried = self.try_once(&pool, &lease, &mut passage, client.is_some());
             let cause = match tried.await {
-                Tried::Answered(response, sender) => {
+                Tried::Answered(response, sender, visit) => {
                     let account = self.account(&passage, &lease, leased, response.status());
                     if response.status() != StatusCode::SWITCHING_PROTOCOLS {
-                        return Ok(answer(response, account, (sender, pool), lease));
+                        return Ok(answer(response, account, (sender, pool), (lease, visit)));
                     }
                     if let Some(client) = client {
                         return Ok(upgrade::switch(response, client, account, lease));
@@ -122,12 +124,21 @@ impl Proxy {
         }
         match pool.connect().await {
             Ok(sender) => self.send(sender, lease, passage).await,
-            Err(error) => Tried::Broke(format!("connect: {error}")),
+            Err(error) => {
+                if matches!(error.kind(), ConnectionRefused | NotFound) {
+                    lease.worker().pulse.refused();
+                }
+                Tried::Broke(format!("connect: {error}"))
+            }
         }
     }
 
     async fn send(&self, mut sender: Sender, lease: &Lease, passage: &mut Passage) -> Tried {
-        let request = match self.request(lease, passage) {
+        // Whoever asks for work and gets none says something of the worker; a
+        // connection on which a client only listens may be quiet for long.
+        let asks_for_work = has_body(&passage.head.method);
+        let visit = asks_for_work.then(|| Visit::begin(Arc::clone(&lease.worker().pulse)));
+        let request = match self.request(lease, passage, visit.as_ref()) {
             Ok(request) => request,
             Err(error) => {
                 let why = format!("the path cannot be passed on: {error}");
@@ -135,7 +146,12 @@ impl Proxy {
             }
         };
         match sender.send_request(request).await {
-            Ok(response) => Tried::Answered(response, sender),
+            Ok(response) => {
+                if let Some(visit) = &visit {
+                    visit.answered(response.status().as_u16());
+                }
+                Tried::Answered(response, sender, visit)
+            }
             Err(error) => match fault_of_body(&error) {
                 Some(fault) => Tried::Refused(fault),
                 None => Tried::Broke(telemetry::chain(&error).to_string()),
@@ -147,17 +163,18 @@ impl Proxy {
         &self,
         lease: &Lease,
         passage: &mut Passage,
+        visit: Option<&Visit>,
     ) -> Result<Request<RequestBody>, hyper::http::Error> {
         let body = RequestBody::new(
             passage.held.pieces(),
             passage.held.take_rest(),
             self.settings.load().max_body,
+            visit,
         );
         let head = &passage.head;
         let mut headers = head.headers.clone();
         headers.insert(HOST, headers::host(&lease.worker().upstream));
-        let has_body = matches!(head.method, Method::POST | Method::PUT | Method::PATCH);
-        if has_body && body.is_end_stream() {
+        if has_body(&head.method) && body.is_end_stream() {
             headers.insert(CONTENT_LENGTH, HeaderValue::from_static("0"));
         }
         let mut request = Request::new(body);
@@ -189,7 +206,7 @@ fn answer(
     response: Response<Incoming>,
     mut account: Account,
     connection: (Sender, Arc<Pool>),
-    lease: Lease,
+    held: (Lease, Option<Visit>),
 ) -> Response<ProxyBody> {
     let (mut head, body) = response.into_parts();
     headers::strip(&mut head.headers);
@@ -204,8 +221,12 @@ fn answer(
     if events {
         account.streams();
     }
-    let streamed = Streamed::new(body, account, connection, events, lease);
+    let streamed = Streamed::new(body, account, connection, events, held);
     Response::from_parts(head, ProxyBody::Stream(Box::new(streamed)))
+}
+
+fn has_body(method: &Method) -> bool {
+    matches!(*method, Method::POST | Method::PUT | Method::PATCH)
 }
 
 /// Whether it is a stream of events, in plain text.

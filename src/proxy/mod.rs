@@ -136,6 +136,10 @@ impl Proxy {
                 (self.route(name)?, target.to_owned())
             }
         };
+        if let Some(path) = resolve::parks(&route, &target) {
+            let model = route.name().clone();
+            return Err(Fault::ParkPath { model, path });
+        }
         held.read_whole(REPLAYED).await?;
         let (access, clock) = (self.access.clone(), self.controller.clock());
         let unanswered = Unanswered::new(access, route.name().clone(), clock, began);

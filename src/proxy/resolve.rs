@@ -73,6 +73,17 @@ pub(super) fn by_path(routes: &Routes, path: &str, query: Option<&str>) -> ByPat
     ByPath::Model(route, target)
 }
 
+/// Returns the path when it is one of those that park or unpark the worker,
+/// however it is written.
+pub(super) fn parks(route: &ModelRoute, target: &str) -> Option<String> {
+    let park = route.spec().park.as_ref()?;
+    let path = target.split('?').next().unwrap_or_default();
+    let path = percent_decode_str(path).decode_utf8_lossy();
+    let parts: Vec<_> = path.split('/').filter(|part| !part.is_empty()).collect();
+    let path = format!("/{}", parts.join("/"));
+    park.is_control(&path).then_some(path)
+}
+
 /// Looks for the model in header, body and query, reading no more of the body
 /// than needed.
 pub(super) async fn by_content(

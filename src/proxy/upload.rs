@@ -7,6 +7,7 @@ use std::task::{Context, Poll, ready};
 use bytes::Bytes;
 use hyper::body::{Body, Frame, Incoming, SizeHint};
 
+use crate::gate::Visit;
 use crate::model::Bytes as Size;
 
 /// Why a body broke.
@@ -28,15 +29,38 @@ pub(super) struct RequestBody {
     rest: Option<Incoming>,
     left: u64,
     most: Size,
+    /// Waits for the worker from the end of the body on.
+    visit: Option<Visit>,
 }
 
 impl RequestBody {
-    pub(super) fn new(held: VecDeque<Bytes>, rest: Option<Incoming>, most: Size) -> Self {
+    pub(super) fn new(
+        held: VecDeque<Bytes>,
+        rest: Option<Incoming>,
+        most: Size,
+        visit: Option<&Visit>,
+    ) -> Self {
+        // What is here as a whole is the worker's to read at once.
+        let visit = match (&rest, visit) {
+            (Some(_), visit) => visit.cloned(),
+            (None, visit) => {
+                visit.inspect(|visit| visit.waits());
+                None
+            }
+        };
         Self {
             held,
             rest,
             left: most.get(),
             most,
+            visit,
+        }
+    }
+
+    /// The worker has it all.
+    fn end(&mut self) {
+        if let Some(visit) = self.visit.take() {
+            visit.waits();
         }
     }
 }
@@ -53,7 +77,10 @@ impl Body for RequestBody {
             (Some(piece), _) => Frame::data(piece),
             (None, None) => return Poll::Ready(None),
             (None, Some(rest)) => match ready!(Pin::new(rest).poll_frame(cx)) {
-                None => return Poll::Ready(None),
+                None => {
+                    self.end();
+                    return Poll::Ready(None);
+                }
                 Some(Err(error)) => return Poll::Ready(Some(Err(error.into()))),
                 Some(Ok(frame)) => frame,
             },
@@ -64,6 +91,9 @@ impl Body for RequestBody {
                 Some(left) => self.left = left,
                 None => return Poll::Ready(Some(Err(BodyError::TooLarge(self.most)))),
             }
+        }
+        if self.is_end_stream() {
+            self.end();
         }
         Poll::Ready(Some(Ok(frame)))
     }

@@ -9,6 +9,7 @@
 //! is gone.
 
 mod deeds;
+mod parking;
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet, BinaryHeap};
@@ -99,6 +100,8 @@ struct Worker {
     open: bool,
     /// It was ready once, and holds its bytes.
     holds: bool,
+    /// It is parked, or on its way there.
+    parked: bool,
     /// It was told to end.
     ending: bool,
     inside: BTreeSet<Ticket>,
@@ -114,6 +117,8 @@ struct Worker {
 enum Happening {
     Ready(WorkerId),
     NeverReady(WorkerId),
+    Parked(WorkerId),
+    Unparked(WorkerId),
     Gone(WorkerId, &'static str),
     Leaves(WorkerId, Ticket),
 }

@@ -1,25 +1,10 @@
 //! Which files a model's last life mapped or opened.
 
-use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use redb::{
-    Database, ReadableDatabase, ReadableTable, TableDefinition, TableError, WriteTransaction,
-};
-
-use super::{SEPARATOR, Store, Write};
+use super::writer::{Key, Value};
+use super::{SEPARATOR, Store};
 use crate::model::ModelName;
-
-/// Paths by `model ␟ fingerprint ␟`, each ended by a NUL, which no path holds.
-const FILES: TableDefinition<&str, &str> = TableDefinition::new("files_v1");
-
-/// What is kept of one model's files.
-pub(super) struct Entry {
-    /// What the keys of all that is kept of this model begin with.
-    model: String,
-    key: String,
-    paths: String,
-}
 
 impl Store {
     /// Returns the files that the model's last life used, as long as its command
@@ -48,31 +33,9 @@ impl Store {
         known.files.retain(|key, _| !key.starts_with(&model));
         known.files.insert(key.clone(), paths.clone());
         drop(known);
-        self.write(Write::Files(Entry { model, key, paths }));
+        let value = Value::Texts([(key, paths)].into());
+        self.writer.desk().keep(Key::Files(model), value);
     }
-}
-
-/// Reads all there is.
-pub(super) fn read(database: &Database) -> Result<BTreeMap<String, String>, redb::Error> {
-    let read = database.begin_read()?;
-    let table = match read.open_table(FILES) {
-        Err(TableError::TableDoesNotExist(_)) => return Ok(BTreeMap::new()),
-        other => other?,
-    };
-    let mut all = BTreeMap::new();
-    for entry in table.iter()? {
-        let (key, paths) = entry?;
-        all.insert(key.value().to_owned(), paths.value().to_owned());
-    }
-    Ok(all)
-}
-
-/// Writes one model's files.
-pub(super) fn write(transaction: &WriteTransaction, entry: &Entry) -> Result<(), redb::Error> {
-    let mut table = transaction.open_table(FILES)?;
-    table.retain(|key, _| !key.starts_with(entry.model.as_str()))?;
-    table.insert(entry.key.as_str(), entry.paths.as_str())?;
-    Ok(())
 }
 
 #[cfg(test)]

@@ -5,7 +5,7 @@ use std::net::{SocketAddr, ToSocketAddrs};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use crate::model::{GpuVendor, ModelSpec, PlacedGpu, Upstream, UpstreamSpec};
+use crate::model::{Fingerprint, GpuVendor, ModelSpec, PlacedGpu, Upstream, UpstreamSpec};
 use crate::procfs::mark::{self, Mark};
 use crate::template::Template;
 
@@ -107,6 +107,31 @@ impl Launch {
         }
         command
     }
+}
+
+/// Returns a text that changes with what a worker of this model is started from:
+/// `files`, which tells its command and weight files apart, and what templates
+/// come to, but for what differs from one life to the next.
+pub(super) fn origin(spec: &ModelSpec, files: &str) -> String {
+    let mut print = Fingerprint::default();
+    print.feed(files.as_bytes());
+    let (kind, upstream) = match &spec.upstream {
+        UpstreamSpec::Tcp(text) => ("tcp", text),
+        UpstreamSpec::Unix(text) => ("unix", text),
+    };
+    let of_life = ["PORT", "SOCKET", "GPU", "MODEL"];
+    let value = |name: &str| -> Option<std::borrow::Cow<'_, str>> {
+        let own = of_life.contains(&name).then(|| name.to_owned().into());
+        own.or_else(|| spec.variables.get(name).map(|value| value.clone().into()))
+    };
+    let texts = spec.command.iter().chain(&spec.cwd);
+    for text in texts.chain(spec.env.values()).chain([upstream]) {
+        let filled = Template::parse(text).and_then(|template| template.expand(&value));
+        print.feed(filled.as_deref().unwrap_or(text).as_bytes());
+    }
+    print.feed(kind.as_bytes());
+    print.feed(spec.gpus.to_string().as_bytes());
+    print.to_string()
 }
 
 fn fill(spec: &ModelSpec, names: Names<'_>, text: &str) -> Result<String, String> {

@@ -5,20 +5,29 @@
 //! [`WorkerEvent`]s. The order of events of one worker is fixed:
 //!
 //! ```text
-//! Spawned ── Ready ──── Used ────┐
-//!    │  └─── NeverReady ─────────┤
-//!    └───────────────────────────┴── Exited   (always last, exactly once)
+//! Spawned ── Ready ── (Parked ── Unparked)* ── ParkFailed, or Unhealthy ──┐
+//!    │  └─── NeverReady ─────────────────────────────────────────────────┤
+//!    └───────────────────────────────────────────────────────────────────┴── Exited   (always last, exactly once)
 //! ```
 //!
-//! `Used` may be missing. `Exited` means that the whole tree is gone and reaped, not just the leader.
+//! `Parked` and `Unparked` answer an order each; after a `ParkFailed` the worker
+//! is only good to be ended. `Used` comes once at most, some time after `Ready`.
+//!
+//! `Exited` means that the whole tree is gone and reaped, not just the leader.
 //! `Prefetched` tells of a model's files, with or without a worker.
 
+mod adopt;
+mod body;
 mod command;
+mod exit;
+mod guard;
 mod leftovers;
 mod listener;
+mod liveness;
 mod notify;
 mod opened;
 mod output;
+mod park;
 mod port;
 mod prefetch;
 mod probe;
@@ -28,16 +37,19 @@ mod release;
 mod task;
 mod watched;
 
-use std::fmt;
+use std::ffi::OsString;
 use std::ops::RangeInclusive;
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
+use std::{fmt, io};
 
 use tokio::sync::{mpsc, watch};
 
-pub use self::leftovers::{end_left_behind, end_orphans};
+pub use self::adopt::{Adoptee, Inspected, Unfit, inspect, origin};
+pub use self::guard::{Guard, keep_guard};
+pub use self::leftovers::{end_left_behind, end_orphans, tidy};
 pub use self::opened::{Opened, Stream};
 pub use self::output::{TAIL_LINES, Tail};
 use self::port::Ports;
@@ -49,9 +61,10 @@ pub use self::reaper::become_subreaper;
 use self::task::Life;
 pub(crate) use self::watched::readable;
 use crate::clock::Clock;
-use crate::model::{Bytes, ModelSpec, PlacedGpu, Upstream, WorkerId};
-use crate::procfs::ProcessTree;
+use crate::gate::Pulse;
+use crate::model::{Ailment, Bytes, ModelSpec, PlacedGpu, Upstream, WorkerId, WorkerRecord};
 use crate::procfs::mark::{Marks, Owner};
+use crate::procfs::{ProcessKey, ProcessTree};
 use crate::telemetry;
 
 /// Starts workers. The seam along which tests put a fake and a worker host in
@@ -60,6 +73,9 @@ pub trait Spawner: fmt::Debug + Send + Sync + 'static {
     /// Starts a worker task and returns at once; everything that can go wrong
     /// arrives as an event.
     fn spawn(&self, order: SpawnOrder) -> WorkerHandle;
+    /// Goes on with a worker that an earlier residentd started. As with
+    /// [`Spawner::spawn`], what becomes of it arrives as events, `Spawned` first.
+    fn adopt(&self, adoptee: Adoptee, events: mpsc::UnboundedSender<WorkerEvent>) -> WorkerHandle;
 }
 
 /// What to start, and where to tell what became of it.
@@ -71,8 +87,11 @@ pub struct SpawnOrder {
     pub spec: Arc<ModelSpec>,
     /// The GPUs it is placed on.
     pub gpus: Vec<PlacedGpu>,
+    /// What it is started from, see [`origin`]; the configuration may be another
+    /// one once it runs.
+    pub origin: String,
     /// Where its events go. Unbounded because a task that reaps cannot wait;
-    /// five events at most per worker bound it.
+    /// six events at most per worker bound it, and one for each park or unpark.
     pub events: mpsc::UnboundedSender<WorkerEvent>,
 }
 
@@ -81,8 +100,13 @@ pub struct SpawnOrder {
 pub struct WorkerHandle {
     /// How urgently the worker is to end; only ever raised.
     pub stop: Arc<watch::Sender<Stop>>,
+    /// Whether the worker is to be parked. Changed only after what was ordered
+    /// before has been answered.
+    pub residence: Arc<watch::Sender<Residence>>,
     /// The last lines of its output.
     pub tail: Arc<Tail>,
+    /// What requests hear from it.
+    pub pulse: Arc<Pulse>,
 }
 
 impl WorkerHandle {
@@ -112,6 +136,16 @@ pub enum Stop {
     Kill,
 }
 
+/// Whether a worker that was ready once is to hold its memory.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Residence {
+    /// It holds it and answers requests.
+    #[default]
+    Ready,
+    /// It lives, and has given back what it can.
+    Parked,
+}
+
 /// What happened to a worker.
 #[derive(Clone, Debug)]
 pub enum WorkerEvent {
@@ -121,8 +155,8 @@ pub enum WorkerEvent {
         worker: WorkerId,
         /// Its processes.
         tree: Arc<ProcessTree>,
-        /// The file in which it may report its own GPU memory.
-        report: PathBuf,
+        /// What a later residentd must know of it.
+        record: Box<WorkerRecord>,
     },
     /// The worker can answer.
     Ready {
@@ -142,12 +176,37 @@ pub enum WorkerEvent {
     },
     /// What became of reading a model's files ahead.
     Prefetched(PrefetchReport),
+    /// The worker answered every call that parks it.
+    Parked {
+        /// Which worker.
+        worker: WorkerId,
+    },
+    /// The worker answered every call that makes it ready again.
+    Unparked {
+        /// Which worker.
+        worker: WorkerId,
+    },
+    /// A call of a park or an unpark failed, or all took too long.
+    ParkFailed {
+        /// Which worker.
+        worker: WorkerId,
+        /// Which call, and how.
+        said: String,
+    },
     /// The start deadline passed; the worker task is ending the tree.
     NeverReady {
         /// Which worker.
         worker: WorkerId,
         /// How long it was waited for.
         after: Duration,
+    },
+    /// The worker runs and is of no use any more. It is left as it is until it
+    /// is told to stop.
+    Unhealthy {
+        /// Which worker.
+        worker: WorkerId,
+        /// What is wrong with it.
+        why: Ailment,
     },
     /// The whole tree is gone and reaped, or nothing could be spawned.
     Exited {
@@ -235,6 +294,8 @@ struct Shared {
     log_cap: Bytes,
     ports: Ports,
     leaders: Arc<Leaders>,
+    /// Ends workers when we die, where they are not to outlive us.
+    guard: OnceLock<Arc<Guard>>,
     /// Numbers the files that one life has for itself.
     files: AtomicU64,
 }
@@ -256,17 +317,19 @@ impl Shared {
     /// Returns a path in a folder of the state that no other life has and where
     /// nothing is.
     fn own_file(&self, folder: &str) -> Result<PathBuf, String> {
+        debug_assert!(OWN_FOLDERS.contains(&folder), "tidied at the start");
         let folder = self.state_dir.join(folder);
         std::fs::create_dir_all(&folder)
             .map_err(|error| format!("make {}: {error}", folder.display()))?;
         let number = self.files.fetch_add(1, Ordering::Relaxed);
-        let path = folder.join(format!("{}-{number}", std::process::id()));
-        // Of an earlier residentd with this pid; mostly there is none.
-        let _ = std::fs::remove_file(&path);
-        Ok(path)
+        // Also in a container, where every residentd has the same pid.
+        let ProcessKey { pid, start_time } = self.owner.process;
+        Ok(folder.join(format!("{pid}-{start_time}-{number}")))
     }
 }
 
+/// Folders of the state that hold a file of each life.
+const OWN_FOLDERS: [&str; 2] = ["sockets", "reports"];
 /// The kernel's bound on a Unix socket's path, less the closing zero; see
 /// `unix(7)`.
 const LONGEST_SOCKET: usize = 107;
@@ -285,6 +348,7 @@ impl ProcessSpawner {
             log_cap: settings.log_cap,
             ports: Ports::new(settings.ports),
             leaders,
+            guard: OnceLock::new(),
             files: AtomicU64::new(0),
         };
         Self {
@@ -293,15 +357,57 @@ impl ProcessSpawner {
     }
 }
 
+impl ProcessSpawner {
+    /// Has workers ended when this process dies, by a guard that `program` with
+    /// these arguments becomes: it is to call [`keep_guard`]. Called in a
+    /// runtime, before the first worker is spawned.
+    ///
+    /// # Errors
+    /// When it cannot be started.
+    pub fn start_guard(
+        &self,
+        program: PathBuf,
+        arguments: Vec<OsString>,
+    ) -> io::Result<Arc<Guard>> {
+        let guard = Guard::start((program, arguments), Arc::clone(&self.shared.leaders))?;
+        Ok(Arc::clone(self.shared.guard.get_or_init(|| guard)))
+    }
+
+    fn life(&self, order: SpawnOrder) -> (Life, WorkerHandle) {
+        let (stop, stops) = watch::channel(Stop::Run);
+        let (residence, residences) = watch::channel(Residence::Ready);
+        let tail = Arc::new(Tail::default());
+        let orders = (stops, residences);
+        let pulse = Arc::new(Pulse::default());
+        let shown = (Arc::clone(&tail), Arc::clone(&pulse));
+        let life = Life::new(Arc::clone(&self.shared), order, orders, shown);
+        let handle = WorkerHandle {
+            stop: Arc::new(stop),
+            residence: Arc::new(residence),
+            tail,
+            pulse,
+        };
+        (life, handle)
+    }
+}
+
 impl Spawner for ProcessSpawner {
     fn spawn(&self, order: SpawnOrder) -> WorkerHandle {
-        let (stop, orders) = watch::channel(Stop::Run);
-        let tail = Arc::new(Tail::default());
-        let life = Life::new(Arc::clone(&self.shared), order, orders, Arc::clone(&tail));
+        let (life, handle) = self.life(order);
         telemetry::spawn("worker", life.run());
-        WorkerHandle {
-            stop: Arc::new(stop),
-            tail,
-        }
+        handle
+    }
+
+    fn adopt(&self, adoptee: Adoptee, events: mpsc::UnboundedSender<WorkerEvent>) -> WorkerHandle {
+        let order = SpawnOrder {
+            worker: adoptee.record.worker.clone(),
+            spec: Arc::clone(&adoptee.spec),
+            gpus: Vec::new(),
+            origin: adoptee.record.origin.clone(),
+            events,
+        };
+        let (life, handle) = self.life(order);
+        telemetry::spawn("worker", life.go_on(adoptee));
+        handle
     }
 }

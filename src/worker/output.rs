@@ -3,7 +3,8 @@
 //!
 //! The worker writes to the file itself, never to a pipe of ours: a pipe would
 //! end the worker when residentd ends. The file is read as it grows, on
-//! inotify's word, and is cut back when it is over its cap.
+//! inotify's word, and is cut back when it is over its cap, or when its disk is
+//! about to be full: the last lines are in memory anyway.
 
 use std::collections::VecDeque;
 use std::fs::{File, OpenOptions};
@@ -26,6 +27,14 @@ const LONGEST_LINE: usize = 16 << 10;
 const PIECE: usize = 64 << 10;
 /// Pieces after which other tasks get their turn.
 const PIECES: usize = 16;
+/// Read at most this much of what comes while a log is cut back: it is held in
+/// memory for a moment.
+const MEANWHILE: u64 = 2 << 20;
+/// A disk of which less than this part is free is full, and so is one on which
+/// a log does not fit a second time.
+const FULL: u64 = 64;
+/// Emptying a smaller log helps nobody.
+const WORTH_EMPTYING: u64 = 64 << 10;
 
 /// The last lines of one worker's output, bounded in lines and bytes.
 #[derive(Debug, Default)]
@@ -80,7 +89,11 @@ pub(super) struct Log {
     partial: Vec<u8>,
     /// There is more to read than was read at the last turn.
     behind: bool,
+    /// The first line that is read is the end of one, and is left out.
+    begins_within_a_line: bool,
     cap: Bytes,
+    /// That the disk is full was told.
+    told_full: bool,
     watch: Option<AsyncFd<OwnedFd>>,
 }
 
@@ -100,9 +113,52 @@ impl Log {
             position,
             partial: Vec::new(),
             behind: false,
+            begins_within_a_line: false,
             cap,
+            told_full: false,
             watch,
         })
+    }
+
+    /// Opens the log of a worker that an earlier residentd spawned, to read on
+    /// from `from`; with `last_only` only the last piece of what is there.
+    pub(super) fn resume(
+        (folder, model): (&Path, &str),
+        cap: Bytes,
+        (from, last_only): (u64, bool),
+    ) -> io::Result<Self> {
+        let mut log = Self::open(folder, model, cap)?;
+        let length = log.position;
+        // Somebody cut the file back: all of it is newer.
+        log.position = if from > length { 0 } else { from };
+        let last = length.saturating_sub(u64::try_from(PIECE).unwrap_or(0));
+        if last_only && last > log.position {
+            log.position = last;
+            log.begins_within_a_line = true;
+        }
+        Ok(log)
+    }
+
+    /// Returns a log that keeps nothing, for a worker whose own cannot be
+    /// opened.
+    pub(super) fn nowhere() -> io::Result<Self> {
+        let path = PathBuf::from("/dev/null");
+        Ok(Self {
+            reader: File::open(&path)?,
+            path,
+            position: 0,
+            partial: Vec::new(),
+            behind: false,
+            begins_within_a_line: false,
+            cap: Bytes(u64::MAX),
+            told_full: true,
+            watch: None,
+        })
+    }
+
+    /// Returns what was printed of a line that has not ended yet.
+    pub(super) fn unfinished(&self) -> String {
+        text(&self.partial)
     }
 
     /// Returns a handle the worker writes to.
@@ -115,9 +171,15 @@ impl Log {
         self.writer()?.write_all(format!("{text}\n").as_bytes())
     }
 
-    /// Leaves out what is in the file now.
-    pub(super) fn skip(&mut self) {
+    /// Leaves out what is in the file now. Returns how much that is.
+    pub(super) fn skip(&mut self) -> u64 {
         self.position = self.reader.metadata().map_or(self.position, |m| m.len());
+        self.position
+    }
+
+    /// There is more to read than inotify will tell of.
+    pub(super) fn look_at_once(&mut self) {
+        self.behind = true;
     }
 
     /// Waits until there is something to read. Without inotify it never returns: the
@@ -170,8 +232,17 @@ impl Log {
             self.position += u64::try_from(read).unwrap_or(0);
             self.split(&piece[..read], &mut lines);
         }
-        let meanwhile = self.cut_back().await;
-        self.split(&meanwhile, &mut lines);
+        let full = self.position >= WORTH_EMPTYING && self.disk_is_full();
+        if full && !std::mem::replace(&mut self.told_full, true) {
+            tracing::warn!(path = %self.path.display(), "the disk is full: logs of workers are not kept");
+            lines.push(
+                "… the disk is full: earlier output is not kept in the log file …".to_owned(),
+            );
+        }
+        if full || self.position >= self.cap.get() {
+            let meanwhile = self.cut_back(!full).await;
+            self.split(&meanwhile, &mut lines);
+        }
         for line in &lines {
             tail.push(line.clone());
         }
@@ -200,6 +271,7 @@ impl Log {
     fn split(&mut self, bytes: &[u8], lines: &mut Vec<String>) {
         for byte in bytes {
             match byte {
+                b'\n' if std::mem::take(&mut self.begins_within_a_line) => self.partial.clear(),
                 b'\n' => lines.push(text(&std::mem::take(&mut self.partial))),
                 byte => {
                     let redraws = self.partial.last() == Some(&b'\r');
@@ -217,16 +289,28 @@ impl Log {
         }
     }
 
-    /// Keeps one older file and begins anew when the file is over its cap. The
+    fn disk_is_full(&self) -> bool {
+        let Ok(disk) = rustix::fs::fstatvfs(&self.reader) else {
+            return false;
+        };
+        let free = disk.f_bavail.saturating_mul(disk.f_frsize);
+        let total = disk.f_blocks.saturating_mul(disk.f_frsize);
+        free < (total / FULL).min(self.cap.get())
+    }
+
+    /// Begins anew, and keeps one older file if it is to be kept and can be. The
     /// worker appends, so its next write goes to the new beginning. Returns
     /// what it wrote meanwhile.
-    async fn cut_back(&mut self) -> Vec<u8> {
-        if self.position < self.cap.get() {
-            return Vec::new();
-        }
+    async fn cut_back(&mut self, keep: bool) -> Vec<u8> {
         let (path, position, cap) = (self.path.clone(), self.position, self.cap.get());
         // Copying waits for the disk.
-        let cut = tokio::task::spawn_blocking(move || cut(&path, position, cap));
+        let cut = tokio::task::spawn_blocking(move || {
+            let kept = keep.then(|| cut(&path, position, cap));
+            match kept {
+                Some(Ok(rest)) => Ok(rest),
+                Some(Err(_)) | None => throw_away(&path, position),
+            }
+        });
         match cut.await.map_err(io::Error::other).flatten() {
             Ok(rest) => {
                 self.position = 0;
@@ -240,9 +324,8 @@ impl Log {
     }
 }
 
-/// Copies a log aside, empties it, and returns what was behind `position` in
-/// it, at most `cap` bytes. What is written between the last read and the cut,
-/// some microseconds, is lost.
+/// Copies a log aside, at most `cap` bytes of it, empties it, and returns what
+/// was behind `position` in it.
 fn cut(path: &Path, position: u64, cap: u64) -> io::Result<Vec<u8>> {
     let mut older = File::create(path.with_extension("log.1"))?;
     let mut file = OpenOptions::new().read(true).write(true).open(path)?;
@@ -251,10 +334,30 @@ fn cut(path: &Path, position: u64, cap: u64) -> io::Result<Vec<u8>> {
         &mut Read::by_ref(&mut file).take(cap.min(position)),
         &mut older,
     )?;
-    let mut rest = Vec::new();
-    Read::by_ref(&mut file).take(cap).read_to_end(&mut rest)?;
-    file.set_len(0)?;
+    let rest = empty(&mut file, position)?;
     older.write_all(&rest)?;
+    Ok(rest)
+}
+
+/// Empties a log and keeps nothing of it. Returns what was behind `position`
+/// in it.
+fn throw_away(path: &Path, position: u64) -> io::Result<Vec<u8>> {
+    // It may not be there.
+    let _ = std::fs::remove_file(path.with_extension("log.1"));
+    let mut file = OpenOptions::new().read(true).write(true).open(path)?;
+    empty(&mut file, position)
+}
+
+/// Returns the last of what is behind `position`, and empties the file. What is
+/// written between the last read and the cut, some microseconds, is lost.
+fn empty(file: &mut File, position: u64) -> io::Result<Vec<u8>> {
+    let length = file.metadata()?.len();
+    file.seek(SeekFrom::Start(
+        position.max(length.saturating_sub(MEANWHILE)),
+    ))?;
+    let mut rest = Vec::new();
+    Read::by_ref(file).take(MEANWHILE).read_to_end(&mut rest)?;
+    file.set_len(0)?;
     Ok(rest)
 }
 

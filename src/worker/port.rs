@@ -43,6 +43,16 @@ impl Ports {
         Self { range, next }
     }
 
+    /// Takes back the port of a worker that an earlier residentd spawned. A holder
+    /// cannot be bound beside one that listens, and need not: nobody else gets
+    /// the number then.
+    pub(super) fn rejoin(port: u16) -> Held {
+        Held {
+            port,
+            holder: hold(port).ok(),
+        }
+    }
+
     /// Takes the next port that nobody has.
     pub(super) fn take(&self) -> io::Result<Held> {
         let mut next = self.next.lock().unwrap_or_else(PoisonError::into_inner);

@@ -4,6 +4,7 @@
 //! new one: the worker speaks HTTP/1.1, does not close, and its answer was read
 //! to its end.
 
+use std::io::{Error, ErrorKind, Result};
 use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
@@ -12,77 +13,120 @@ use tokio::net::{TcpStream, UnixStream};
 use super::opened::Stream;
 use crate::model::{ReadyCheck, Upstream};
 
-/// A worker that accepts and does not answer is asked again after this.
+/// While a worker starts, one that accepts and does not answer is asked again
+/// after this.
 const TIMEOUT: Duration = Duration::from_secs(1);
 /// The end of an answer is waited for so long; what it says is known before.
 const REST: Duration = Duration::from_millis(2);
 /// The answer to a probe is shorter than this, or its connection is not kept.
 const LONGEST: usize = 16 << 10;
 
+/// What a worker answered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Answer {
+    /// What the check wants.
+    Passes,
+    /// Another status.
+    Status(u16),
+    /// Nothing listens.
+    Refused,
+    /// Nothing in time, or nothing that is HTTP.
+    Nothing,
+}
+
 /// A check that was passed, and its connection if it can be used again.
 pub(super) type Passed = Option<Stream>;
 
-/// Returns whether the worker passes the check now. A check by log line or by
-/// notice is not asked for here and never passes.
+/// Returns whether a worker that starts passes the check now.
 pub(super) async fn passes(check: &ReadyCheck, upstream: &Upstream) -> Option<Passed> {
-    let asked = tokio::time::timeout(TIMEOUT, async {
-        match check {
-            ReadyCheck::Log(_) | ReadyCheck::Notify => None,
-            // Nothing was sent on it: it is a new connection.
-            ReadyCheck::Tcp => connect(upstream).await.map(Some),
-            ReadyCheck::Http { path, status } => {
-                let counts = |code: u16| status.map_or((200..300).contains(&code), |s| s == code);
-                match connect(upstream).await? {
-                    Stream::Tcp(stream) => {
-                        let host = upstream_host(upstream);
-                        let kept = get(stream, (&host, path), counts).await?;
-                        Some(kept.map(Stream::Tcp))
-                    }
-                    Stream::Unix(stream) => {
-                        let kept = get(stream, ("localhost", path), counts).await?;
-                        Some(kept.map(Stream::Unix))
-                    }
-                }
-            }
-        }
-    });
-    asked.await.ok().flatten()
-}
-
-fn upstream_host(upstream: &Upstream) -> String {
-    match upstream {
-        Upstream::Tcp(address) => address.to_string(),
-        Upstream::Unix(_) => "localhost".to_owned(),
+    match probe(check, upstream, TIMEOUT).await {
+        (Answer::Passes, stream) => Some(stream),
+        _ => None,
     }
 }
 
-async fn connect(upstream: &Upstream) -> Option<Stream> {
-    Some(match upstream {
+/// Asks a ready worker once.
+pub(super) async fn ask(check: &ReadyCheck, upstream: &Upstream, timeout: Duration) -> Answer {
+    probe(check, upstream, timeout).await.0
+}
+
+/// Asks a worker once. One that shows by a log line or by a notice that it is
+/// ready is asked for a connection.
+async fn probe(check: &ReadyCheck, upstream: &Upstream, timeout: Duration) -> (Answer, Passed) {
+    let asked = tokio::time::timeout(timeout, async {
+        let stream = connect(upstream).await?;
+        let (path, status) = match check {
+            // Nothing was sent on it: it is a new connection.
+            ReadyCheck::Log(_) | ReadyCheck::Notify | ReadyCheck::Tcp => {
+                return Ok((Answer::Passes, Some(stream)));
+            }
+            ReadyCheck::Http { path, status } => (path, *status),
+        };
+        let is_good = |code: u16| status.map_or((200..300).contains(&code), |s| s == code);
+        let (code, kept) = match stream {
+            Stream::Tcp(stream) => {
+                let (code, kept) = get(stream, (&upstream.to_string(), path), is_good).await?;
+                (code, kept.map(Stream::Tcp))
+            }
+            Stream::Unix(stream) => {
+                let (code, kept) = get(stream, ("localhost", path), is_good).await?;
+                (code, kept.map(Stream::Unix))
+            }
+        };
+        Ok(match is_good(code) {
+            true => (Answer::Passes, kept),
+            false => (Answer::Status(code), None),
+        })
+    });
+    match asked.await {
+        Ok(Ok(answer)) => answer,
+        Ok(Err(error)) if is_refused(&error) => (Answer::Refused, None),
+        Ok(Err(_)) | Err(_) => (Answer::Nothing, None),
+    }
+}
+
+/// Whether it says that nothing listens there: also a Unix socket that was
+/// taken away.
+fn is_refused(error: &Error) -> bool {
+    matches!(
+        error.kind(),
+        ErrorKind::ConnectionRefused | ErrorKind::NotFound
+    )
+}
+
+async fn connect(upstream: &Upstream) -> Result<Stream> {
+    Ok(match upstream {
         Upstream::Tcp(address) => {
-            let stream = TcpStream::connect(address).await.ok()?;
-            stream.set_nodelay(true).ok()?;
+            let stream = TcpStream::connect(address).await?;
+            stream.set_nodelay(true)?;
             Stream::Tcp(stream)
         }
-        Upstream::Unix(path) => Stream::Unix(UnixStream::connect(path).await.ok()?),
+        Upstream::Unix(path) => Stream::Unix(UnixStream::connect(path).await?),
     })
 }
 
-/// Asks; `None` when the answer does not count. The stream comes back when
+/// Asks, and returns the status. The stream comes back when that is good and
 /// another request may follow on it.
 async fn get<S: AsyncRead + AsyncWrite + Unpin>(
     mut stream: S,
     (host, path): (&str, &str),
-    counts: impl Fn(u16) -> bool,
-) -> Option<Option<S>> {
+    is_good: impl Fn(u16) -> bool,
+) -> Result<(u16, Option<S>)> {
     let request = format!("GET {path} HTTP/1.1\r\nhost: {host}\r\nuser-agent: residentd\r\n\r\n");
-    stream.write_all(request.as_bytes()).await.ok()?;
+    stream.write_all(request.as_bytes()).await?;
     let mut answer = Vec::with_capacity(512);
     while !answer.contains(&b'\n') {
-        if answer.len() > LONGEST || stream.read_buf(&mut answer).await.ok()? == 0 {
-            return None;
+        if answer.len() > LONGEST {
+            return Err(ErrorKind::InvalidData.into());
+        }
+        if stream.read_buf(&mut answer).await? == 0 {
+            return Err(ErrorKind::UnexpectedEof.into());
         }
     }
-    counts(status(&answer)?).then_some(())?;
+    let code = status(&answer).ok_or(ErrorKind::InvalidData)?;
+    if !is_good(code) {
+        return Ok((code, None));
+    }
     let rest = tokio::time::timeout(REST, async {
         loop {
             match ends(&answer) {
@@ -96,7 +140,7 @@ async fn get<S: AsyncRead + AsyncWrite + Unpin>(
         }
     });
     let is_clean = rest.await.unwrap_or(false);
-    Some(is_clean.then_some(stream))
+    Ok((code, is_clean.then_some(stream)))
 }
 
 fn status(answer: &[u8]) -> Option<u16> {
@@ -199,18 +243,25 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn an_answer_that_does_not_end_in_time_counts_and_leaves_no_connection() {
         for (answer, expected) in [
-            ("HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok", Some(true)),
+            (
+                "HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok",
+                Some((200, true)),
+            ),
             (
                 "HTTP/1.1 200 OK\r\ncontent-length: 9\r\n\r\nok",
-                Some(false),
+                Some((200, false)),
             ),
-            ("HTTP/1.1 503 No\r\ncontent-length: 0\r\n\r\n", None),
+            (
+                "HTTP/1.1 503 No\r\ncontent-length: 0\r\n\r\n",
+                Some((503, false)),
+            ),
             ("SSH-2.0-x\r\n", None),
         ] {
             let (ours, mut theirs) = duplex(4096);
             theirs.write_all(answer.as_bytes()).await.expect("it fits");
             let asked = get(ours, ("x", "/"), |code| code == 200).await;
-            assert_eq!(asked.map(|kept| kept.is_some()), expected, "{answer}");
+            let asked = asked.ok().map(|(code, kept)| (code, kept.is_some()));
+            assert_eq!(asked, expected, "{answer}");
         }
     }
 }

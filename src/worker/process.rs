@@ -17,7 +17,7 @@ use tracing::{debug, error};
 
 use super::reaper::Leaders;
 use super::watched::readable;
-use super::{ExitStatus, release};
+use super::{ExitStatus, exit, release};
 use crate::clock::Clock;
 use crate::procfs::mark::{Mark, Marks};
 use crate::procfs::{ProcessKey, ProcessStat, ProcessTable, ProcessTree};
@@ -26,6 +26,9 @@ use crate::procfs::{ProcessKey, ProcessStat, ProcessTable, ProcessTree};
 const LOOK: Duration = Duration::from_millis(5);
 /// A process that lives this long after SIGKILL hangs in the kernel.
 const STUCK: Duration = Duration::from_secs(10);
+/// Whoever reaps an adopted worker takes at most this long: only then can it be
+/// told how it ended.
+const REAPED: Duration = Duration::from_millis(200);
 /// Rescans after which new members are no longer waited for with SIGSTOP.
 const MOST_SCANS: usize = 50;
 
@@ -35,12 +38,16 @@ pub(super) struct Process {
     leader: AsyncFd<OwnedFd>,
     pub(super) tree: Arc<ProcessTree>,
     ended: Option<ExitStatus>,
+    /// It was spawned by an earlier residentd, so somebody else reaps it.
+    adopted: bool,
+    /// How long it has been waited for to be reaped.
+    unreaped: Duration,
 }
 
 impl Process {
     /// Takes charge of a child that was just spawned with `mark` in its
     /// environment and not waited for.
-    pub(super) fn adopt(pid: u32, mark: Mark, marks: Arc<Marks>) -> std::io::Result<Self> {
+    pub(super) fn spawned(pid: u32, mark: Mark, marks: Arc<Marks>) -> std::io::Result<Self> {
         let pid = i32::try_from(pid).map_err(std::io::Error::other)?;
         let number =
             Pid::from_raw(pid).ok_or_else(|| std::io::Error::other("a pid is positive"))?;
@@ -52,6 +59,28 @@ impl Process {
             leader,
             tree: Arc::new(ProcessTree::marked(stat.key, mark, marks)),
             ended: None,
+            adopted: false,
+            unreaped: Duration::ZERO,
+        })
+    }
+
+    /// Takes charge of the processes of a worker that an earlier residentd
+    /// spawned.
+    pub(super) fn adopted(
+        (leader, key, parent): (OwnedFd, ProcessKey, i32),
+        (mark, stamp): (Mark, Option<u64>),
+        marks: Arc<Marks>,
+    ) -> std::io::Result<Self> {
+        let table = ProcessTable::scan()?;
+        let members = marks.resume((&mark, stamp), parent, &table);
+        let tree = ProcessTree::marked(key, mark, marks);
+        tree.join(members);
+        Ok(Self {
+            leader: readable(leader)?,
+            tree: Arc::new(tree),
+            ended: None,
+            adopted: true,
+            unreaped: Duration::ZERO,
         })
     }
 
@@ -66,16 +95,35 @@ impl Process {
             return status.clone();
         }
         loop {
-            // A pidfd is readable from the end of the process on.
-            let ready = self.leader.readable().await;
-            let status = reap(&self.leader);
+            let status = match self.adopted {
+                false => reap(&self.leader),
+                true if has_ended(&self.leader) => Some(self.told().await),
+                true => None,
+            };
             if let Some(status) = status {
                 self.ended = Some(status.clone());
                 return status;
             }
-            if let Ok(mut ready) = ready {
+            // A pidfd is readable from the end of the process on.
+            if let Ok(mut ready) = self.leader.readable().await {
                 ready.clear_ready();
             }
+        }
+    }
+
+    /// Returns how an adopted leader ended that has, when the kernel tells.
+    async fn told(&mut self) -> ExitStatus {
+        use std::os::fd::AsFd;
+        loop {
+            if let Some(status) = exit::status(self.leader.get_ref().as_fd(), self.tree.leader()) {
+                return status;
+            }
+            if self.unreaped >= REAPED {
+                return ExitStatus::Unknown;
+            }
+            // Whoever waits for other things too begins this again and again.
+            self.unreaped += LOOK;
+            tokio::time::sleep(LOOK).await;
         }
     }
 
@@ -93,6 +141,17 @@ impl Process {
         }
     }
 
+    /// Sends every member a signal, and returns them.
+    pub(super) fn signal_members(&self, number: i32) -> Vec<ProcessKey> {
+        let members = self.members();
+        if let Some(signal) = Signal::from_named_raw(number) {
+            for member in &members {
+                send(*member, signal);
+            }
+        }
+        members
+    }
+
     /// Returns the members that live.
     pub(super) fn members(&self) -> Vec<ProcessKey> {
         members(&self.tree)
@@ -102,7 +161,8 @@ impl Process {
     /// Mostly so, and then there is no need to look at every process of the
     /// machine; false when in doubt.
     pub(super) fn left_nothing(&self, leaders: &Leaders) -> bool {
-        self.ended.is_some() && leaders.have_orphans() == Some(false)
+        // What an adopted leader leaves does not become our child.
+        self.ended.is_some() && !self.adopted && leaders.have_orphans() == Some(false)
     }
 
     /// Ends every member by SIGKILL and returns when all are gone and the
@@ -182,6 +242,13 @@ fn reap(pidfd: &AsyncFd<OwnedFd>) -> Option<ExitStatus> {
         // Somebody else reaped it: that it ended is all there is to know.
         Err(_) => Some(ExitStatus::Unknown),
     }
+}
+
+/// Returns whether the process behind the pidfd has ended.
+fn has_ended(pidfd: &AsyncFd<OwnedFd>) -> bool {
+    use rustix::event::{PollFd, PollFlags, Timespec, poll};
+    let mut polled = [PollFd::new(pidfd.get_ref(), PollFlags::IN)];
+    poll(&mut polled, Some(&Timespec::default())).is_ok_and(|ready| ready > 0)
 }
 
 fn describe(status: &WaitIdStatus) -> ExitStatus {

@@ -20,11 +20,20 @@ const REST: Duration = Duration::from_millis(100);
 /// Leaders and their trees. Held while a child is spawned and noted, so that
 /// a sweep never takes a leader for an orphan.
 #[derive(Debug, Default)]
-pub(super) struct Leaders(Mutex<BTreeMap<i32, Arc<ProcessTree>>>);
+pub(super) struct Leaders {
+    trees: Mutex<BTreeMap<i32, Arc<ProcessTree>>>,
+    helpers: Mutex<BTreeSet<i32>>,
+}
 
 impl Leaders {
     pub(super) fn lock(&self) -> MutexGuard<'_, BTreeMap<i32, Arc<ProcessTree>>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.trees.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Returns children of ours that are no workers and no orphans. Whoever
+    /// holds both locks takes this one last.
+    pub(super) fn helpers(&self) -> MutexGuard<'_, BTreeSet<i32>> {
+        self.helpers.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Returns whether this process has a child that leads no worker. When it
@@ -38,7 +47,9 @@ impl Leaders {
             children.extend(list.split_ascii_whitespace().flat_map(str::parse::<i32>));
         }
         let leaders = self.lock();
-        Some(children.iter().any(|pid| !leaders.contains_key(pid)))
+        let helpers = self.helpers();
+        let is_orphan = |pid: &i32| !leaders.contains_key(pid) && !helpers.contains(pid);
+        Some(children.iter().any(is_orphan))
     }
 }
 
@@ -71,6 +82,7 @@ pub(super) fn start(leaders: Arc<Leaders>, reap_all: bool) {
 }
 
 fn sweep(leaders: &Leaders, reap_all: bool) {
+    let helpers = leaders.helpers().clone();
     let leaders = leaders.lock();
     let Ok(table) = ProcessTable::scan() else {
         return;
@@ -80,7 +92,7 @@ fn sweep(leaders: &Leaders, reap_all: bool) {
     };
     for zombie in table.iter().filter(|p| p.is_zombie() && p.ppid == me) {
         let pid = zombie.key.pid;
-        if leaders.contains_key(&pid) {
+        if leaders.contains_key(&pid) || helpers.contains(&pid) {
             continue;
         }
         let known = || {

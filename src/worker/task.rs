@@ -6,25 +6,28 @@
 //!                     └─ ended by itself ─────┴─ ended by itself ────────────┴─ tree gone ── Exited
 //! ```
 
-use std::path::PathBuf;
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures_util::FutureExt;
 use tokio::sync::{mpsc, watch};
 use tracing::{debug, info, warn};
 
-use super::command::{self, Launch, Names};
+use super::adopt::Adoptee;
+use super::body::Body;
 use super::listener::{self, Owner};
-use super::notify::{self, Notices};
+use super::liveness::Watched;
+use super::notify::Notices;
 use super::opened::Opened;
-use super::output::{Log, Tail};
-use super::port::Held;
+use super::output::Tail;
 use super::prefetch::Used;
-use super::process::Process;
-use super::{ExitStatus, Shared, SpawnOrder, Stop, WorkerEvent, probe};
+use super::{ExitStatus, Residence, Shared, SpawnOrder, Stop, WorkerEvent, park, probe};
 use crate::clock::Timestamp;
-use crate::model::{ModelSpec, PlacedGpu, ReadyCheck, Upstream, WorkerId};
+use crate::gate::Pulse;
+use crate::model::{ModelSpec, PlacedGpu, ReadyCheck, WorkerId};
 use crate::procfs::ProcessTree;
+use crate::telemetry;
 
 /// At most one probe in this time, however many lines a worker prints.
 const PROBE_GAP: Duration = Duration::from_millis(2);
@@ -34,11 +37,13 @@ const POLL: (Duration, Duration) = (Duration::from_millis(10), Duration::from_mi
 /// How long what the leader left behind may take to end by itself after a
 /// graceful stop.
 const STRAGGLERS: Duration = Duration::from_secs(2);
+/// How long a worker that had answered an earlier residentd may take to answer
+/// again: it may still be busy with what it was asked then.
+const ANSWERS_AGAIN: Duration = Duration::from_secs(10);
+/// A worker that was still loading has at least this long.
+const LEAST_PATIENCE: Duration = Duration::from_secs(2);
 /// Lines searched for the sign that a port was taken.
 const SIGN_LINES: usize = 20;
-/// Raised for workers, so that the kernel's OOM killer takes one of them
-/// before it takes residentd.
-const OOM_SCORE_ADJ: &[u8] = b"500";
 
 /// Why a worker stopped starting or serving.
 enum End {
@@ -54,22 +59,26 @@ pub(super) struct Life {
     worker: WorkerId,
     spec: Arc<ModelSpec>,
     gpus: Arc<[PlacedGpu]>,
+    origin: String,
     events: mpsc::UnboundedSender<WorkerEvent>,
     stop: watch::Receiver<Stop>,
+    residence: watch::Receiver<Residence>,
     tail: Arc<Tail>,
+    pulse: Arc<Pulse>,
 }
 
 impl Life {
     pub(super) fn new(
         shared: Arc<Shared>,
         order: SpawnOrder,
-        stop: watch::Receiver<Stop>,
-        tail: Arc<Tail>,
+        (stop, residence): (watch::Receiver<Stop>, watch::Receiver<Residence>),
+        (tail, pulse): (Arc<Tail>, Arc<Pulse>),
     ) -> Self {
         let SpawnOrder {
             worker,
             spec,
             gpus,
+            origin,
             events,
         } = order;
         Self {
@@ -77,9 +86,12 @@ impl Life {
             worker,
             spec,
             gpus: gpus.into(),
+            origin,
             events,
             stop,
+            residence,
             tail,
+            pulse,
         }
     }
 
@@ -92,11 +104,33 @@ impl Life {
         }
         let status =
             status.unwrap_or_else(|| ExitStatus::NotSpawned("its port was taken twice".into()));
-        let last_lines = self.tail.last(SIGN_LINES);
+        self.exited(status);
+    }
+
+    /// Goes on with a worker that an earlier residentd spawned, to its end.
+    pub(super) async fn go_on(mut self, adoptee: Adoptee) {
+        let begun = Begun {
+            age: adoptee.age,
+            was_ready: adoptee.record.ready,
+            is_adopted: true,
+        };
+        let worker = self.worker.clone();
+        let status = match Body::adopted(&self.shared, adoptee) {
+            Ok(body) => self.lead(body, begun).await.status,
+            Err(why) => {
+                warn!(%worker, error = why, "worker cannot be taken back");
+                self.tail.push(format!("not taken back: {why}"));
+                ExitStatus::Unknown
+            }
+        };
+        self.exited(status);
+    }
+
+    fn exited(&self, status: ExitStatus) {
         self.say(WorkerEvent::Exited {
             worker: self.worker.clone(),
             status,
-            last_lines,
+            last_lines: self.tail.last(SIGN_LINES),
         });
     }
 
@@ -105,26 +139,39 @@ impl Life {
         if *self.stop.borrow() != Stop::Run {
             return Some(ExitStatus::NotSpawned("it was stopped before".into()));
         }
-        let mut body = match self.spawn(hold_port).await {
+        let body = match self.spawn(hold_port).await {
             Ok(body) => body,
             Err(why) => {
                 self.tail.push(format!("not spawned: {why}"));
                 return Some(ExitStatus::NotSpawned(why));
             }
         };
-        let tree = Arc::clone(&body.process.tree);
-        let mut used = Used::watch(Arc::clone(&tree));
+        let has_port = body.port.is_some();
+        let past = self.lead(body, Begun::default()).await;
+        let retry = !past.started && hold_port && has_port && self.port_was_taken();
+        (!retry).then_some(past.status)
+    }
+
+    /// Leads a worker whose processes run to its end.
+    async fn lead(&mut self, mut body: Body, begun: Begun) -> Past {
+        let mut used = match begun.is_adopted {
+            false => Used::watch(Arc::clone(&body.process.tree)),
+            // Files that were closed meanwhile are not seen: only a life that is
+            // watched from its beginning teaches.
+            true => Used::default(),
+        };
         self.say(WorkerEvent::Spawned {
             worker: self.worker.clone(),
-            tree,
-            report: body.report.clone(),
+            tree: Arc::clone(&body.process.tree),
+            record: Box::new(body.record.clone()),
         });
-        let mut end = self.starting(&mut body).await;
+        let patience = begun.patience(self.spec.start_timeout);
+        let mut end = self.starting(&mut body, patience, begun).await;
         let started = matches!(end, End::Ready);
         if started {
             self.say(WorkerEvent::Ready {
                 worker: self.worker.clone(),
-                upstream: body.upstream.clone(),
+                upstream: body.record.upstream.clone(),
                 opened: std::mem::take(&mut body.opened),
             });
             used.ready();
@@ -133,7 +180,7 @@ impl Life {
         match end {
             End::Ready | End::ByItself => {}
             End::NeverReady => {
-                let (worker, after) = (self.worker.clone(), self.spec.start_timeout);
+                let (worker, after) = (self.worker.clone(), begun.age + patience);
                 self.say(WorkerEvent::NeverReady { worker, after });
                 self.stopping(&mut body).await;
             }
@@ -150,12 +197,14 @@ impl Life {
             .log
             .note(&format!("--- {} ended: {status} ---", self.worker));
         self.shared.leaders.lock().remove(&body.process.pid());
-        for file in body.socket.iter().chain([&body.report]) {
+        if let Some(guard) = self.shared.guard.get() {
+            guard.forget(body.process.tree.leader());
+        }
+        for file in body.record.socket.iter().chain([&body.record.report]) {
             // It may never have been made, or taken away by the worker itself.
             let _ = std::fs::remove_file(file);
         }
-        let retry = !started && hold_port && body.port.is_some() && self.port_was_taken();
-        (!retry).then_some(status)
+        Past { status, started }
     }
 
     async fn spawn(&self, hold_port: bool) -> Result<Body, String> {
@@ -166,16 +215,18 @@ impl Life {
         let spawned = tokio::task::spawn_blocking(move || {
             Body::spawn(&shared, &worker, (&spec, &gpus), hold_port)
         });
-        let (pid, body) = spawned.await.map_err(|error| error.to_string())??;
+        let (pid, mut body) = spawned.await.map_err(|error| error.to_string())??;
+        body.record.origin.clone_from(&self.origin);
         debug!(worker = %self.worker, pid, "spawned");
         Ok(body)
     }
 
     /// Probes until the worker answers, ends, is to stop, or its time is over.
-    async fn starting(&mut self, body: &mut Body) -> End {
+    async fn starting(&mut self, body: &mut Body, patience: Duration, begun: Begun) -> End {
+        let was_ready = begun.was_ready;
         let clock = self.shared.clock;
         let since = clock.now();
-        let deadline = clock.instant(since + self.spec.start_timeout);
+        let deadline = clock.instant(since + patience);
         let mut warned = false;
         let mut probed = Timestamp::START;
         let tree = Arc::clone(&body.process.tree);
@@ -186,13 +237,19 @@ impl Life {
             tokio::select! {
                 _ = body.process.exited() => return End::ByItself,
                 () = stopped(&mut self.stop) => return End::Asked,
-                () = tokio::time::sleep_until(deadline) => return End::NeverReady,
+                () = tokio::time::sleep_until(deadline) => return self.late(body, begun).await,
                 () = noticed(body.notices.as_ref(), &tree) => return End::Ready,
                 () = body.log.changed() => lines = body.log.drain(&self.tail).await,
                 () = tokio::time::sleep(poll) => lines = body.log.drain(&self.tail).await,
             }
+            if was_ready && self.shows_once() && self.answers_for(body, &mut warned) {
+                return End::Ready;
+            }
             if let ReadyCheck::Log(pattern) = &self.spec.ready {
-                if lines.iter().any(|line| pattern.is_match(line)) {
+                // Some print a sign and no end of the line.
+                let unfinished = body.log.unfinished();
+                let mut printed = lines.iter().chain([&unfinished]);
+                if !was_ready && printed.any(|line| pattern.is_match(line)) {
                     return End::Ready;
                 }
                 continue;
@@ -203,7 +260,7 @@ impl Life {
             let gap = PROBE_GAP.saturating_sub(clock.now().since(probed));
             let asked = async {
                 tokio::time::sleep(gap).await;
-                probe::passes(&self.spec.ready, &body.upstream).await
+                probe::passes(&self.spec.ready, &body.record.upstream).await
             };
             let passes = tokio::select! {
                 passes = asked => passes,
@@ -221,36 +278,111 @@ impl Life {
         }
     }
 
+    /// Whether a worker shows only once that it is ready: long ago, for one that
+    /// was ready already.
+    fn shows_once(&self) -> bool {
+        matches!(self.spec.ready, ReadyCheck::Log(_) | ReadyCheck::Notify)
+    }
+
+    /// What to think of a worker that did not show in time that it is ready. One
+    /// that was taken back may have said so while no residentd listened; it is
+    /// believed when it accepts a connection.
+    async fn late(&self, body: &mut Body, begun: Begun) -> End {
+        if !begun.is_adopted || body.notices.is_none() {
+            return End::NeverReady;
+        }
+        match probe::passes(&self.spec.ready, &body.record.upstream).await {
+            Some(opened) if self.answers_for(body, &mut false) => {
+                body.opened = Opened::new(opened);
+                End::Ready
+            }
+            _ => End::NeverReady,
+        }
+    }
+
     /// Whether it is the worker that answered, and not a stranger on its port.
     fn answers_for(&self, body: &Body, warned: &mut bool) -> bool {
-        let owner = listener::owner(&body.upstream, &body.process.tree);
+        let upstream = &body.record.upstream;
+        let owner = listener::owner(upstream, &body.process.tree);
         if owner == Owner::Stranger && !*warned {
             *warned = true;
-            warn!(worker = %self.worker, upstream = %body.upstream, "another program answers on the worker's address");
+            warn!(worker = %self.worker, %upstream, "another program answers on the worker's address");
             self.tail
-                .push(format!("another program answers on {}", body.upstream));
+                .push(format!("another program answers on {upstream}"));
         }
         owner != Owner::Stranger
     }
 
     async fn serving(&mut self, body: &mut Body, used: &mut Used) -> End {
+        let watched = Watched {
+            worker: self.worker.clone(),
+            spec: Arc::clone(&self.spec),
+            upstream: body.record.upstream.clone(),
+            tree: Arc::clone(&body.process.tree),
+            pulse: Arc::clone(&self.pulse),
+        };
+        let tree = Arc::clone(&body.process.tree);
+        let ails = watched.ails(self.shared.clock);
+        let mut ails = pin!(ails.fuse());
         loop {
             tokio::select! {
+                why = &mut ails => {
+                    // What follows is not decided here.
+                    let worker = self.worker.clone();
+                    self.say(WorkerEvent::Unhealthy { worker, why });
+                }
                 _ = body.process.exited() => return End::ByItself,
                 () = stopped(&mut self.stop) => return End::Asked,
                 () = body.log.changed() => {
                     body.log.drain(&self.tail).await;
                 }
+                // Nothing follows from it; but whoever says more waits when
+                // nobody listens.
+                () = noticed(body.notices.as_ref(), &tree) => {}
                 files = used.found() => self.say(WorkerEvent::Used {
                     worker: self.worker.clone(),
                     files,
                 }),
+                residence = ordered(&mut self.residence) => {
+                    if let Some(end) = self.moving(body, residence).await {
+                        return end;
+                    }
+                }
             }
         }
     }
 
+    /// Parks the worker or makes it ready again, and tells how that went. Returns
+    /// how the worker ended, if it did meanwhile or was told to.
+    async fn moving(&mut self, body: &mut Body, residence: Residence) -> Option<End> {
+        let spec = Arc::clone(&self.spec);
+        let upstream = body.record.upstream.clone();
+        let mut calls = Box::pin(park::move_to(residence, &spec, &upstream));
+        let moved = loop {
+            tokio::select! {
+                _ = body.process.exited() => return Some(End::ByItself),
+                () = stopped(&mut self.stop) => return Some(End::Asked),
+                () = body.log.changed() => {
+                    body.log.drain(&self.tail).await;
+                }
+                moved = &mut calls => break moved,
+            }
+        };
+        let worker = self.worker.clone();
+        self.say(match (moved, residence) {
+            (Ok(()), Residence::Parked) => WorkerEvent::Parked { worker },
+            (Ok(()), Residence::Ready) => WorkerEvent::Unparked { worker },
+            (Err(error), _) => WorkerEvent::ParkFailed {
+                worker,
+                said: telemetry::chain(&error).to_string(),
+            },
+        });
+        None
+    }
+
     /// Stop signal, again half way, and when the grace is over SIGKILL to the
-    /// whole tree. What the leader leaves behind gets a little of the grace.
+    /// whole tree. What the leader leaves behind gets the signal then, and a
+    /// little of the grace.
     async fn stopping(&mut self, body: &mut Body) {
         let clock = self.shared.clock;
         let grace = self.spec.stop_timeout;
@@ -272,12 +404,15 @@ impl Life {
         }
         let stragglers = end.min(clock.instant(clock.now() + STRAGGLERS));
         let mut pause = Duration::from_millis(1);
-        while !body.process.members().is_empty() {
+        // A wrapper may have gone without a word to the server that it started.
+        let mut left = body.process.signal_members(self.spec.stop_signal);
+        while !left.is_empty() {
             tokio::select! {
                 () = killed(&mut self.stop) => return,
                 () = tokio::time::sleep_until(stragglers) => return,
                 () = tokio::time::sleep(pause) => pause = (pause * 2).min(Duration::from_millis(50)),
             }
+            left = body.process.members();
         }
     }
 
@@ -318,6 +453,15 @@ async fn killed(stop: &mut watch::Receiver<Stop>) {
     wait_for(stop, Stop::Kill).await;
 }
 
+/// Waits until the worker is ordered to park, or to be ready again.
+async fn ordered(residence: &mut watch::Receiver<Residence>) -> Residence {
+    if residence.changed().await.is_err() {
+        // Whoever could order it is gone: then nobody will.
+        std::future::pending::<()>().await;
+    }
+    *residence.borrow_and_update()
+}
+
 async fn wait_for(stop: &mut watch::Receiver<Stop>, least: Stop) {
     if stop.wait_for(|how| *how >= least).await.is_err() {
         // Whoever could order it is gone: then nobody will.
@@ -325,96 +469,27 @@ async fn wait_for(stop: &mut watch::Receiver<Stop>, least: Stop) {
     }
 }
 
-/// What a life holds while its processes run.
-struct Body {
-    process: Process,
-    log: Log,
-    upstream: Upstream,
-    /// Where it says that it is ready, when it is to say so.
-    notices: Option<Notices>,
-    /// The connection of the probe that it passed.
-    opened: Opened,
-    port: Option<Held>,
-    socket: Option<PathBuf>,
-    report: PathBuf,
+/// What an earlier residentd saw of a worker.
+#[derive(Clone, Copy, Debug, Default)]
+struct Begun {
+    age: Duration,
+    was_ready: bool,
+    is_adopted: bool,
 }
 
-impl Body {
-    fn spawn(
-        shared: &Shared,
-        worker: &WorkerId,
-        (spec, gpus): (&ModelSpec, &[PlacedGpu]),
-        hold_port: bool,
-    ) -> Result<(i32, Self), String> {
-        let mut port = command::uses(spec, "PORT")
-            .then(|| shared.ports.take())
-            .transpose()
-            .map_err(text)?;
-        if let Some(held) = port.as_mut().filter(|_| !hold_port) {
-            held.release();
+impl Begun {
+    /// How long it may take until it answers.
+    fn patience(self, start_timeout: Duration) -> Duration {
+        match self.was_ready {
+            true => ANSWERS_AGAIN,
+            // One that is late already gets one probe all the same.
+            false => start_timeout.saturating_sub(self.age).max(LEAST_PATIENCE),
         }
-        let socket = command::uses(spec, "SOCKET")
-            .then(|| shared.socket())
-            .transpose()?;
-        let names = Names {
-            port: port.as_ref().map(|held| held.port),
-            socket: socket.as_deref(),
-            gpus,
-        };
-        let report = shared.own_file("reports")?;
-        let notices = matches!(spec.ready, ReadyCheck::Notify)
-            .then(|| Notices::listen(shared.socket()?).map_err(text))
-            .transpose()?;
-        let launch = Launch::new(spec, names)?;
-        let failed = |what: &'static str| move |error: std::io::Error| format!("{what}: {error}");
-        let mut log = Log::open(&shared.state_dir, spec.name.as_str(), shared.log_cap)
-            .map_err(failed("open its log"))?;
-        log.note(&format!("--- {worker} starts: {} ---", launch.program()))
-            .map_err(failed("write its log"))?;
-        // Before the spawn, so that a worker that ends at once loses no line.
-        log.skip();
-        let output = log.writer().map_err(failed("open its log"))?;
-        let errors = output.try_clone().map_err(failed("open its log"))?;
-        let mark = shared.owner.mark(worker);
-        let mut command = launch.command(&mark, &report, output, errors);
-        // Never that of residentd itself.
-        command.env_remove(notify::VARIABLE);
-        if let Some(notices) = &notices {
-            command.env(notify::VARIABLE, notices.path());
-        }
-        // Held until the child is noted, so that the reaper leaves it alone.
-        let mut leaders = shared.leaders.lock();
-        let child = command
-            .spawn()
-            .map_err(|error| format!("{}: {error}", launch.program()))?;
-        if let Ok(pid) = i32::try_from(child.id())
-            && let Err(error) = shared.marks.stamp(pid, &mark)
-        {
-            debug!(%worker, %error, "not stamped; a daemon that renames itself may be missed");
-        }
-        let process = Process::adopt(child.id(), mark, Arc::clone(&shared.marks))
-            .map_err(failed("take charge of it"))?;
-        leaders.insert(process.pid(), Arc::clone(&process.tree));
-        drop(leaders);
-        let pid = process.pid();
-        // Best effort: raising it needs no right, but it may be gone already.
-        let _ = std::fs::write(format!("/proc/{pid}/oom_score_adj"), OOM_SCORE_ADJ);
-        Ok((
-            pid,
-            Self {
-                process,
-                log,
-                upstream: launch.upstream,
-                notices,
-                opened: Opened::default(),
-                port,
-                socket,
-                report,
-            },
-        ))
     }
 }
 
-fn text(error: std::io::Error) -> String {
-    error.to_string()
+/// How a life went.
+struct Past {
+    status: ExitStatus,
+    started: bool,
 }

@@ -336,11 +336,14 @@ fn a_stream_goes_on_after_a_break_and_after_a_restart() {
     residentd.restart_after(Signal::SIGTERM);
     assert_eq!(back.next(), None, "the stream ends with residentd");
     residentd.complete("blue");
-    // The new run counts from one again, and its run's number is another.
+    // The new run goes on where the other ended, and its own number is another.
     let mut anew = Stream::open(&residentd, "&kind=spawn", Some(&last));
     let (id, spawn) = anew.next().expect("it goes on");
     assert_eq!(spawn["model"], "blue");
-    assert_ne!(id.split(':').next(), last.split(':').next());
+    let (run, number) = id.split_once(':').expect("a run and a number");
+    let (last_run, last_number) = last.split_once(':').expect("a run and a number");
+    assert_ne!(run, last_run);
+    assert!(number.parse::<u64>().ok() > last_number.parse::<u64>().ok());
 }
 
 #[test]

@@ -2,12 +2,15 @@
 
 mod access_log;
 mod adapter;
+mod adopt;
 mod api;
 mod cli;
 mod config;
+mod deaths;
 mod events;
 mod failures;
 mod gpu;
+mod liveness;
 mod memory;
 mod patience;
 mod policies;
@@ -19,6 +22,7 @@ mod replay;
 mod scenarios;
 mod shutdown;
 mod simulate;
+mod state;
 mod story;
 mod stub;
 mod support;

@@ -157,8 +157,10 @@ fn namespace(of: i64) -> Vec<(i64, char)> {
         .collect()
 }
 
-#[test]
-fn a43_as_the_first_process_of_a_pid_namespace_it_leaves_no_zombie_and_ends_with_0() {
+/// Starts residentd as the first process of a PID namespace, with one model
+/// whose worker a shell starts, and returns it with its own pid as seen from
+/// here; `None` where no namespace can be made.
+fn first_process(worker: &str) -> Option<(Residentd, i64)> {
     let unshare = ["--pid", "--fork", "--mount-proc", "--kill-child"];
     let can = Command::new("unshare").args(unshare).arg("true").output();
     if let Err(why) = can.map_err(|error| error.to_string()).and_then(|done| {
@@ -166,14 +168,9 @@ fn a43_as_the_first_process_of_a_pid_namespace_it_leaves_no_zombie_and_ends_with
         done.status.success().then_some(()).ok_or(why)
     }) {
         skip(&why);
-        return;
+        return None;
     }
     let folder = tempfile::tempdir().expect("a folder");
-    let mark = mark("a43-first");
-    // Beside its family it leaves an orphan that ends by itself.
-    let worker = format!(
-        "(sleep 0.2 &) ; exec {STUB} --port ${{PORT}} --name {mark} --child --daemon-child"
-    );
     let text = format!(
         "shutdown_grace = \"20s\"\n[memory]\nlimit = \"400MiB\"\nreserve = \"16MiB\"\n[models.m]\ncommand = [\"sh\", \"-c\", \"{worker}\"]\nmemory = \"48MiB\"\n"
     );
@@ -182,10 +179,69 @@ fn a43_as_the_first_process_of_a_pid_namespace_it_leaves_no_zombie_and_ends_with
     serve.args(unshare).arg(RESIDENTD);
     serve.args(["serve", "--config"]).arg(file);
     serve.current_dir(folder.path());
-    let mut residentd = Residentd::launch(folder, serve);
+    let residentd = Residentd::launch(folder, serve);
     let children = format!("/proc/{0}/task/{0}/children", residentd.pid());
     let first = std::fs::read_to_string(children).expect("unshare runs");
-    let first: i64 = first.trim().parse().expect("one child");
+    let first = first.trim().parse().expect("one child");
+    Some((residentd, first))
+}
+
+#[test]
+fn a43_as_the_first_process_it_reaps_strangers_and_what_daemons_leave_in_any_order() {
+    let mark = mark("a43-orphans");
+    // Daemons that end by themselves, one after the other, whose parents are
+    // long gone: the last of them after the worker.
+    let daemons = "for t in 0.1 0.3 30; do (setsid sh -c 'sleep '$t' & sleep '$t'' &); done";
+    let worker =
+        format!("{daemons}; exec {STUB} --port ${{PORT}} --name {mark} --child --daemon-child");
+    let Some((mut residentd, first)) = first_process(&worker) else {
+        return;
+    };
+    let zombies = || {
+        let all = namespace(first).into_iter();
+        all.filter(|(_, state)| *state == 'Z').count()
+    };
+    for _ in 0..3 {
+        // Loaded by hand, since it has to rest after two crashes.
+        residentd.ask("POST", "/api/v1/models/m/load", None);
+        let pid = residentd.complete("m").worker_pid();
+        // A stranger comes as an orphan and ends: nobody else would reap it.
+        let enter = ["--pid", "--mount", "--target", &first.to_string()].map(str::to_owned);
+        let stranger = Command::new("nsenter")
+            .args(enter)
+            .args(["sh", "-c", "(sleep 0.1 &)"])
+            .status();
+        assert!(stranger.expect("nsenter is there").success());
+        wait_until("what ended to be reaped", || (zombies() == 0).then_some(()));
+        // The worker dies in the midst of its family.
+        let inside = namespace(first);
+        let seen = |outer: &i64| {
+            let status = std::fs::read_to_string(format!("/proc/{outer}/status"));
+            let status = status.unwrap_or_default();
+            let line = status.lines().find(|line| line.starts_with("NSpid:"));
+            line.is_some_and(|line| line.ends_with(&format!("\t{pid}")))
+        };
+        let worker = inside.iter().map(|(outer, _)| *outer).find(seen);
+        kill(worker.expect("it runs"), Signal::SIGKILL);
+        wait_until("everything but the first process to be reaped", || {
+            namespace(first).is_empty().then_some(())
+        });
+    }
+    kill(first, Signal::SIGTERM);
+    assert_eq!(residentd.wait().code(), Some(0));
+    assert_eq!(processes_with(&mark), [] as [i64; 0]);
+}
+
+#[test]
+fn a43_as_the_first_process_of_a_pid_namespace_it_leaves_no_zombie_and_ends_with_0() {
+    let mark = mark("a43-first");
+    // Beside its family it leaves an orphan that ends by itself.
+    let worker = format!(
+        "(sleep 0.2 &) ; exec {STUB} --port ${{PORT}} --name {mark} --child --daemon-child"
+    );
+    let Some((mut residentd, first)) = first_process(&worker) else {
+        return;
+    };
 
     assert_eq!(residentd.complete("m").status, 200);
     assert!(namespace(first).len() >= 3, "{:?}", namespace(first));

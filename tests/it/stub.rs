@@ -329,3 +329,42 @@ fn an_upgraded_connection_sends_back_what_comes() {
         assert_eq!(wire.exactly(said.len()), said.as_bytes());
     }
 }
+
+#[test]
+fn a_stub_that_sleeps_gives_memory_back_and_takes_it_again() {
+    let (stub, address) = Stub::ready(&["--anon=96MiB", "--sleep-mode", "--sleep-anon=16MiB"]);
+    let held = || status_kib(stub.pid(), "RssAnon") >> 10;
+    let awake = held();
+    assert!(awake >= 96, "{awake} MiB");
+    assert_eq!(ask(&address, "POST /sleep?level=1", &json!({})).status, 200);
+    let asleep = held();
+    assert!((16..40).contains(&asleep), "{asleep} MiB");
+    assert_eq!(
+        ask(&address, "GET /is_sleeping", &json!({})).json()["is_sleeping"],
+        true
+    );
+    assert_eq!(ask(&address, "GET /health", &json!({})).status, 200);
+    assert_eq!(
+        ask(&address, "POST /resume_memory_occupation", &json!({})).status,
+        200
+    );
+    assert!(held() >= 96);
+    let reply = ask(&address, "POST /v1/completions", &json!({"prompt": "hi"}));
+    assert_eq!(reply.status, 200);
+}
+
+#[test]
+fn a_stub_that_is_asked_while_it_sleeps_dies() {
+    let (mut stub, address) = Stub::ready(&["--sleep-mode"]);
+    assert_eq!(ask(&address, "POST /sleep", &json!({})).status, 200);
+    let reply = ask(&address, "POST /v1/completions", &json!({"prompt": "hi"}));
+    assert!(!reply.whole);
+    let status = stub.child.wait().expect("it is our child");
+    assert_eq!(status.signal(), Some(9));
+}
+
+#[test]
+fn without_sleep_mode_a_stub_has_no_such_routes() {
+    let (_stub, address) = Stub::ready(&[]);
+    assert_eq!(ask(&address, "POST /sleep", &json!({})).status, 404);
+}

@@ -155,7 +155,7 @@ fn no_zombie_is_left_of_a_tree_that_ended_in_any_order() {
 }
 
 #[test]
-fn workers_of_a_residentd_that_was_killed_are_ended_when_the_next_one_starts() {
+fn workers_of_a_residentd_that_was_killed_are_ended_when_the_next_one_is_to_adopt_none() {
     let config = format!(
         "{ROOM}{}{}",
         model("m", "--child --daemon-child", ""),
@@ -168,7 +168,10 @@ fn workers_of_a_residentd_that_was_killed_are_ended_when_the_next_one_starts() {
     // A residentd beside it, with a state of its own, keeps its worker.
     let other = Residentd::start(&config);
     let stranger = other.complete("m").worker_pid();
-    residentd.restart_after(Signal::SIGKILL);
+    residentd.signal(Signal::SIGKILL);
+    residentd.wait();
+    assert!(pids.iter().all(|pid| runs(*pid)), "they outlive residentd");
+    residentd.start_again(&["--no-adopt"]);
     for pid in pids {
         assert!(!runs(pid), "{pid} was left behind");
     }

@@ -7,6 +7,7 @@ use std::time::Duration;
 use clap::{ArgAction, Parser, ValueEnum};
 
 use crate::size;
+use crate::sleep::Fault;
 
 /// A scriptable worker: a real process that loads, holds memory, answers HTTP
 /// and misbehaves as told. Sizes are written 64MiB, durations 200ms.
@@ -93,6 +94,27 @@ pub(crate) struct Args {
     #[arg(long, env = "RESIDENTD_REPORT")]
     pub(crate) report_file: Option<PathBuf>,
 
+    /// Offer `/sleep` and `/wake_up`, as vLLM, and `/release_memory_occupation` and
+    /// `/resume_memory_occupation`, as SGLang: memory is given back and taken
+    /// again. Asked anything else meanwhile, the worker dies.
+    #[arg(long)]
+    pub(crate) sleep_mode: bool,
+    /// Anonymous memory held while asleep.
+    #[arg(long, default_value = "0", value_parser = size::parse)]
+    pub(crate) sleep_anon: u64,
+    /// Memory held of each GPU while asleep.
+    #[arg(long, default_value = "0", value_parser = size::parse)]
+    pub(crate) sleep_vram: u64,
+    /// Going to sleep and waking each take at least this long.
+    #[arg(long, default_value = "0s", value_parser = duration)]
+    pub(crate) sleep_time: Duration,
+    /// How going to sleep goes wrong.
+    #[arg(long, value_enum, default_value_t = Fault::None)]
+    pub(crate) sleep_fault: Fault,
+    /// How waking goes wrong.
+    #[arg(long, value_enum, default_value_t = Fault::None)]
+    pub(crate) wake_fault: Fault,
+
     /// Ignore SIGTERM.
     #[arg(long)]
     pub(crate) ignore_term: bool,
@@ -135,6 +157,12 @@ pub(crate) struct Args {
     /// Answer this many requests, then only `/health` and `/stats`.
     #[arg(long)]
     pub(crate) hang_after_requests: Option<u64>,
+    /// Answer this many requests, then stop listening and live on.
+    #[arg(long)]
+    pub(crate) close_after_requests: Option<u64>,
+    /// Answer this many requests, then take connections and never answer.
+    #[arg(long)]
+    pub(crate) mute_after_requests: Option<u64>,
     /// Print this many lines while loading.
     #[arg(long, default_value_t = 0)]
     pub(crate) spam_lines: u64,

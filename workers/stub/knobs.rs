@@ -17,6 +17,8 @@ pub(crate) struct Knobs {
     pub(crate) pace: Duration,
     /// Pause before the head.
     pub(crate) delay: Duration,
+    /// Compute for so long before the head, and serve nobody meanwhile.
+    pub(crate) busy: Duration,
     /// Padding of each part's text, in bytes.
     pub(crate) chunk_bytes: usize,
     /// Break the connection after this many parts.
@@ -44,6 +46,7 @@ impl Knobs {
             chunks,
             pace: millis(number("x_pace_ms")),
             delay: millis(number("x_delay_ms")),
+            busy: millis(number("x_busy_ms")),
             chunk_bytes: number("x_chunk_bytes")
                 .and_then(|bytes| usize::try_from(bytes).ok())
                 .unwrap_or(0),

@@ -17,6 +17,7 @@ mod routes;
 mod serve;
 #[path = "../size.rs"]
 mod size;
+mod sleep;
 mod state;
 mod vram;
 
@@ -24,7 +25,6 @@ use std::io::{self, Write};
 use std::os::unix::net::UnixDatagram;
 use std::process::ExitCode;
 use std::sync::Arc;
-use std::time::Duration;
 
 use clap::Parser;
 use serde_json::json;
@@ -33,10 +33,7 @@ use tokio::time::{Instant, sleep, sleep_until};
 
 use crate::args::{Args, Listen};
 use crate::serve::Listener;
-use crate::state::Stub;
-
-/// The last answer leaves within this time before an exit that follows it.
-const LAST_WORDS: Duration = Duration::from_millis(20);
+use crate::state::{LAST_WORDS, Stub};
 
 fn main() -> ExitCode {
     let started = Instant::now();
@@ -228,11 +225,5 @@ async fn timed_out(stub: &Stub, started: Instant) {
 
 /// Waits until as many requests were answered as the worker survives.
 async fn used_up(stub: &Stub) {
-    let Some(most) = stub.args.die_after_requests else {
-        return std::future::pending().await;
-    };
-    let mut ended = stub.request_ended.subscribe();
-    // The sender lives in `stub`, so this cannot fail.
-    let _ = ended.wait_for(|()| stub.served() >= most).await;
-    sleep(LAST_WORDS).await;
+    stub.answered(stub.args.die_after_requests).await;
 }

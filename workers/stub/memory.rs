@@ -1,7 +1,8 @@
 //! Memory that is really there: anonymous, mapped from a file, and shared.
 //!
 //! Every page is touched, and anonymous and shared pages each hold other bytes
-//! so that nothing merges them. What is taken is held until the process ends.
+//! so that nothing merges them. What is taken is held until the process ends, or
+//! sleeps.
 
 use std::fs::File;
 use std::path::Path;
@@ -44,6 +45,15 @@ impl Memory {
             self.lock().blocks.push(block);
             left = left.saturating_sub(step);
             std::thread::sleep(pause);
+        }
+    }
+
+    /// Gives back all there is, and then takes `bytes`. It blocks meanwhile.
+    pub(crate) fn replace(&self, bytes: u64) {
+        let mut anonymous = self.lock();
+        *anonymous = Anonymous::default();
+        if bytes > 0 {
+            anonymous.blocks.push(touched(bytes));
         }
     }
 

@@ -1,10 +1,11 @@
 //! What each route answers.
 //!
-//! `/health`, `/stats`, `/env` and `/v1/models` are not counted as requests;
-//! everything else is, and obeys the knobs.
+//! `/health`, `/stats`, `/env`, `/v1/models` and calls to sleep and to wake are
+//! not counted as requests; everything else is, and obeys the knobs.
 
 use std::convert::Infallible;
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
 use http_body_util::BodyExt;
@@ -12,13 +13,13 @@ use hyper::body::Incoming;
 use hyper::header::{CONNECTION, CONTENT_TYPE, HeaderValue, UPGRADE};
 use hyper::{HeaderMap, Request, Response, StatusCode};
 use serde_json::{Value, json};
-use tokio::time::sleep;
 
 use crate::answer::{Answer, BrokenOff, Parts, ResetFlag, kill_self, whole};
 use crate::checksum::Checksum;
 use crate::clock;
 use crate::knobs::Knobs;
 use crate::openai::{Shape, Voice, embeddings};
+use crate::sleep::{self, Call};
 use crate::state::{InFlight, Stub};
 
 /// How much of a body `/echo` shows.
@@ -55,6 +56,12 @@ async fn route(
     if !stub.is_ready() {
         return Ok(failure(StatusCode::SERVICE_UNAVAILABLE, "Loading model"));
     }
+    if let Some(call) = Call::of(request.uri().path()).filter(|_| stub.args.sleep_mode) {
+        return Ok(match sleep::obey(stub, call).await {
+            Ok(done) => document(StatusCode::OK, &done),
+            Err(error) => failure(StatusCode::INTERNAL_SERVER_ERROR, &error.to_string()),
+        });
+    }
     let shape = match request.uri().path() {
         "/health" => return Ok(document(StatusCode::OK, &json!({"status": "ok"}))),
         "/v1/models" => return Ok(document(StatusCode::OK, &models(&stub.args.name))),
@@ -63,6 +70,7 @@ async fn route(
         "/v1/embeddings" | "/echo" | "/sink" | "/upgrade" => None,
         _ => return Ok(failure(StatusCode::NOT_FOUND, "no such route")),
     };
+    sleep::crash_when_asked(stub);
     let mut in_flight = stub.begin();
     if is_over(stub.args.hang_after_requests, &in_flight) {
         std::future::pending::<Infallible>().await;
@@ -102,8 +110,9 @@ async fn complete(
         kill_self();
     }
     if !knobs.delay.is_zero() {
-        sleep(knobs.delay).await;
+        tokio::time::sleep(knobs.delay).await;
     }
+    compute(knobs.busy);
     if knobs.drop {
         in_flight.finish();
         return Err(BrokenOff);
@@ -125,6 +134,15 @@ async fn complete(
     } else {
         plain(&voice, knobs, reset, in_flight)
     })
+}
+
+/// Computes for so long. The worker has one thread: nobody is served meanwhile.
+fn compute(time: Duration) {
+    let started = tokio::time::Instant::now();
+    let mut sum = 0_u64;
+    while started.elapsed() < time {
+        sum = std::hint::black_box(sum.wrapping_mul(31).wrapping_add(7));
+    }
 }
 
 fn streamed(voice: Voice, knobs: Knobs, reset: ResetFlag, request: InFlight) -> Response<Answer> {

@@ -93,10 +93,29 @@ pub(crate) async fn serve(stub: &Arc<Stub>, listener: Listener) {
             },
             Some(_) = connections.join_next() => {}
             () = stub.closing.cancelled() => break,
+            () = stub.answered(stub.args.close_after_requests) => {
+                drop((listener, connections));
+                return std::future::pending().await;
+            }
+            () = stub.answered(stub.args.mute_after_requests) => {
+                drop(connections);
+                return never_answer(&listener).await;
+            }
         }
     }
     drop(listener);
     while connections.join_next().await.is_some() {}
+}
+
+/// Takes every connection and says nothing on it.
+async fn never_answer(listener: &Listener) {
+    let mut taken = Vec::new();
+    loop {
+        match listener.accept().await {
+            Ok(socket) => taken.push(socket),
+            Err(_) => sleep(ACCEPT_REST).await,
+        }
+    }
 }
 
 /// Answers the requests of one connection, then closes it or resets it.

@@ -3,19 +3,26 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
 
 use serde_json::{Value, json};
 use tokio::sync::watch;
+use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
 
 use crate::args::Args;
 use crate::memory::Memory;
+use crate::sleep::Sleep;
+
+/// The last answer leaves within this time.
+pub(crate) const LAST_WORDS: Duration = Duration::from_millis(20);
 
 /// One stub worker.
 #[derive(Debug)]
 pub(crate) struct Stub {
     pub(crate) args: Args,
     pub(crate) memory: Memory,
+    pub(crate) sleep: Sleep,
     pub(crate) children: Vec<u32>,
     /// Cancelled when no new connection is to be taken.
     pub(crate) closing: CancellationToken,
@@ -35,6 +42,7 @@ impl Stub {
         Self {
             args,
             memory: Memory::default(),
+            sleep: Sleep::default(),
             children,
             closing: CancellationToken::new(),
             request_ended: watch::Sender::new(()),
@@ -88,6 +96,18 @@ impl Stub {
         }
     }
 
+    /// Waits until this many requests were answered and the last answer has
+    /// left; for ever without a number.
+    pub(crate) async fn answered(&self, most: Option<u64>) {
+        let Some(most) = most else {
+            return std::future::pending().await;
+        };
+        let mut ended = self.request_ended.subscribe();
+        // The sender lives in `self`, so this cannot fail.
+        let _ = ended.wait_for(|()| self.served() >= most).await;
+        sleep(LAST_WORDS).await;
+    }
+
     /// Returns the books, for `GET /stats`.
     pub(crate) fn stats(&self) -> Value {
         json!({
@@ -103,6 +123,7 @@ impl Stub {
             "cancelled": self.cancelled.load(Ordering::Relaxed),
             "in_flight": self.in_flight(),
             "grown_bytes": self.memory.grown(),
+            "sleep": self.sleep.stats(),
         })
     }
 }

@@ -11,9 +11,7 @@ use crate::args::Args;
 /// # Errors
 /// When a file cannot be written.
 pub(crate) fn take(args: &Args) -> io::Result<()> {
-    if let Some(folder) = &args.vram_dir {
-        let line = |gpu: &String| format!("{gpu} {}\n", args.vram);
-        let lines: String = args.gpus.iter().map(line).collect();
+    if args.vram_dir.is_some() {
         // So does a real driver's library; some drivers list such a thread.
         let idle = || {
             loop {
@@ -21,14 +19,27 @@ pub(crate) fn take(args: &Args) -> io::Result<()> {
             }
         };
         thread::Builder::new().name("driver".into()).spawn(idle)?;
-        let processes = folder.join("processes");
-        fs::create_dir_all(&processes)?;
-        write_whole(&processes.join(std::process::id().to_string()), &lines)?;
+        claim(args, args.vram)?;
     }
     if let (Some(report), Some(path)) = (&args.report, &args.report_file) {
         write_whole(path, &format!("{report}\n"))?;
     }
     Ok(())
+}
+
+/// Tells the fake driver that this process holds `bytes` of each visible GPU.
+///
+/// # Errors
+/// When the file cannot be written.
+pub(crate) fn claim(args: &Args, bytes: u64) -> io::Result<()> {
+    let Some(folder) = &args.vram_dir else {
+        return Ok(());
+    };
+    let line = |gpu: &String| format!("{gpu} {bytes}\n");
+    let lines: String = args.gpus.iter().map(line).collect();
+    let processes = folder.join("processes");
+    fs::create_dir_all(&processes)?;
+    write_whole(&processes.join(std::process::id().to_string()), &lines)
 }
 
 /// Writes a file so that a reader sees all of it or nothing.

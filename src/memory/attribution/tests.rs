@@ -32,6 +32,7 @@ struct Bench {
     ladder: Attribution,
     now: u64,
     workers: Vec<(WorkerId, bool, Vec<VramUsage>, Option<std::path::PathBuf>)>,
+    held: BTreeMap<WorkerId, BTreeMap<u32, Bytes>>,
 }
 
 impl Bench {
@@ -40,9 +41,22 @@ impl Bench {
         self.workers.push((worker(name), true, Vec::new(), None));
     }
 
+    /// A worker of an earlier residentd that was known to hold this much then.
+    fn taken_back(&mut self, name: &str, mib: u64) {
+        self.workers.push((worker(name), false, Vec::new(), None));
+        let held = [(0, Bytes::mib(mib))].into();
+        self.held.insert(worker(name), held);
+    }
+
     fn loaded(&mut self, name: &str) {
         for entry in self.workers.iter_mut().filter(|w| w.0 == worker(name)) {
             entry.1 = false;
+        }
+    }
+
+    fn moves(&mut self, name: &str) {
+        for entry in self.workers.iter_mut().filter(|w| w.0 == worker(name)) {
+            entry.1 = true;
         }
     }
 
@@ -68,6 +82,7 @@ impl Bench {
             .workers
             .iter()
             .map(|(worker, loading, told, report)| Claim {
+                held: self.held.get(worker),
                 worker,
                 gpus: &[0],
                 loading: *loading,
@@ -202,4 +217,36 @@ fn a_worker_that_others_are_weighed_against_counts_by_its_own_figure() {
     bench.gone("a");
     // What a held is back before anything loads: 1000 less, 400 more.
     assert_eq!(bench.pass(400, "b").0, Some(400));
+}
+
+#[test]
+fn what_a_worker_gives_back_by_a_park_is_weighed_as_a_load_is() {
+    let mut bench = Bench::default();
+    bench.pass_over(&[device(0, 500)]);
+    bench.load("a");
+    bench.pass(2500, "a");
+    bench.loaded("a");
+    assert_eq!(bench.pass(2500, "a"), (Some(2000), DELTA, false));
+    // Its memory moves: out, and after a while in again.
+    bench.moves("a");
+    assert_eq!(bench.pass(700, "a"), (Some(200), DELTA, false));
+    bench.loaded("a");
+    assert_eq!(bench.pass(700, "a"), (Some(200), DELTA, false));
+    assert_eq!(bench.pass(900, "a"), (Some(200), DELTA, true));
+    bench.moves("a");
+    assert_eq!(bench.pass(2700, "a"), (Some(2200), DELTA, true));
+}
+
+#[test]
+fn workers_that_were_taken_back_hold_what_they_held_and_their_parks_are_weighed() {
+    let mut bench = Bench::default();
+    bench.taken_back("a", 2000);
+    bench.taken_back("b", 1000);
+    assert_eq!(bench.pass(3500, "a"), (Some(2000), DELTA, false));
+    assert_eq!(bench.pass(3500, "b"), (Some(1000), DELTA, false));
+    bench.moves("a");
+    assert_eq!(bench.pass(1700, "a"), (Some(200), DELTA, false));
+    bench.loaded("a");
+    assert_eq!(bench.pass(1700, "a"), (Some(200), DELTA, false));
+    assert_eq!(bench.pass(1700, "b"), (Some(1000), DELTA, false));
 }

@@ -178,6 +178,7 @@ mod tests {
                 generation: 1,
             },
             busy: false,
+            parked: false,
             idle_since: Timestamp::from_millis(u64::try_from(index).expect("few")),
             worth,
             gives: BTreeMap::from([(KEYS[0], gives[0]), (KEYS[1], gives[1])]),

@@ -4,7 +4,6 @@ use std::fmt;
 
 use super::{Explanation, Holder, Outlook, Why};
 use crate::model::ModelName;
-use crate::policy::Protection;
 
 /// Says it in a sentence or two.
 impl fmt::Display for Explanation {
@@ -14,6 +13,15 @@ impl fmt::Display for Explanation {
         match &self.why {
             Why::Ready => write!(f, "{model} is ready"),
             Why::Loading => write!(f, "{model} has been loading for {ago:.1} s"),
+            Why::Parking => write!(
+                f,
+                "{model} has been on its way into its park for {ago:.1} s"
+            ),
+            Why::Parked => write!(f, "{model} has been parked for {ago:.1} s"),
+            Why::Unparking => write!(
+                f,
+                "{model} has been on its way out of its park for {ago:.1} s"
+            ),
             Why::NeverLoaded => write!(f, "{model} was not loaded since residentd started"),
             Why::Evicted(reason) => write!(f, "{model} was evicted {ago:.1} s ago: {reason}"),
             Why::Unloaded => write!(f, "{model} was unloaded {ago:.1} s ago by an operator"),
@@ -48,6 +56,7 @@ impl fmt::Display for Outlook {
         match self {
             Self::Served => f.write_str("a request is served at once"),
             Self::Starts => f.write_str("a request waits for the load only"),
+            Self::Unparks => f.write_str("a request waits for its unpark only"),
             Self::Evicts { victims, shortage } => {
                 write!(f, "for a request {} would go: {shortage}", list(victims))
             }
@@ -90,7 +99,11 @@ fn list(holders: &[Holder]) -> String {
         let held: Vec<_> = held
             .map(|(domain, bytes)| format!("{domain} {bytes}"))
             .collect();
-        let why = holder.protection.map_or("idle", Protection::as_str);
+        let why = match holder.protection {
+            None if holder.parks => "idle, to be parked",
+            None => "idle",
+            Some(protection) => protection.as_str(),
+        };
         format!("{} ({why}, {})", holder.model, held.join(", "))
     });
     named.collect::<Vec<_>>().join(", ")

@@ -5,35 +5,49 @@
     reason = "a test names the moves it plays"
 )]
 
+mod play;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::num::NonZeroU32;
 use std::time::Duration;
 
 use super::super::testing::{World, name, spec};
 use super::super::*;
-use super::{MODELS, Move};
 use crate::model::GpuRequest;
 
 /// The world, and the book of who asked and was answered.
+#[derive(Clone)]
 pub(super) struct Court {
     pub(super) world: World,
     pub(super) neighbour: u64,
+    /// The next eviction finds somebody inside.
     pub(super) race: bool,
+    /// How long whoever asks waits.
+    pub(super) gives_up: Duration,
+    /// What the policy did since somebody last looked, for whoever wants to know.
+    pub(super) journal: Option<Vec<Effect>>,
     pub(super) asked: BTreeMap<Ticket, Option<String>>,
     pub(super) answered: BTreeSet<Ticket>,
     pub(super) left: BTreeSet<Ticket>,
     /// What the configuration says of each model, or said last.
     pub(super) specs: Vec<ModelSpec>,
-    live: BTreeMap<ModelName, u64>,
+    /// The processes there are.
+    pub(super) live: BTreeMap<ModelName, u64>,
     /// Workers that were told to drain.
-    draining: BTreeSet<WorkerId>,
+    pub(super) draining: BTreeSet<WorkerId>,
     /// Since when the first waiter of each model has waited, after each step.
     waits: BTreeMap<ModelName, Timestamp>,
     /// Workers that load or die.
-    moving: BTreeSet<WorkerId>,
+    pub(super) moving: BTreeSet<WorkerId>,
+    /// How much higher limits on host RAM are than moves say, in MiB, so that
+    /// there is room for parks.
+    pub(super) higher: u64,
+    /// Workers that left their park.
+    pub(super) unparks: u64,
 }
 
 impl Court {
+    /// Four models on a machine with two GPUs, with room for some of them.
     pub(super) fn new(policy: EvictionPolicy, patience: Duration) -> Self {
         let mut specs: Vec<_> = [
             ("a", Some(300)),
@@ -63,18 +77,30 @@ impl Court {
             .map(|(model, mib)| (name(model), mib))
             .into();
         world.measure();
+        Self {
+            specs,
+            ..Self::over(world)
+        }
+    }
+
+    /// Judges what happens in this world from now on.
+    pub(super) fn over(world: World) -> Self {
         let mut court = Self {
             world,
             neighbour: 0,
             race: false,
+            gives_up: Duration::from_secs(60),
+            journal: None,
             asked: BTreeMap::new(),
             answered: BTreeSet::new(),
             left: BTreeSet::new(),
-            specs,
+            specs: Vec::new(),
             live: BTreeMap::new(),
             draining: BTreeSet::new(),
             waits: BTreeMap::new(),
             moving: BTreeSet::new(),
+            higher: 0,
+            unparks: 0,
         };
         // The world's first measurement has started what is preloaded.
         for state in court.world.policy.models().values().filter(|m| m.is_live()) {
@@ -96,41 +122,47 @@ impl Court {
                     .map(|(id, activity)| (id, *activity)),
             );
             let effects = policy.step(self.world.now, event);
+            assert_eq!(policy.check(), Ok(()), "between two steps");
+            if let Some(journal) = &mut self.journal {
+                journal.extend(effects.iter().cloned());
+            }
             let first = |m: &ModelState| Some((m.name().clone(), m.queue.front()?.since));
             self.waits = policy.models().values().filter_map(first).collect();
-            let spawned = effects.iter().any(|e| matches!(e, Effect::Spawn { .. }));
-            if spawned {
-                for (domain, books) in policy.domains() {
-                    assert!(
-                        policy.charged(*domain) <= books.limit,
-                        "charges over the limit of {domain} by our own choice"
-                    );
-                }
+            // Who is promised more than it holds takes room by our own choice.
+            let takers = effects.iter().filter_map(|effect| match effect {
+                Effect::Spawn { worker, .. }
+                | Effect::Park { worker, .. }
+                | Effect::Unpark { worker, .. } => policy.models().get(&worker.model),
+                _ => None,
+            });
+            let takers: Vec<_> = takers.collect();
+            for (domain, books) in policy.domains() {
+                let takes = |m: &&ModelState| m.outstanding(*domain) > Bytes::ZERO;
+                assert!(
+                    !takers.iter().any(takes) || policy.charged(*domain) <= books.limit,
+                    "charges over the limit of {domain} by our own choice: {effects:?}"
+                );
             }
-            let mut last_grant: BTreeMap<ModelName, Ticket> = BTreeMap::new();
             for effect in effects {
-                todo.extend(self.judge(effect, &mut last_grant));
+                todo.extend(self.judge(effect));
             }
         }
     }
 
-    fn judge(
-        &mut self,
-        effect: Effect,
-        last_grant: &mut BTreeMap<ModelName, Ticket>,
-    ) -> Option<Event> {
+    fn judge(&mut self, effect: Effect) -> Option<Event> {
         match effect {
             Effect::Grant { ticket, worker } => {
                 self.answer(ticket);
-                let before = last_grant.insert(worker.model.clone(), ticket);
-                assert!(
-                    before.is_none_or(|earlier| earlier < ticket),
-                    "served out of order"
-                );
+                let model = worker.model.as_str();
+                let waits_longer =
+                    |t: &Ticket| *t < ticket && self.asked[t].as_deref() == Some(model);
+                let passed = self.open().find(waits_longer);
+                assert_eq!(passed, None, "who came later for {model} is served first");
                 assert_eq!(self.live.get(&worker.model), Some(&worker.generation));
                 let inside = self.world.inside.get_mut(&worker);
                 let inside = inside.expect("only ready workers are granted");
                 inside.inside += 1;
+                inside.last_entered = self.world.now;
                 let most = self.world.policy.models()[&worker.model].spec.concurrency;
                 assert!(most.is_none_or(|most| inside.inside <= most.get()));
             }
@@ -139,15 +171,7 @@ impl Court {
             | Effect::CleanedUp { ticket, .. } => {
                 self.answer(ticket);
             }
-            Effect::Spawn { worker, gpus, .. } => {
-                let wanted = self.world.policy.models()[&worker.model].spec.gpus.count();
-                assert_eq!(gpus.len(), wanted, "{worker} on {gpus:?}");
-                self.judge_gpus(&worker, &gpus);
-                self.world.placed.insert(worker.clone(), gpus);
-                self.moving.insert(worker.clone());
-                let before = self.live.insert(worker.model.clone(), worker.generation);
-                assert_eq!(before, None, "{worker} is a second worker of its model");
-            }
+            Effect::Spawn { worker, gpus, .. } => self.judge_spawn(worker, gpus),
             Effect::Evict { worker, reason, .. } => {
                 self.judge_generation(&worker);
                 let pinned = self.world.policy.models()[&worker.model].pinned;
@@ -197,8 +221,19 @@ impl Court {
             | Effect::Learn { .. }
             | Effect::Forget { .. }
             | Effect::Finished => {}
+            park => return self.judge_park(park),
         }
         None
+    }
+
+    fn judge_spawn(&mut self, worker: WorkerId, gpus: Vec<u32>) {
+        let wanted = self.world.policy.models()[&worker.model].spec.gpus.count();
+        assert_eq!(gpus.len(), wanted, "{worker} on {gpus:?}");
+        self.judge_gpus(&worker, &gpus);
+        self.world.placed.insert(worker.clone(), gpus);
+        self.moving.insert(worker.clone());
+        let before = self.live.insert(worker.model.clone(), worker.generation);
+        assert_eq!(before, None, "{worker} is a second worker of its model");
     }
 
     /// A worker that is drained to make room is not pinned, and somebody has
@@ -214,7 +249,7 @@ impl Court {
     }
 
     /// Nothing else may move memory on the GPUs of a worker that is started.
-    fn judge_gpus(&self, worker: &WorkerId, gpus: &[u32]) {
+    pub(super) fn judge_gpus(&self, worker: &WorkerId, gpus: &[u32]) {
         for other in &self.moving {
             let theirs = self.world.placed.get(other).into_iter().flatten();
             let shared = theirs.filter(|gpu| gpus.contains(gpu)).count();
@@ -222,7 +257,7 @@ impl Court {
         }
     }
 
-    fn judge_generation(&self, worker: &WorkerId) {
+    pub(super) fn judge_generation(&self, worker: &WorkerId) {
         let live = self.live.get(&worker.model);
         assert_eq!(live, Some(&worker.generation), "an old generation");
     }
@@ -239,194 +274,15 @@ impl Court {
         assert!(self.answered.insert(ticket), "two answers for one ticket");
     }
 
+    /// Returns the tickets that have no answer yet and whose owners wait.
+    pub(super) fn open(&self) -> impl Iterator<Item = Ticket> {
+        let waits = |t: &&Ticket| !self.answered.contains(t) && !self.left.contains(t);
+        self.asked.keys().filter(waits).copied()
+    }
+
     fn ask(&mut self, model: Option<&str>) -> Ticket {
         let ticket = self.world.ticket();
         self.asked.insert(ticket, model.map(str::to_owned));
         ticket
-    }
-
-    pub(super) fn measure(&mut self) {
-        self.world.pass(Duration::from_millis(1));
-        let held: u64 = self
-            .world
-            .holding
-            .iter()
-            .map(|w| self.world.size[&w.model])
-            .sum();
-        let headroom = Bytes::gib(16) - Bytes::mib(held + self.neighbour);
-        let measured = self.world.measured(headroom);
-        self.step(Event::Measured(measured));
-    }
-
-    pub(super) fn play(&mut self, made: &Move) {
-        match *made {
-            Move::Acquire(m) => {
-                let ticket = self.ask(Some(MODELS[m]));
-                let deadline = self.world.now + Duration::from_secs(60);
-                self.step(Event::Acquire {
-                    ticket,
-                    model: name(MODELS[m]),
-                    deadline,
-                });
-            }
-            Move::Load(m) => {
-                let ticket = self.ask(Some(MODELS[m]));
-                let deadline = self.world.now + Duration::from_secs(60);
-                self.step(Event::Load {
-                    ticket,
-                    model: name(MODELS[m]),
-                    deadline,
-                });
-            }
-            Move::Cancel(nth) => {
-                let open = self
-                    .asked
-                    .keys()
-                    .filter(|t| !self.answered.contains(t) && !self.left.contains(t));
-                if let Some(ticket) = open.copied().nth(nth) {
-                    self.left.insert(ticket);
-                    self.step(Event::Cancel { ticket });
-                }
-            }
-            Move::Unload(m) => {
-                let ticket = self.ask(None);
-                self.step(Event::Unload {
-                    ticket,
-                    model: name(MODELS[m]),
-                });
-            }
-            Move::Pin(m, pinned) => self.step(Event::Pin {
-                model: name(MODELS[m]),
-                pinned,
-            }),
-            Move::Limit(mib) => self.step(Event::Limit {
-                domain: Domain::Host,
-                limit: Bytes::mib(mib),
-            }),
-            Move::Configure(m, how) => self.reconfigure(m, how),
-            Move::Cleanup(all, force) => {
-                let ticket = self.ask(None);
-                let order = CleanupOrder {
-                    all,
-                    force,
-                    ..CleanupOrder::default()
-                };
-                let deadline = self.world.now + Duration::from_secs(30);
-                self.step(Event::Cleanup {
-                    ticket,
-                    order,
-                    deadline,
-                });
-            }
-            _ => self.play_machine(made),
-        }
-    }
-
-    /// What workers, neighbours and time do.
-    fn play_machine(&mut self, made: &Move) {
-        let phase = |court: &Self, m: usize| {
-            let state = court.world.policy.models().get(MODELS[m]);
-            state.map_or(Phase::Stopped, |state| state.phase)
-        };
-        match *made {
-            Move::Ready(m) if phase(self, m) == Phase::Starting => {
-                let worker = self.world.worker(MODELS[m]);
-                self.world.holding.insert(worker.clone());
-                self.moving.remove(&worker);
-                let activity = Activity {
-                    inside: 0,
-                    last_left: self.world.now,
-                    last_entered: self.world.now,
-                };
-                self.world.inside.insert(worker.clone(), activity);
-                self.step(Event::Ready { worker });
-            }
-            Move::NeverReady(m) if phase(self, m) == Phase::Starting => {
-                let worker = self.world.worker(MODELS[m]);
-                let after = Duration::from_secs(120);
-                self.step(Event::NeverReady {
-                    worker,
-                    after,
-                    last_lines: Vec::new(),
-                });
-            }
-            Move::Exit(m) if self.live.contains_key(MODELS[m]) => {
-                let worker = self.world.worker(MODELS[m]);
-                self.live.remove(MODELS[m]);
-                self.moving.remove(&worker);
-                self.world.holding.remove(&worker);
-                self.world.inside.remove(&worker);
-                let status = "exit code 1".into();
-                self.step(Event::Exited {
-                    worker,
-                    status,
-                    out_of_memory: Vec::new(),
-                    last_lines: Vec::new(),
-                });
-            }
-            Move::Leave(m) => {
-                let worker = self.world.worker(MODELS[m]);
-                let now = self.world.now;
-                if let Some(activity) = self.world.inside.get_mut(&worker).filter(|a| a.inside > 0)
-                {
-                    *activity = Activity {
-                        inside: activity.inside - 1,
-                        last_left: now,
-                        ..*activity
-                    };
-                    self.step(Event::Tick);
-                }
-            }
-            Move::Enter(m) if phase(self, m) == Phase::Ready => {
-                let worker = self.world.worker(MODELS[m]);
-                let model = &self.world.policy.models()[MODELS[m]];
-                let inside = self.world.inside.get_mut(&worker);
-                let inside = inside.expect("a ready worker has a gate");
-                // Its gate is held while somebody waits for a place.
-                let most = model
-                    .spec
-                    .concurrency
-                    .filter(|most| inside.inside >= most.get());
-                if most.is_none() && model.queue.is_empty() {
-                    inside.inside += 1;
-                }
-            }
-            Move::Grow(m, mib) => {
-                self.world.size.insert(name(MODELS[m]), mib);
-            }
-            Move::Neighbour(mib) => self.neighbour = mib,
-            Move::Late(gpu, mib) => {
-                self.world.late.insert(gpu, mib);
-            }
-            Move::Pass(millis) => {
-                self.world.pass(Duration::from_millis(millis));
-                self.step(Event::Tick);
-            }
-            Move::Measure => self.measure(),
-            Move::Race => self.race = true,
-            _ => {}
-        }
-    }
-
-    /// Lets everything run out, then every wish must have been answered.
-    pub(super) fn close(&mut self) {
-        self.race = false;
-        self.neighbour = 0;
-        self.world.late.clear();
-        let until = self.world.now;
-        self.step(Event::Shutdown { until });
-        for _ in 0..8 {
-            for m in 0..MODELS.len() {
-                self.play(&Move::Exit(m));
-            }
-            self.world.pass(Duration::from_secs(100));
-            self.measure();
-        }
-        let open: Vec<_> = self
-            .asked
-            .keys()
-            .filter(|t| !self.answered.contains(t) && !self.left.contains(t))
-            .collect();
-        assert!(open.is_empty(), "no answer for tickets {open:?}");
     }
 }

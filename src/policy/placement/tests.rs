@@ -200,11 +200,7 @@ fn a16_a_worker_told_to_go_right_after_its_load_gives_back_what_it_took_since() 
     // Ready and idle before anything of it was measured.
     world.acquire("old");
     let worker = world.worker("old");
-    let idle = Activity {
-        inside: 0,
-        last_left: world.now,
-        last_entered: world.now,
-    };
+    let idle = Activity::opened(world.now);
     world.inside.insert(worker.clone(), idle);
     world.step(Event::Ready {
         worker: worker.clone(),

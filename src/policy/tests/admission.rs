@@ -326,3 +326,45 @@ fn of_what_only_the_configuration_wants_the_pinned_come_first() {
     let phase = |model: &str| world.policy.models()[model].phase;
     assert_eq!((phase("a"), phase("b")), (Phase::Stopped, Phase::Starting));
 }
+
+/// A model whose need nobody knows, loading in all the room there is, and a
+/// waiter for another.
+fn b_waits_while_an_unknown_model_loads() -> World {
+    let specs = vec![spec("a", None), spec("b", Some(600))];
+    let mut world = World::with(1000, specs, &[("a", 600), ("b", 600)]);
+    assert_eq!(spawned(&world.acquire("a").1), ["a"]);
+    assert_eq!(spawned(&world.acquire("b").1), [] as [&str; 0]);
+    world
+}
+
+/// Its bytes used to count as free before its tree was gone, though nobody knew
+/// how many they were and it may have taken more.
+#[test]
+fn an_unknown_model_that_is_unloaded_while_it_loads_keeps_all_room_until_it_is_gone() {
+    let mut world = b_waits_while_an_unknown_model_loads();
+    let effects = world.step(Event::Unload {
+        ticket: 99,
+        model: name("a"),
+    });
+    assert_eq!(spawned(&effects), [] as [&str; 0]);
+    assert_eq!(world.policy.charged(Domain::Host), Bytes::mib(1000));
+    assert_eq!(spawned(&world.measure()), [] as [&str; 0]);
+    assert_eq!(spawned(&world.exit("a")), ["b"]);
+}
+
+/// Another used to start in the room that was left when it was last measured,
+/// while it still loaded.
+#[test]
+fn an_unknown_model_keeps_all_room_until_it_is_measured_after_it_was_ready() {
+    let mut world = b_waits_while_an_unknown_model_loads();
+    let worker = world.worker("a");
+    world.pass(Duration::from_millis(100));
+    world.holding.insert(worker.clone());
+    let activity = Activity::opened(world.now);
+    world.inside.insert(worker.clone(), activity);
+    let effects = world.step(Event::Ready { worker });
+    assert_eq!(spawned(&effects), [] as [&str; 0]);
+    assert_eq!(world.policy.charged(Domain::Host), Bytes::mib(1000));
+    world.measure();
+    assert_eq!(world.policy.charged(Domain::Host), Bytes::mib(600));
+}

@@ -96,6 +96,9 @@ fn a_model_that_died_for_want_of_memory_is_expected_to_need_more_next_time() {
         | Effect::CleanedUp { .. }
         | Effect::Spawn { .. }
         | Effect::Evict { .. }
+        | Effect::Park { .. }
+        | Effect::Parked { .. }
+        | Effect::Unpark { .. }
         | Effect::Drain { .. }
         | Effect::Resume { .. }
         | Effect::Forget { .. }

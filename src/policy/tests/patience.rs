@@ -229,3 +229,27 @@ fn by_cost_the_worker_that_loads_fast_goes_before_an_older_one_that_loads_slowly
         assert_eq!(gone(&effects), [first]);
     }
 }
+
+/// As soon as a busy worker drained, a younger waiter used to start in room that
+/// was coming for an older one, who then had to wait for that drain.
+#[test]
+fn a_drain_does_not_let_a_younger_waiter_take_what_an_older_one_surely_gets() {
+    let sizes = [("a", 300), ("big", 620), ("small", 190), ("u", 280)];
+    let mut world = World::new(1000, &sizes);
+    for model in ["a", "u"] {
+        world.acquire(model);
+        world.ready(model);
+    }
+    let (older, _) = world.acquire("big");
+    world.step(Event::Unload {
+        ticket: 99,
+        model: name("u"),
+    });
+    // What is there and what u gives back suffice for big, and for no more.
+    world.acquire("small");
+    assert_eq!(drained(&tick_after(&mut world, 5_000)), ["a"]);
+    assert_eq!(spawned(&tick_after(&mut world, 1)), [] as [&str; 0]);
+    assert_eq!(gone(&world.leave("u")), ["u"]);
+    assert_eq!(spawned(&world.exit("u")), ["big"]);
+    assert!(granted(&world.ready("big"), older));
+}

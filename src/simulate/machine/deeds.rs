@@ -26,12 +26,14 @@ impl Machine {
         match happening {
             Happening::Ready(worker) => self.ready(&worker),
             Happening::NeverReady(worker) => self.never_ready(&worker),
+            Happening::Parked(worker) => self.parked(&worker),
+            Happening::Unparked(worker) => self.unparked(&worker),
             Happening::Gone(worker, status) => self.gone(&worker, status),
             Happening::Leaves(worker, ticket) => self.left(&worker, ticket),
         }
     }
 
-    fn after(&mut self, time: Duration, happening: Happening) {
+    pub(super) fn after(&mut self, time: Duration, happening: Happening) {
         self.queued += 1;
         self.queue
             .push(Reverse((self.now + time, self.queued, happening)));
@@ -87,6 +89,8 @@ impl Machine {
                 self.tell(&worker, || format!("is evicted: {reason}"));
                 self.end(&worker, kill);
             }
+            Effect::Park { worker, reason, .. } => return self.park(worker, &reason),
+            Effect::Unpark { worker, .. } => self.unpark(worker),
             Effect::Drain { worker, reason } => {
                 self.tell(&worker, || format!("drains: {reason}"));
                 self.close(&worker);
@@ -107,6 +111,7 @@ impl Machine {
                 self.end(&worker, kill);
             }
             Effect::Reclaimed { .. }
+            | Effect::Parked { .. }
             | Effect::Learn { .. }
             | Effect::Forget { .. }
             | Effect::Prefetch { .. }
@@ -129,6 +134,7 @@ impl Machine {
                 gpus,
                 open: false,
                 holds: false,
+                parked: false,
                 ending: false,
                 inside: BTreeSet::new(),
                 last_left: self.now,
@@ -250,18 +256,18 @@ impl Machine {
         self.after(stop, Happening::Gone(id.clone(), "ended"));
     }
 
-    fn close(&mut self, id: &WorkerId) {
+    pub(super) fn close(&mut self, id: &WorkerId) {
         if let Some(worker) = self.worker(id) {
             worker.open = false;
         }
     }
 
-    fn inside(&mut self, id: &WorkerId) -> u32 {
+    pub(super) fn inside(&mut self, id: &WorkerId) -> u32 {
         let inside = self.worker(id).map_or(0, |worker| worker.inside.len());
         u32::try_from(inside).unwrap_or(u32::MAX)
     }
 
-    fn worker(&mut self, id: &WorkerId) -> Option<&mut Worker> {
+    pub(super) fn worker(&mut self, id: &WorkerId) -> Option<&mut Worker> {
         self.workers
             .get_mut(&id.model)
             .filter(|worker| worker.id == *id)
@@ -283,7 +289,7 @@ impl Machine {
         self.state(ticket).outcome = outcome;
     }
 
-    fn tell(&mut self, worker: &WorkerId, text: impl FnOnce() -> String) {
+    pub(super) fn tell(&mut self, worker: &WorkerId, text: impl FnOnce() -> String) {
         self.write(|| What::Worker {
             worker: worker.clone(),
             text: text(),
@@ -304,7 +310,7 @@ impl Machine {
         let mut workers = BTreeMap::new();
         let mut free = self.memory.clone();
         for worker in self.workers.values().filter(|worker| worker.holds) {
-            let held = &self.programs[&worker.id.model].holds;
+            let held = self.held(worker);
             let is_there = |domain: &Domain| match domain {
                 Domain::Host => true,
                 Domain::Gpu(index) => worker.gpus.contains(index),

@@ -31,8 +31,8 @@ const MOST: usize = 1024;
 /// What lies below is no file on a disk.
 const NO_DISK: [&str; 4] = ["/proc/", "/dev/", "/sys/", "/memfd:"];
 
-/// Watches one worker while it loads.
-#[derive(Debug)]
+/// Watches one worker while it loads; none by default.
+#[derive(Debug, Default)]
 pub(crate) struct Used {
     ready: Option<oneshot::Sender<()>>,
     /// Absent once it was taken or cannot come any more.

@@ -35,6 +35,7 @@ async fn the_page_holds_the_headline_series() {
         "residentd_load_failures_total{reason=\"exit_code\"} 3",
         "residentd_load_failures_total{reason=\"start_timeout\"} 1",
         "residentd_crashes_total 1",
+        "residentd_unhealthy_total{reason=\"still\"} 1",
         "residentd_model_memory_bytes{model=\"gemma\",kind=\"anon\"} 1073741824",
         "residentd_model_memory_bytes{model=\"gemma\",kind=\"unreclaimable\"} 1140850688",
         "residentd_model_vram_bytes{model=\"gemma\",device=\"gpu:0\",source=\"nvml_pid\"} 6442450944",

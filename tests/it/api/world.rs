@@ -52,7 +52,7 @@ impl World {
         let (signals, heard) = mpsc::unbounded_channel();
         let (publish, snapshots) = watch::channel(Arc::new(snapshot));
         let clock = Clock::start_at(UNIX_START);
-        let (recorder, decisions) = record(clock);
+        let (recorder, decisions) = record(clock, 1);
         let seen = (snapshots, decisions);
         let controller = Controller::from_parts(routes, commands, signals, seen, clock);
         residentd::telemetry::spawn("controller", async move {
@@ -147,6 +147,7 @@ pub(crate) fn explains(command: Command) {
         inside: 1,
         idle_since: at(40),
         holds: BTreeMap::from([(Domain::Host, Bytes::gib(2))]),
+        parks: false,
     };
     let _ = reply.send(Ok(Explanation {
         model,
@@ -202,6 +203,7 @@ fn stopped(spec: Arc<ModelSpec>) -> ModelView {
         generation: 0,
         pid: None,
         ready: None,
+        adopted: false,
         pinned: false,
         queued: 0,
         usage: None,
@@ -244,6 +246,7 @@ fn gemma() -> ModelView {
             upstream: Upstream::Tcp(SocketAddr::from(([127, 0, 0, 1], 9))),
             opened: Opened::default(),
             gate,
+            pulse: Arc::default(),
             closing: CancellationToken::new(),
             serial: 1,
             since: at(10),
@@ -365,11 +368,15 @@ pub(crate) fn snapshot() -> Snapshot {
             loads: 5,
             load_failures: BTreeMap::from([("exit_code", 3), ("start_timeout", 1)]),
             crashes: 1,
+            unhealthy: BTreeMap::from([("still", 1)]),
             evictions: BTreeMap::from([("idle", 1), ("make_room", 2)]),
+            parks: BTreeMap::from([("make_room", 3)]),
+            unparks: 2,
             kills: BTreeMap::from([("oom_cgroup_likely", 1)]),
             refusals: BTreeMap::from([("queue_full", 3)]),
             reclaim_shortfall: Bytes::mib(1),
         },
+        state_error: None,
         draining: false,
     }
 }

@@ -59,6 +59,7 @@ fn a44_each_key_of_a_model_says_when_it_takes_effect() {
         assert_eq!(with(more), (vec![key], Takes::NewWorker), "{more}");
     }
     for (more, key) in [
+        ("live = { failures = 9 }", "live"),
         ("start_timeout = '9s'", "start_timeout"),
         ("stop_timeout = '9s'", "stop_timeout"),
         ("stop_signal = 'SIGINT'", "stop_signal"),

@@ -17,7 +17,7 @@ state_dir = ""
 log_level = "inof"
 log_format = "yaml"
 max_body = 0
-adopt = true
+adopt = "perhaps"
 
 [memory]
 limit = "8GiB"
@@ -283,4 +283,100 @@ fn what_does_not_fit_together_about_gpus_and_ceilings_is_told() {
         ]
         .join("\n--\n")
     );
+}
+
+#[test]
+fn what_is_wrong_with_a_park_is_told_with_the_fix() {
+    let setup = one(r#"
+[models.both]
+command = ["sh", "${PORT}"]
+gpus = 1
+park = { engine = "vllm", park = "POST /sleep", unpark = "POST /wake_up" }
+
+[models.half]
+command = ["sh", "${PORT}"]
+gpus = 1
+park = { park = ["POST /sleep"] }
+
+[models.nothing]
+command = ["sh", "${PORT}"]
+park = { timeout = "5s" }
+
+[models.empty]
+command = ["sh", "${PORT}"]
+park = { park = [], unpark = ["POST /wake_up"] }
+
+[models.words]
+command = ["sh", "${PORT}"]
+gpus = 1
+vram = "6GiB"
+park = { engine = "tgi", park = ["sleep", "POST sleep", "POST /a {b}"], unpark = "POST /b {}", timeout = "0s", memory = "lots", keep = "1GiB" }
+
+[models.keeps]
+command = ["sh", "${PORT}"]
+gpus = 1
+vram = "6GiB"
+park = { park = "POST /a", unpark = "POST /b", vram = "6GiB" }
+"#);
+    assert_snapshot!(setup.problems());
+}
+
+#[test]
+fn an_engine_that_is_not_started_for_its_park_is_warned_of() {
+    let setup = one(r#"
+[defaults]
+park = { engine = "vllm" }
+
+[models.vllm]
+command = ["sh", "-c", "vllm serve --port ${PORT}"]
+gpus = 1
+
+[models.started-well]
+command = ["sh", "-c", "vllm serve --port ${PORT} --enable-sleep-mode"]
+env = { VLLM_SERVER_DEV_MODE = "1" }
+gpus = 1
+
+[models.sglang]
+command = ["sh", "${PORT}", "--enable-memory-saver"]
+gpus = 1
+park = { engine = "sglang" }
+
+[models.on-the-host]
+command = ["sh", "${PORT}"]
+park = { park = "POST /a", unpark = "POST /b" }
+
+[models.never]
+command = ["sh", "${PORT}"]
+park = { engine = "none" }
+"#);
+    assert_snapshot!(setup.problems());
+    let parks = setup.config().models;
+    let park = |name: &str| {
+        let model = parks.iter().find(|m| m.name.as_str() == name);
+        model.expect("it is configured").park.clone()
+    };
+    assert_eq!(park("never"), None);
+    let vllm = park("vllm").expect("it has one");
+    assert_eq!(vllm.park[0].to_string(), "POST /sleep?level=1");
+    assert_eq!(vllm.unpark[0].to_string(), "POST /wake_up");
+    assert_eq!(vllm.timeout.as_secs(), 30);
+    let sglang = park("sglang").expect("it has one");
+    assert_eq!(sglang.park[0].path, "/release_memory_occupation");
+    assert_eq!(sglang.unpark[0].path, "/resume_memory_occupation");
+    assert_eq!(sglang.unpark[0].body.as_deref(), Some("{}"));
+}
+
+#[test]
+fn each_key_of_live_is_checked_and_told_by_its_path() {
+    let text = "[models.a]\ncommand = 'sh ${PORT}'\nlive = { probe = 5, timeout = '0s', failures = 0, errors = -1, stil = '1m' }\n";
+    let told = one(text).problems();
+    for problem in [
+        "models.a.live.probe: 5 is not a duration",
+        "models.a.live.timeout: is zero",
+        "models.a.live.failures: 0 is not a count",
+        "models.a.live.errors: -1 is not a count",
+        "models.a.live.stil: unknown key; did you mean \"still\"?",
+    ] {
+        assert!(told.contains(problem), "{told}");
+    }
 }

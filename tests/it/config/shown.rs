@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use residentd::config::{DEFAULTS, Listen, Threshold};
-use residentd::model::{Bytes, GpuRequest, ReadyCheck, UpstreamSpec};
+use residentd::model::{Bytes, GpuRequest, Live, ReadyCheck, UpstreamSpec};
 
 use super::{MODEL, Setup, one};
 
@@ -73,6 +73,7 @@ fn the_defaults_are_those_of_the_documentation() {
     assert_eq!(spec.upstream, UpstreamSpec::Tcp("127.0.0.1:${PORT}".into()));
     assert!(matches!(&spec.ready, ReadyCheck::Http { path, status: None } if path == "/health"));
     assert_eq!(spec.start_timeout, Duration::from_secs(120));
+    assert_eq!(spec.live, Live::default());
     assert_eq!(spec.stop_timeout, Duration::from_secs(10));
     assert_eq!((spec.stop_signal, spec.max_queue), (15, 256));
     assert_eq!(spec.concurrency, None);

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use insta::assert_snapshot;
 use residentd::config::{LimitOrigin, Listen, Sources, weights};
-use residentd::model::{Bytes, ModelSpec, ReadyCheck};
+use residentd::model::{Bytes, Live, ModelSpec, ReadyCheck};
 
 use super::{MODEL, Setup, model, one};
 
@@ -167,11 +167,13 @@ fn a_model_takes_from_the_defaults_what_it_does_not_say() {
 idle_timeout = '10m'
 env = { A = 'shared', B = 'shared' }
 ready = { tcp = true }
+live = { probe = '0s', errors = 0 }
 [models.a]
 command = 'sh ${PORT}'
 env = { B = 'own' }
 idle_timeout = '0s'
 ready = { http = '/v1/models', status = 204 }
+live = { probe = '3s', still = '0s' }
 [models.b]
 command = 'sh ${PORT}'
 ";
@@ -190,6 +192,18 @@ command = 'sh ${PORT}'
         matches!(&a.ready, ReadyCheck::Http { path, status: Some(204) } if path == "/v1/models")
     );
     assert!(matches!(b.ready, ReadyCheck::Tcp));
+    let shared = Live {
+        probe: Duration::ZERO,
+        errors: 0,
+        ..Live::default()
+    };
+    assert_eq!(b.live, shared);
+    let own = Live {
+        probe: Duration::from_secs(3),
+        still: Duration::ZERO,
+        ..shared
+    };
+    assert_eq!(a.live, own);
 }
 
 #[test]

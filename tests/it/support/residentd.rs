@@ -32,12 +32,7 @@ impl Residentd {
     /// As [`Residentd::start`], with environment variables.
     pub(crate) fn start_with(config: &str, environment: &[(&str, &str)]) -> Self {
         let folder = tempfile::tempdir().expect("a folder for the test");
-        let file = folder.path().join("residentd.toml");
-        let state = folder.path().join("state");
-        let head = format!(
-            "[server]\nlisten = \"127.0.0.1:0\"\nstate_dir = {state:?}\nlog_level = \"debug\"\n\n"
-        );
-        std::fs::write(&file, head + config).expect("the config can be written");
+        let file = write_config(folder.path(), config);
         let mut command = command(&file, environment);
         command.current_dir(folder.path());
         Self::launch(folder, command)
@@ -57,10 +52,21 @@ impl Residentd {
     pub(crate) fn restart_after(&mut self, signal: nix::sys::signal::Signal) {
         self.signal(signal);
         self.wait();
+        self.start_again(&[]);
+    }
+
+    /// Starts another with the same state and these arguments, when it has
+    /// ended.
+    pub(crate) fn start_again(&mut self, arguments: &[&str]) {
         let file = self.folder.path().join("residentd.toml");
         let mut command = command(&file, &[]);
-        command.current_dir(self.folder.path());
+        command.current_dir(self.folder.path()).args(arguments);
         (self.child, self.address) = serve(command, self.folder.path());
+    }
+
+    /// Writes other lines of configuration for the next start.
+    pub(crate) fn configure(&self, config: &str) {
+        write_config(self.folder.path(), config);
     }
 
     /// Returns `host:port`.
@@ -144,6 +150,20 @@ impl Residentd {
         })
     }
 
+    /// Waits until what is known of the model's worker is on the disk.
+    pub(crate) fn wait_until_kept(&self, name: &str) {
+        // A commit takes milliseconds; it is seen in the file's time of change.
+        let file = self.folder().join("state/residentd.redb");
+        let mut last = None;
+        wait_until(&format!("the record of {name} to be written"), || {
+            let changed = std::fs::metadata(&file).and_then(|m| m.modified()).ok();
+            let rests = last == changed;
+            last = changed;
+            pause(std::time::Duration::from_millis(30));
+            rests.then_some(())
+        });
+    }
+
     /// Sends a signal to residentd itself.
     pub(crate) fn signal(&self, signal: nix::sys::signal::Signal) {
         let pid = nix::unistd::Pid::from_raw(i32::try_from(self.child.id()).expect("a pid fits"));
@@ -162,6 +182,17 @@ impl Residentd {
             self.child.try_wait().expect("it is our child")
         })
     }
+}
+
+/// Writes the configuration, its listener, state folder and log level first.
+fn write_config(folder: &Path, config: &str) -> PathBuf {
+    let file = folder.join("residentd.toml");
+    let state = folder.join("state");
+    let head = format!(
+        "[server]\nlisten = \"127.0.0.1:0\"\nstate_dir = {state:?}\nlog_level = \"debug\"\n"
+    );
+    std::fs::write(&file, head + config).expect("the config can be written");
+    file
 }
 
 /// Returns the command that serves this file.

@@ -1,47 +1,77 @@
-//! What is kept over restarts: learned footprints and persistent limits, in
-//! one embedded database.
+//! What is kept over restarts: learned footprints, files of past lives, live
+//! workers, decisions and persistent limits, in one embedded database.
 //!
 //! The disk is read at start only. Writes go to a thread of their own, since a commit
-//! waits for the disk and the controller may not. A write that fails is logged
-//! and costs only what would have been remembered.
+//! waits for the disk and the controller may not. A write that fails is kept
+//! and tried again; [`Store::trouble`] says so meanwhile.
+//!
+//! Beside the database lie two small files: `residentd.lock`, held by the one
+//! residentd that uses the folder, and `residentd.name`, the name that marks
+//! workers as ours, so that they are known even when the database is damaged.
 
 mod files;
+mod open;
+mod workers;
+mod writer;
 
 use std::collections::BTreeMap;
+use std::fs::File;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc as std_mpsc};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use redb::{Database, ReadOnlyDatabase, ReadableDatabase, ReadableTable, TableDefinition};
+use redb::{Database, ReadOnlyDatabase, TableDefinition};
+use tokio::sync::oneshot;
 use tracing::warn;
+use writer::{Key, Value, Writer};
 
-use crate::model::{Bytes, Domain, Footprint, ModelName, ModelSpec};
-use crate::telemetry;
+use crate::model::{
+    Bytes, Domain, Fingerprint, Footprint, ModelName, ModelSpec, WorkerId, WorkerRecord,
+};
 
 /// Peak bytes by `model ␟ fingerprint ␟ domain`, and settled bytes by the same
 /// with [`SETTLED`] behind.
 const FOOTPRINTS: TableDefinition<&str, u64> = TableDefinition::new("footprints_v1");
 /// Milliseconds of the last load by `model ␟ fingerprint ␟`.
 const LOADS: TableDefinition<&str, u64> = TableDefinition::new("loads_v1");
+/// Files of the last life by `model ␟ fingerprint ␟`: paths, each ended by a
+/// NUL, which no path holds.
+const FILES: TableDefinition<&str, &str> = TableDefinition::new("files_v1");
 /// Limits in bytes by domain.
 const LIMITS: TableDefinition<&str, u64> = TableDefinition::new("limits_v1");
+/// Live workers as JSON by `model ␟ generation`.
+const WORKERS: TableDefinition<&str, &str> = TableDefinition::new("workers_v1");
+/// Decisions as JSON by number.
+const DECISIONS: TableDefinition<u64, &str> = TableDefinition::new("decisions_v1");
+/// First decisions by run.
+const RUNS: TableDefinition<u64, u64> = TableDefinition::new("runs_v1");
 /// Facts about the database itself.
 const META: TableDefinition<&str, &str> = TableDefinition::new("meta_v1");
-/// Key of [`Store::name`] in [`META`].
-const NAME: &str = "name";
+/// The database's file.
+const FILE: &str = "residentd.redb";
 /// Between the parts of a key; no name holds it.
 const SEPARATOR: char = '\u{1f}';
 /// Ends the key of what the last life held.
 const SETTLED: &str = " settled";
-/// Writes waiting for the disk at most; one more is dropped with a warning.
-const WRITE_QUEUE: usize = 1024;
+/// What to do about a folder that cannot be written to.
+const WRITABLE: &str = "make it writable for the user that residentd runs as, or name another with --state-dir or server.state_dir";
 
 /// Why the database could not be used.
 #[derive(Debug, thiserror::Error)]
 pub enum StoreError {
-    /// The folder could not be made.
-    #[error("create the state folder {path}")]
-    Folder {
+    /// The folder is not there and could not be made, or may not be written to.
+    #[error("write to the state folder {path}: {WRITABLE}")]
+    NotWritable {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// There is no space left.
+    #[error(
+        "write to the state folder {path}: its disk is full; free a few MiB, or name another folder with --state-dir or server.state_dir"
+    )]
+    Full {
         /// Which.
         path: PathBuf,
         /// Why.
@@ -55,15 +85,19 @@ pub enum StoreError {
         /// Which.
         path: PathBuf,
     },
-    /// The file could not be opened: damaged, or of a newer version.
-    #[error("open the state database {path}")]
-    Open {
+    /// A newer residentd has written it.
+    #[error(
+        "read the state database {path}: a newer residentd has written it (version {found}, this one knows {known}); start that one, or name another folder with --state-dir or server.state_dir"
+    )]
+    Newer {
         /// Which.
         path: PathBuf,
-        /// Why.
-        source: Box<redb::DatabaseError>,
+        /// Its version.
+        found: String,
+        /// Ours.
+        known: u32,
     },
-    /// It could not be read, or nothing can be written to it.
+    /// It could not be opened, read or written.
     #[error("use the state database {path}")]
     Use {
         /// Which.
@@ -71,28 +105,36 @@ pub enum StoreError {
         /// Why.
         source: Box<redb::Error>,
     },
-}
-
-impl StoreError {
-    fn opening(path: &Path, source: redb::DatabaseError) -> Self {
-        let path = path.to_owned();
-        match source {
-            redb::DatabaseError::DatabaseAlreadyOpen => Self::Held { path },
-            source => Self::Open {
-                path,
-                source: Box::new(source),
-            },
-        }
-    }
+    /// A file beside it could not be used.
+    #[error("use {path}")]
+    File {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
 }
 
 /// The database. Cheap to clone.
 #[derive(Clone, Debug)]
 pub struct Store {
+    kept: Arc<Kept>,
     known: Arc<Mutex<Known>>,
-    limits: Arc<BTreeMap<String, u64>>,
-    name: Arc<str>,
-    writer: std_mpsc::SyncSender<Write>,
+    writer: Arc<Writer>,
+    /// Held as long as somebody may write.
+    _lock: Arc<File>,
+}
+
+/// What was in the database when it was opened.
+#[derive(Debug, Default)]
+struct Kept {
+    name: String,
+    footprints: BTreeMap<String, u64>,
+    files: BTreeMap<String, String>,
+    limits: BTreeMap<String, u64>,
+    workers: Vec<WorkerRecord>,
+    decisions: Vec<(u64, String)>,
+    runs: BTreeMap<u64, u64>,
 }
 
 /// What is kept of models, as it is on the disk or about to be.
@@ -116,27 +158,6 @@ impl Fingerprints {
     }
 }
 
-enum Write {
-    /// All that is kept of a model, whose keys begin with its name.
-    Footprint {
-        model: String,
-        entries: BTreeMap<String, u64>,
-    },
-    Limit {
-        key: String,
-        bytes: u64,
-    },
-    /// How long the last load of a model took.
-    Load {
-        model: String,
-        key: String,
-        millis: u64,
-    },
-    Files(files::Entry),
-    /// Tells when all that was sent before is on the disk.
-    Flush(std_mpsc::Sender<()>),
-}
-
 /// What is known of one model from its past lives.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Learned {
@@ -146,47 +167,49 @@ pub struct Learned {
     pub load: Option<Duration>,
 }
 
+/// Tells when what was kept is on the disk.
+#[derive(Debug)]
+pub struct Written(oneshot::Receiver<Result<(), Arc<str>>>);
+
+impl Written {
+    /// Waits until it is there.
+    ///
+    /// # Errors
+    /// Why it could not be written now, or that it takes some seconds.
+    pub async fn wait(self) -> Result<(), Arc<str>> {
+        match tokio::time::timeout(FLUSH, self.0).await {
+            Ok(Ok(done)) => done,
+            Ok(Err(_)) => Err("residentd ends".into()),
+            Err(_) => Err("the disk does not answer".into()),
+        }
+    }
+}
+
 /// How long an end waits for the disk.
 const FLUSH: Duration = Duration::from_secs(5);
 
 impl Store {
-    /// Opens `folder/residentd.redb`, making both when absent.
+    /// Opens `folder/residentd.redb`, making both when absent. A damaged file is
+    /// set aside and begun anew.
     ///
     /// # Errors
-    /// When the folder cannot be made or the file cannot be opened or read.
+    /// When the folder cannot be written to, another residentd uses it, or a
+    /// newer one has written the file.
     pub fn open(folder: &Path, models: &[Arc<ModelSpec>]) -> Result<Self, StoreError> {
-        std::fs::create_dir_all(folder).map_err(|source| StoreError::Folder {
-            path: folder.to_owned(),
-            source,
-        })?;
-        let path = folder.join("residentd.redb");
-        let database =
-            Database::create(&path).map_err(|source| StoreError::opening(&path, source))?;
-        let failed = |source| StoreError::Use {
-            path: path.clone(),
-            source: Box::new(source),
-        };
-        let footprints = read_all(&database, FOOTPRINTS).map_err(failed)?;
-        let limits = read_all(&database, LIMITS).map_err(failed)?;
-        let files = files::read(&database).map_err(failed)?;
-        let name = name(&database).map_err(failed)?;
-        let (writer, writes) = std_mpsc::sync_channel(WRITE_QUEUE);
-        std::thread::Builder::new()
-            .name("store".into())
-            .spawn(move || write_all(&database, &writes))
-            .map_err(|source| StoreError::Folder {
-                path: path.clone(),
-                source,
-            })?;
+        let lock = open::lock(folder)?;
+        let path = folder.join(FILE);
+        let (database, mut kept) = open::open(folder)?;
+        let writer = Writer::start(path.clone(), database)
+            .map_err(|source| StoreError::File { path, source })?;
         Ok(Self {
             known: Arc::new(Mutex::new(Known {
-                footprints,
-                files,
+                footprints: std::mem::take(&mut kept.footprints),
+                files: std::mem::take(&mut kept.files),
                 fingerprints: Fingerprints::of(models),
             })),
-            limits: Arc::new(limits),
-            name: name.into(),
-            writer,
+            kept: Arc::new(kept),
+            writer: Arc::new(writer),
+            _lock: Arc::new(lock),
         })
     }
 
@@ -199,7 +222,7 @@ impl Store {
         folder: &Path,
         models: &[Arc<ModelSpec>],
     ) -> Result<BTreeMap<ModelName, Learned>, StoreError> {
-        let path = folder.join("residentd.redb");
+        let path = folder.join(FILE);
         if !path.exists() {
             return Ok(BTreeMap::new());
         }
@@ -211,13 +234,10 @@ impl Store {
             }
             other => Err(other),
         });
-        let database = opened.map_err(|source| StoreError::opening(&path, source))?;
-        let failed = |source| StoreError::Use {
-            path: path.clone(),
-            source: Box::new(source),
-        };
-        let footprints = read_all(&database, FOOTPRINTS).map_err(failed)?;
-        let loads = read_all(&database, LOADS).map_err(failed)?;
+        let database = opened.map_err(|source| open::failed(&path, source.into()))?;
+        let failed = |source| open::failed(&path, source);
+        let footprints = open::read_all(&database, FOOTPRINTS).map_err(failed)?;
+        let loads = open::read_all(&database, LOADS).map_err(failed)?;
         let learned = |spec: &Arc<ModelSpec>| {
             let prefix = prefix(&spec.name, &fingerprint(spec));
             let learned = Learned {
@@ -233,7 +253,7 @@ impl Store {
     /// has it, and only one residentd at a time can have this one open.
     #[must_use]
     pub fn name(&self) -> &str {
-        &self.name
+        &self.kept.name
     }
 
     /// Returns what past lives of this model used, as long as its command and
@@ -267,14 +287,19 @@ impl Store {
     /// Returns the limit that an operator set to persist.
     #[must_use]
     pub fn limit(&self, domain: Domain) -> Option<Bytes> {
-        self.limits.get(&domain.to_string()).copied().map(Bytes)
+        self.kept
+            .limits
+            .get(&domain.to_string())
+            .copied()
+            .map(Bytes)
     }
 
     /// Returns the limits on GPUs that an operator set to persist.
     pub fn gpu_limits(&self) -> impl Iterator<Item = (u32, Bytes)> {
-        self.limits
+        self.kept
+            .limits
             .iter()
-            .filter_map(|(key, limit)| match parse_domain(key)? {
+            .filter_map(|(key, limit)| match key.parse().ok()? {
                 Domain::Gpu(index) => Some((index, Bytes(*limit))),
                 Domain::Host => None,
             })
@@ -301,7 +326,8 @@ impl Store {
         known.footprints.retain(|key, _| !key.starts_with(&model));
         known.footprints.extend(entries.clone());
         drop(known);
-        self.write(Write::Footprint { model, entries });
+        let (key, value) = (Key::Footprint(model), Value::Numbers(entries));
+        self.writer.desk().keep(key, value);
     }
 
     /// Keeps how long a load took.
@@ -309,26 +335,86 @@ impl Store {
         let Some(key) = self.known().prefix(model) else {
             return;
         };
-        self.write(Write::Load {
-            model: format!("{model}{SEPARATOR}"),
-            key,
-            millis: u64::try_from(took.as_millis()).unwrap_or(u64::MAX),
-        });
+        let millis = u64::try_from(took.as_millis()).unwrap_or(u64::MAX);
+        self.writer.desk().keep(
+            Key::Load(format!("{model}{SEPARATOR}")),
+            Value::Numbers([(key, millis)].into()),
+        );
     }
 
     /// Keeps a limit.
     pub fn keep_limit(&self, domain: Domain, limit: Bytes) {
-        self.write(Write::Limit {
-            key: domain.to_string(),
-            bytes: limit.get(),
-        });
+        let numbers = [(domain.to_string(), limit.get())].into();
+        self.writer
+            .desk()
+            .keep(Key::Limit(domain), Value::Numbers(numbers));
+    }
+
+    /// Returns the workers that ran when the residentd before this one ended, as
+    /// far as it could write.
+    #[must_use]
+    pub fn workers(&self) -> &[WorkerRecord] {
+        &self.kept.workers
+    }
+
+    /// Keeps a live worker, so that a later residentd can take it back.
+    pub fn keep_worker(&self, record: &WorkerRecord) {
+        let text = workers::write(record);
+        self.writer
+            .desk()
+            .keep(worker_key(&record.worker), Value::Text(text));
+    }
+
+    /// Forgets a worker that is gone.
+    pub fn forget_worker(&self, worker: &WorkerId) {
+        self.writer.desk().keep(worker_key(worker), Value::Nothing);
+    }
+
+    /// Returns the newest decisions of earlier runs, as they were written, by
+    /// number.
+    #[must_use]
+    pub fn decisions(&self) -> &[(u64, String)] {
+        &self.kept.decisions
+    }
+
+    /// Returns the number of the first decision of each of the last runs.
+    #[must_use]
+    pub fn runs(&self) -> &BTreeMap<u64, u64> {
+        &self.kept.runs
+    }
+
+    /// Keeps decisions, and forgets the oldest when there are too many.
+    pub fn keep_decisions(&self, decisions: impl Iterator<Item = (u64, String)>) {
+        self.writer.desk().keep_decisions(decisions);
+    }
+
+    /// Keeps with which decision a run begins.
+    pub fn keep_run(&self, run: u64, first: u64) {
+        self.writer.desk().keep(Key::Run(run), Value::Number(first));
+    }
+
+    /// Returns what a worker of this model that is started now is started from,
+    /// as far as files tell: changes with its command and weight files.
+    #[must_use]
+    pub fn fingerprint(&self, model: &ModelName) -> Option<String> {
+        self.known().fingerprints.0.get(model).cloned()
+    }
+
+    /// Returns why what happens is not written down now; `None` when it is.
+    #[must_use]
+    pub fn trouble(&self) -> Option<Arc<str>> {
+        self.writer.desk().trouble()
+    }
+
+    /// Returns what tells when everything that was kept so far is on the disk.
+    #[must_use]
+    pub fn written(&self) -> Written {
+        Written(self.writer.desk().witness())
     }
 
     /// Waits until everything is written, or some seconds have passed. Blocks.
     pub fn flush(&self) {
-        let (written, wait) = std_mpsc::channel();
-        // A full queue is waited for: this is the end.
-        if self.writer.send(Write::Flush(written)).is_err() || wait.recv_timeout(FLUSH).is_err() {
+        if !self.writer.desk().flush(FLUSH) {
             warn!("the state database did not write everything in time");
         }
     }
@@ -337,12 +423,10 @@ impl Store {
         // Plain maps are as good as they were, whoever panicked.
         self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
 
-    fn write(&self, write: Write) {
-        if self.writer.try_send(write).is_err() {
-            warn!("the state database does not keep up; a write is dropped");
-        }
-    }
+fn worker_key(worker: &WorkerId) -> Key {
+    Key::Worker(format!("{}{SEPARATOR}{}", worker.model, worker.generation))
 }
 
 impl Known {
@@ -365,7 +449,7 @@ fn footprint(all: &BTreeMap<String, u64>, prefix: &str) -> BTreeMap<Domain, Foot
             Some(domain) => (domain, true),
             None => (key, false),
         };
-        let Some(domain) = parse_domain(domain) else {
+        let Ok(domain) = domain.parse() else {
             continue;
         };
         let footprint = found.entry(domain).or_default();
@@ -377,120 +461,25 @@ fn footprint(all: &BTreeMap<String, u64>, prefix: &str) -> BTreeMap<Domain, Foot
     found
 }
 
-fn parse_domain(text: &str) -> Option<Domain> {
-    match text.strip_prefix("gpu:") {
-        Some(index) => index.parse().ok().map(Domain::Gpu),
-        None => (text == "host").then_some(Domain::Host),
-    }
-}
-
 /// Changes when the command or a weight file changes (path, size, time of the
-/// last write). FNV-1a, so that it is the same in every build.
+/// last write).
 fn fingerprint(spec: &ModelSpec) -> String {
-    let mut hash: u64 = 0xcbf2_9ce4_8422_2325;
-    let mut feed = |bytes: &[u8]| {
-        for byte in bytes.iter().chain(&[0]) {
-            hash = (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3);
-        }
-    };
+    let mut print = Fingerprint::default();
     for part in spec.command.iter().chain(spec.cwd.as_ref()) {
-        feed(part.as_bytes());
+        print.feed(part.as_bytes());
     }
     for (name, value) in &spec.env {
-        feed(name.as_bytes());
-        feed(value.as_bytes());
+        print.feed(name.as_bytes());
+        print.feed(value.as_bytes());
     }
     for path in &spec.weights {
-        feed(path.as_os_str().as_encoded_bytes());
+        print.feed(path.as_os_str().as_encoded_bytes());
         if let Ok(metadata) = std::fs::metadata(path) {
-            feed(&metadata.len().to_le_bytes());
+            print.feed(&metadata.len().to_le_bytes());
             let modified = metadata.modified().ok();
             let age = modified.and_then(|at| at.duration_since(std::time::UNIX_EPOCH).ok());
-            feed(&age.map_or(0, |age| age.as_nanos()).to_le_bytes());
+            print.feed(&age.map_or(0, |age| age.as_nanos()).to_le_bytes());
         }
     }
-    format!("{hash:016x}")
-}
-
-fn read_all(
-    database: &impl ReadableDatabase,
-    table: TableDefinition<&str, u64>,
-) -> Result<BTreeMap<String, u64>, redb::Error> {
-    let read = database.begin_read()?;
-    let table = match read.open_table(table) {
-        Err(redb::TableError::TableDoesNotExist(_)) => return Ok(BTreeMap::new()),
-        other => other?,
-    };
-    let mut all = BTreeMap::new();
-    for entry in table.iter()? {
-        let (key, value) = entry?;
-        all.insert(key.value().to_owned(), value.value());
-    }
-    Ok(all)
-}
-
-/// Reads the database's name, giving it one at first.
-fn name(database: &Database) -> Result<String, redb::Error> {
-    let transaction = database.begin_write()?;
-    let name = {
-        let mut meta = transaction.open_table(META)?;
-        let kept = meta.get(NAME)?.map(|name| name.value().to_owned());
-        match kept {
-            Some(name) => name,
-            None => {
-                // A new one at each read; see `random(4)`.
-                let name = std::fs::read_to_string("/proc/sys/kernel/random/uuid")?;
-                meta.insert(NAME, name.trim())?;
-                name.trim().to_owned()
-            }
-        }
-    };
-    transaction.commit()?;
-    Ok(name)
-}
-
-/// Ends when the last [`Store`] is gone; what was sent before is written.
-fn write_all(database: &Database, writes: &std_mpsc::Receiver<Write>) {
-    while let Ok(first) = writes.recv() {
-        let batch: Vec<Write> = std::iter::once(first).chain(writes.try_iter()).collect();
-        if let Err(error) = commit(database, &batch) {
-            warn!(error = %telemetry::chain(&error), "writing the state database failed");
-        }
-        for write in batch {
-            if let Write::Flush(written) = write {
-                // Whoever waited has waited long enough.
-                let _ = written.send(());
-            }
-        }
-    }
-}
-
-fn commit(database: &Database, batch: &[Write]) -> Result<(), redb::Error> {
-    let transaction = database.begin_write()?;
-    {
-        let mut footprints = transaction.open_table(FOOTPRINTS)?;
-        let mut limits = transaction.open_table(LIMITS)?;
-        let mut loads = transaction.open_table(LOADS)?;
-        for write in batch {
-            match write {
-                Write::Footprint { model, entries } => {
-                    footprints.retain(|key, _| !key.starts_with(model.as_str()))?;
-                    for (key, bytes) in entries {
-                        footprints.insert(key.as_str(), bytes)?;
-                    }
-                }
-                Write::Limit { key, bytes } => {
-                    limits.insert(key.as_str(), bytes)?;
-                }
-                Write::Load { model, key, millis } => {
-                    loads.retain(|key, _| !key.starts_with(model.as_str()))?;
-                    loads.insert(key.as_str(), millis)?;
-                }
-                Write::Files(entry) => files::write(&transaction, entry)?,
-                Write::Flush(_) => {}
-            }
-        }
-    }
-    transaction.commit()?;
-    Ok(())
+    print.to_string()
 }

@@ -1,0 +1,221 @@
+//! What requests hear from a ready worker.
+//!
+//! The proxy counts, without a lock or a clock; the worker's task looks from
+//! time to time and judges (`worker/liveness`). Only requests that ask for work
+//! count, see [`Visit`].
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU32, AtomicU64, Ordering};
+
+use tokio::sync::Notify;
+
+/// The counts of one worker.
+#[derive(Debug, Default)]
+pub struct Pulse {
+    inside: AtomicU32,
+    waiting: AtomicU32,
+    heard: AtomicU64,
+    refused: AtomicU32,
+    errors: AtomicU32,
+    error_status: AtomicU16,
+    alarm: Notify,
+}
+
+/// A copy of a pulse's numbers.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct PulseReading {
+    /// Requests that are with the worker.
+    pub inside: u32,
+    /// Of those, requests that wait for the worker; the others are held up by
+    /// their clients.
+    pub waiting: u32,
+    /// Changes whenever a request that waited heard from the worker.
+    pub heard: u64,
+    /// Changes whenever a request could not connect.
+    pub refused: u32,
+    /// Requests in a row that were answered with an error, and nobody heard
+    /// anything better meanwhile.
+    pub errors: u32,
+    /// The last of these.
+    pub error_status: u16,
+}
+
+impl Pulse {
+    /// Returns a copy of the numbers.
+    #[must_use]
+    pub fn read(&self) -> PulseReading {
+        PulseReading {
+            inside: self.inside.load(Ordering::Relaxed),
+            waiting: self.waiting.load(Ordering::Relaxed),
+            heard: self.heard.load(Ordering::Relaxed),
+            refused: self.refused.load(Ordering::Relaxed),
+            errors: self.errors.load(Ordering::Relaxed),
+            error_status: self.error_status.load(Ordering::Relaxed),
+        }
+    }
+
+    /// Says that a request could not connect to the worker.
+    pub fn refused(&self) {
+        self.refused.fetch_add(1, Ordering::Relaxed);
+        self.alarm.notify_one();
+    }
+
+    /// Waits until there is reason to look at once: a connection was refused,
+    /// or an error answered.
+    pub async fn alarmed(&self) {
+        self.alarm.notified().await;
+    }
+}
+
+/// One request's time with a worker, from the moment it is sent to the end of
+/// its answer. Dropping the last copy ends it.
+#[derive(Clone, Debug)]
+pub struct Visit(Arc<Stay>);
+
+#[derive(Debug)]
+struct Stay {
+    pulse: Arc<Pulse>,
+    waits: AtomicBool,
+    failed: AtomicBool,
+}
+
+impl Visit {
+    /// Begins a visit. The request does not wait for the worker yet.
+    #[must_use]
+    pub fn begin(pulse: Arc<Pulse>) -> Self {
+        pulse.inside.fetch_add(1, Ordering::Relaxed);
+        Self(Arc::new(Stay {
+            pulse,
+            waits: AtomicBool::new(false),
+            failed: AtomicBool::new(false),
+        }))
+    }
+
+    /// From now on it is the worker's turn. Whoever waits already goes on.
+    pub fn waits(&self) {
+        let stay = &self.0;
+        if !stay.waits.load(Ordering::Relaxed) && !stay.waits.swap(true, Ordering::Relaxed) {
+            stay.pulse.waiting.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    /// Something came from the worker: now it is the client's turn.
+    pub fn hears(&self) {
+        let stay = &self.0;
+        if stay.stop_waiting() {
+            stay.pulse.heard.fetch_add(1, Ordering::Relaxed);
+            if !stay.failed.load(Ordering::Relaxed) {
+                stay.clear_errors();
+            }
+        }
+    }
+
+    /// The head of the answer came, with this status. A client's mistake (4xx)
+    /// is no fault of the worker; that it is full (503) or does not know how
+    /// (501) says nothing of it.
+    pub fn answered(&self, status: u16) {
+        let stay = &self.0;
+        stay.stop_waiting();
+        stay.pulse.heard.fetch_add(1, Ordering::Relaxed);
+        stay.failed.store(status >= 500, Ordering::Relaxed);
+        match status {
+            500 | 502 | 504 => {
+                stay.pulse.error_status.store(status, Ordering::Relaxed);
+                stay.pulse.errors.fetch_add(1, Ordering::Relaxed);
+                stay.pulse.alarm.notify_one();
+            }
+            501 | 503 | 505.. => {}
+            _ => stay.clear_errors(),
+        }
+    }
+}
+
+impl Stay {
+    fn stop_waiting(&self) -> bool {
+        let waited =
+            self.waits.load(Ordering::Relaxed) && self.waits.swap(false, Ordering::Relaxed);
+        if waited {
+            self.pulse.waiting.fetch_sub(1, Ordering::Relaxed);
+        }
+        waited
+    }
+
+    fn clear_errors(&self) {
+        // Mostly there are none, and then nothing is written.
+        if self.pulse.errors.load(Ordering::Relaxed) > 0 {
+            self.pulse.errors.store(0, Ordering::Relaxed);
+        }
+    }
+}
+
+impl Drop for Stay {
+    fn drop(&mut self) {
+        self.stop_waiting();
+        self.pulse.inside.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn counts(pulse: &Pulse) -> (u32, u32, u64) {
+        let read = pulse.read();
+        (read.inside, read.waiting, read.heard)
+    }
+
+    #[test]
+    fn a_request_waits_hears_and_waits_again_until_it_goes() {
+        let pulse = Arc::new(Pulse::default());
+        let visit = Visit::begin(Arc::clone(&pulse));
+        assert_eq!(counts(&pulse), (1, 0, 0), "its body is on its way");
+        let upload = visit.clone();
+        upload.waits();
+        visit.waits();
+        assert_eq!(counts(&pulse), (1, 1, 0));
+        drop(upload);
+        visit.answered(200);
+        assert_eq!(counts(&pulse), (1, 0, 1));
+        visit.waits();
+        visit.hears();
+        visit.hears();
+        assert_eq!(counts(&pulse), (1, 0, 2), "only who waited hears");
+        visit.waits();
+        drop(visit);
+        assert_eq!(counts(&pulse), (0, 0, 2));
+    }
+
+    #[test]
+    fn errors_count_in_a_row_until_somebody_hears_something_better() {
+        let pulse = Arc::new(Pulse::default());
+        let answer = |status| Visit::begin(Arc::clone(&pulse)).answered(status);
+        let errors = || (pulse.read().errors, pulse.read().error_status);
+        let streams = Visit::begin(Arc::clone(&pulse));
+        streams.answered(200);
+        for status in [500, 503, 502, 501] {
+            answer(status);
+        }
+        assert_eq!(errors(), (2, 502), "busy is no error and no success");
+        let failed = Visit::begin(Arc::clone(&pulse));
+        failed.answered(500);
+        failed.waits();
+        failed.hears();
+        assert_eq!(errors(), (3, 500), "nor is the body of an error");
+        streams.waits();
+        streams.hears();
+        assert_eq!(errors().0, 0, "a stream that goes on is");
+        answer(500);
+        answer(400);
+        assert_eq!(errors().0, 0);
+    }
+
+    #[tokio::test]
+    async fn an_error_and_a_refused_connection_raise_the_alarm() {
+        let pulse = Arc::new(Pulse::default());
+        Visit::begin(Arc::clone(&pulse)).answered(500);
+        pulse.alarmed().await;
+        pulse.refused();
+        pulse.alarmed().await;
+        assert_eq!((pulse.read().errors, pulse.read().refused), (1, 1));
+    }
+}

@@ -1,0 +1,109 @@
+//! Workers that an earlier residentd spawned and that run on: part of how things
+//! stand at the start, before anything is decided.
+
+use std::collections::BTreeMap;
+
+use super::Policy;
+use super::event::Measured;
+use crate::clock::Timestamp;
+use crate::model::{Bytes, Domain, WorkerId};
+
+/// One such worker.
+#[derive(Clone, Debug)]
+pub struct Adopted {
+    /// Which life of which model; later lives count on from it.
+    pub worker: WorkerId,
+    /// The GPUs it is placed on, by index.
+    pub gpus: Vec<u32>,
+    /// The most it used so far, by domain.
+    pub peak: BTreeMap<Domain, Bytes>,
+}
+
+impl Policy {
+    /// Takes in workers before the first step. Each is loading until it has
+    /// answered, and is charged with the most it used until it is measured; what
+    /// it taught so far counts.
+    pub fn adopt(
+        &mut self,
+        now: Timestamp,
+        measured: &Measured,
+        workers: impl IntoIterator<Item = Adopted>,
+    ) {
+        self.measure(measured);
+        for Adopted { worker, gpus, peak } in workers {
+            let Some(model) = self.models.get_mut(&worker.model) else {
+                continue;
+            };
+            model.life.clone_from(&peak);
+            let Some(model) = self.models.get(&worker.model) else {
+                continue;
+            };
+            let expected = self.expected_on(model, &gpus);
+            if let Some(model) = self.models.get_mut(&worker.model) {
+                model.begin_life(expected, now);
+                model.generation = worker.generation;
+                model.adopted = true;
+                model.life = peak;
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::testing::{World, granted, name, spec};
+    use super::super::{Effect, ExpectedSource, Phase};
+    use super::*;
+
+    fn adopted(world: &mut World, generation: u64, peak: u64) -> WorkerId {
+        let worker = WorkerId {
+            model: name("a"),
+            generation,
+        };
+        let adopted = Adopted {
+            worker: worker.clone(),
+            gpus: Vec::new(),
+            peak: [(Domain::Host, Bytes::mib(peak))].into(),
+        };
+        world
+            .policy
+            .adopt(world.now, &Measured::default(), [adopted]);
+        world.measure();
+        worker
+    }
+
+    #[test]
+    fn a_worker_that_is_taken_back_is_charged_waited_for_and_counts_as_no_load() {
+        let mut world = World::with(1000, vec![spec("a", None)], &[("a", 300)]);
+        let worker = adopted(&mut world, 7, 300);
+        let model = &world.policy.models()[&worker.model];
+        assert_eq!((model.phase, model.generation), (Phase::Starting, 7));
+        let promised = model.reservation.0[&Domain::Host];
+        assert_eq!(promised.bytes, Bytes::mib(300));
+        assert_eq!(promised.source, ExpectedSource::Learned);
+        let (ticket, effects) = world.acquire("a");
+        let spawns = |effects: &[Effect]| {
+            let mut all = effects.iter();
+            all.any(|effect| matches!(effect, Effect::Spawn { .. }))
+        };
+        assert!(!spawns(&effects) && !granted(&effects, ticket), "it waits");
+        let effects = world.ready("a");
+        assert!(granted(&effects, ticket));
+        let model = &world.policy.models()[&worker.model];
+        assert_eq!((model.phase, model.history.loads), (Phase::Ready, 0));
+        assert_eq!(model.history.last_load, None);
+    }
+
+    #[test]
+    fn the_life_after_it_counts_on_and_what_it_taught_is_kept() {
+        let mut world = World::with(1000, vec![spec("a", None)], &[("a", 300)]);
+        let worker = adopted(&mut world, 7, 400);
+        world.ready("a");
+        world.exit("a");
+        let known = world.policy.models()[&worker.model].footprint[&Domain::Host];
+        assert_eq!(known.peak, Bytes::mib(400));
+        world.acquire("a");
+        let model = &world.policy.models()[&worker.model];
+        assert_eq!((model.generation, model.adopted), (8, false));
+    }
+}

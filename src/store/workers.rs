@@ -1,0 +1,156 @@
+//! How a live worker is written down.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+use crate::model::{Bytes, Domain, ModelName, WorkerId, WorkerRecord};
+
+/// A [`WorkerRecord`] as JSON.
+#[derive(Debug, Serialize, Deserialize)]
+struct Written {
+    model: String,
+    generation: u64,
+    pid: i32,
+    start_time: u64,
+    home: String,
+    mark: String,
+    stamp: Option<u64>,
+    origin: String,
+    upstream: String,
+    port: Option<u16>,
+    socket: Option<PathBuf>,
+    /// Not written before workers could say that they are ready.
+    #[serde(default)]
+    notify: Option<PathBuf>,
+    report: PathBuf,
+    log_from: u64,
+    gpus: Vec<String>,
+    ready: bool,
+    /// Not written before there were parks.
+    #[serde(default)]
+    parked: bool,
+    peak: BTreeMap<String, u64>,
+}
+
+/// Why a text is no record of a worker.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum Unreadable {
+    #[error("it is not what this version writes")]
+    Json(#[from] serde_json::Error),
+    #[error("{0:?} has no meaning")]
+    Word(String),
+}
+
+/// Returns the text that is kept.
+pub(super) fn write(record: &WorkerRecord) -> String {
+    let peak = record.peak.iter();
+    let written = Written {
+        model: record.worker.model.to_string(),
+        generation: record.worker.generation,
+        pid: record.pid,
+        start_time: record.start_time,
+        home: record.home.clone(),
+        mark: record.mark.clone(),
+        stamp: record.stamp,
+        origin: record.origin.clone(),
+        upstream: record.upstream.to_string(),
+        port: record.port,
+        socket: record.socket.clone(),
+        notify: record.notify.clone(),
+        report: record.report.clone(),
+        log_from: record.log_from,
+        gpus: record.gpus.clone(),
+        ready: record.ready,
+        parked: record.parked,
+        peak: peak
+            .map(|(domain, bytes)| (domain.to_string(), bytes.get()))
+            .collect(),
+    };
+    // Only a path that is not UTF-8 cannot be written; its worker is then not
+    // taken back.
+    serde_json::to_string(&written).unwrap_or_default()
+}
+
+/// Reads what [`write()`] wrote.
+pub(super) fn read(text: &str) -> Result<WorkerRecord, Unreadable> {
+    let written: Written = serde_json::from_str(text)?;
+    let word = |text: &str| Unreadable::Word(text.to_owned());
+    let model = ModelName::new(&written.model).map_err(|_| word(&written.model))?;
+    let upstream = written.upstream.parse();
+    let peak = written.peak.iter().map(|(domain, bytes)| {
+        let domain: Domain = domain.parse().map_err(|_| word(domain))?;
+        Ok((domain, Bytes(*bytes)))
+    });
+    Ok(WorkerRecord {
+        worker: WorkerId {
+            model,
+            generation: written.generation,
+        },
+        pid: written.pid,
+        start_time: written.start_time,
+        home: written.home,
+        mark: written.mark,
+        stamp: written.stamp,
+        origin: written.origin,
+        upstream: upstream.map_err(|_| word(&written.upstream))?,
+        port: written.port,
+        socket: written.socket,
+        notify: written.notify,
+        report: written.report,
+        log_from: written.log_from,
+        gpus: written.gpus,
+        ready: written.ready,
+        parked: written.parked,
+        peak: peak.collect::<Result<_, Unreadable>>()?,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::Upstream;
+
+    #[test]
+    fn what_is_written_is_read_again() {
+        let record = WorkerRecord {
+            worker: WorkerId {
+                model: ModelName::new("a/b:c").expect("a good name"),
+                generation: 7,
+            },
+            pid: 4711,
+            start_time: 99,
+            home: "boot 4026531836".into(),
+            mark: "state 1 2 a/b:c#7".into(),
+            stamp: Some(819_199),
+            origin: "0123".into(),
+            upstream: Upstream::Tcp(([127, 0, 0, 1], 20_000).into()),
+            port: Some(20_000),
+            socket: None,
+            notify: None,
+            report: "/state/reports/1-2".into(),
+            log_from: 12,
+            gpus: vec!["GPU-a".into()],
+            ready: true,
+            parked: true,
+            peak: [(Domain::Host, Bytes(5)), (Domain::Gpu(1), Bytes(6))].into(),
+        };
+        assert_eq!(read(&write(&record)).expect("it is readable"), record);
+        let unix = WorkerRecord {
+            upstream: Upstream::Unix("/s/x.sock".into()),
+            socket: Some("/s/x.sock".into()),
+            notify: Some("/s/y.sock".into()),
+            ..record
+        };
+        assert_eq!(read(&write(&unix)).expect("it is readable"), unix);
+        let older = write(&unix)
+            .replace(",\"parked\":true", "")
+            .replace(",\"notify\":\"/s/y.sock\"", "");
+        let older = read(&older).expect("it is readable");
+        assert_eq!((older.parked, older.notify), (false, None));
+        for bad in ["", "{}", "[1]"] {
+            assert!(read(bad).is_err(), "{bad}");
+        }
+    }
+}
