@@ -18,6 +18,7 @@
 //! | `eviction` | who goes to make room, by `lru` or by `cost` |
 //! | `reuse` | what it would cost that a worker goes |
 //! | `parking` | which victims are parked instead of ended, and when their bytes are back |
+//! | `prefetch` | whose files are read ahead, and how much memory there is for it |
 //! | `patience` | when busy workers are drained to make room |
 //! | `pressure` | how tight memory is |
 //! | `relief` | who goes for idleness, pressure, or an operator's cleanup |
@@ -42,6 +43,7 @@ mod lifecycle;
 mod parking;
 mod patience;
 mod placement;
+mod prefetch;
 mod pressure;
 mod reason;
 mod relief;
@@ -237,6 +239,7 @@ impl Policy {
             Event::Shutdown { until } => self.begin_shutdown(until, &mut out),
         }
         self.follow_up(now, &mut out);
+        self.prefetch(&mut out);
         debug_assert_eq!(self.check(), Ok(()), "a law of the policy is broken");
         out
     }
