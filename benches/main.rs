@@ -8,6 +8,7 @@
 mod measuring;
 mod policies;
 mod policy;
+mod respawn;
 mod serving;
 #[path = "../tests/it/support/mod.rs"]
 #[expect(dead_code, reason = "shared with the integration tests")]
@@ -25,7 +26,7 @@ fn main() {
         .skip(1)
         .filter(|argument| !argument.starts_with('-'))
         .collect();
-    let all: [(&str, fn()); 8] = [
+    let all: [(&str, fn()); 10] = [
         ("S21", policy::steps),
         ("policies", policies::waits),
         ("S20", measuring::passes),
@@ -33,6 +34,8 @@ fn main() {
         ("request", serving::proxied_request),
         ("S10", serving::swap),
         ("S11", serving::readiness),
+        ("S12", respawn::spawn),
+        ("S14", respawn::warm),
         ("A41", serving::noticed_exit),
     ];
     for (name, bench) in all {

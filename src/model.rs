@@ -16,6 +16,7 @@ mod fingerprint;
 mod gaps;
 mod health;
 mod park;
+mod prefetch;
 mod record;
 
 pub use bytes::Bytes;
@@ -24,6 +25,7 @@ pub use fingerprint::Fingerprint;
 pub use gaps::{GAP_CLASSES, Gaps};
 pub use health::{Ailment, Live};
 pub use park::{ParkCall, ParkSpec};
+pub use prefetch::{Prefetch, PrefetchEnd, PrefetchReason};
 pub use record::WorkerRecord;
 
 /// What a client asks for: 1 to 128 of letters, digits and `._-/:@+`.
@@ -273,6 +275,8 @@ pub enum ReadyCheck {
     },
     /// The port accepts a connection.
     Tcp,
+    /// It says so itself, by `sd_notify`.
+    Notify,
     /// A line of the worker's output matches.
     Log(regex::Regex),
 }
@@ -375,6 +379,8 @@ pub struct ModelSpec {
     pub park: Option<Arc<ParkSpec>>,
     /// Weight files: declared, else found among the command's arguments.
     pub weights: Vec<PathBuf>,
+    /// When its files are read into the page cache ahead of its worker.
+    pub prefetch: Prefetch,
     /// Most requests in its worker at once; more wait. Absent: no bound.
     pub concurrency: Option<NonZeroU32>,
     /// Most requests waiting at once; more are turned away.
@@ -412,6 +418,7 @@ impl ModelSpec {
             max_memory: None,
             park: None,
             weights: Vec::new(),
+            prefetch: Prefetch::Off,
             concurrency: None,
             max_queue: 256,
             queue_timeout: Duration::from_secs(60),

@@ -69,6 +69,20 @@ fn numbers(what: &What) -> Value {
         What::Ready { took, reload } => {
             json!({"load_ms": took.as_millis(), "reload": reload})
         }
+        What::Prefetch {
+            read,
+            found,
+            size,
+            took,
+            end,
+            ..
+        } => json!({
+            "read": read.get(),
+            "found": found.get(),
+            "size": size.get(),
+            "took_ms": took.as_millis(),
+            "end": end.as_str(),
+        }),
         What::Wait { outlook } => outlook_numbers(outlook),
         What::Evict {
             reason,

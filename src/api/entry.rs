@@ -39,6 +39,7 @@ pub(crate) struct ModelEntry<'a> {
     retry_at: f64,
     generation: u64,
     adopted: bool,
+    cached_bytes: Option<u64>,
     aliases: Vec<&'a str>,
 }
 
@@ -79,6 +80,7 @@ impl<'a> ModelEntry<'a> {
             retry_at: unix_or_zero(clock, view.retry_at),
             generation: view.generation,
             adopted: view.adopted,
+            cached_bytes: view.cached.map(Bytes::get),
             aliases: spec.aliases.iter().map(|alias| alias.as_str()).collect(),
         }
     }

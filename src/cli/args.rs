@@ -133,6 +133,9 @@ pub struct SettingArgs {
     /// How long a request waits for busy workers before they are drained, as 5s
     #[arg(long, value_name = "TIME")]
     pub patience: Option<String>,
+    /// When files are read into the page cache ahead of a worker: waiting, idle or off
+    #[arg(long, value_name = "WHEN")]
+    pub prefetch: Option<String>,
 }
 
 impl SettingArgs {
@@ -156,6 +159,7 @@ impl SettingArgs {
             ("memory.auto_cleanup", &self.auto_cleanup),
             ("memory.policy", &self.policy),
             ("memory.patience", &self.patience),
+            ("memory.prefetch", &self.prefetch),
         ];
         let no_adopt = self.no_adopt.then_some(("server.adopt", "false"));
         all.into_iter()

@@ -28,6 +28,7 @@ pub(super) fn check(
         context,
         scope: &scope,
         limit: raw.memory.limit.as_ref(),
+        prefetch: raw.memory.prefetch.as_ref(),
         listen: &server.listen,
     };
     let models = models::check(raw.models, &raw.defaults, &facts, problems);
@@ -98,6 +99,7 @@ fn memory(raw: RawMemory, context: &Context<'_>) -> Memory {
         auto_cleanup: given(raw.auto_cleanup),
         policy: given(raw.policy),
         patience: given(raw.patience),
+        prefetch: given(raw.prefetch),
         nvml_library: raw
             .nvml_library
             .map(|path| context.working_dir.join(path.value)),

@@ -117,7 +117,7 @@ fn server(old: &Server, new: Server, difference: &mut Difference) -> Server {
 
 fn memory(old: &Memory, new: Memory, difference: &mut Difference) -> Memory {
     settle!(difference, "memory", old, new,
-        at_once: [limit, reserve, auto_cleanup, policy, patience],
+        at_once: [limit, reserve, auto_cleanup, policy, patience, prefetch],
         at_start: [check_interval, nvml_library, host_proc],
         Memory)
 }
@@ -148,6 +148,7 @@ fn with_state_dir(spec: Arc<ModelSpec>, running: &Server) -> Arc<ModelSpec> {
 }
 
 /// Returns what is different of a model; `None` when nothing is.
+#[expect(clippy::too_many_lines, reason = "a table: each key by its name")]
 fn changed(old: &ModelSpec, new: &ModelSpec) -> Option<ChangedModel> {
     let ModelSpec {
         name,
@@ -172,6 +173,7 @@ fn changed(old: &ModelSpec, new: &ModelSpec) -> Option<ChangedModel> {
         vram,
         max_memory,
         weights,
+        prefetch,
         concurrency,
         max_queue,
         queue_timeout,
@@ -220,6 +222,7 @@ fn changed(old: &ModelSpec, new: &ModelSpec) -> Option<ChangedModel> {
     live.compare("memory", &old.memory, memory);
     live.compare("vram", &old.vram, vram);
     live.compare("max_memory", &old.max_memory, max_memory);
+    live.compare("prefetch", &old.prefetch, prefetch);
     live.compare("concurrency", &old.concurrency, concurrency);
     live.compare("max_queue", &old.max_queue, max_queue);
     live.compare("queue_timeout", &old.queue_timeout, queue_timeout);

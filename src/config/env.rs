@@ -87,7 +87,7 @@ const fn variable(name: &'static str, table: Table, key: &'static str) -> Variab
     }
 }
 
-const VARIABLES: [Variable; 19] = [
+const VARIABLES: [Variable; 20] = [
     variable("RESIDENTD_LISTEN", Table::Server, "listen"),
     variable("RESIDENTD_STATE_DIR", Table::Server, "state_dir"),
     variable("RESIDENTD_SHUTDOWN_GRACE", Table::Server, "shutdown_grace"),
@@ -104,6 +104,7 @@ const VARIABLES: [Variable; 19] = [
     variable("RESIDENTD_AUTO_CLEANUP", Table::Memory, "auto_cleanup"),
     variable("RESIDENTD_POLICY", Table::Memory, "policy"),
     variable("RESIDENTD_PATIENCE", Table::Memory, "patience"),
+    variable("RESIDENTD_PREFETCH", Table::Memory, "prefetch"),
     variable("MAX_MEMORY_USAGE", Table::Memory, "limit"),
     Variable {
         name: "MEMORY_CHECK_INTERVAL",

@@ -43,7 +43,7 @@ pub use env::{Environment, Sources};
 pub use files::{DEFAULTS, places};
 pub use problem::{Complaint, Problem, Problems, Severity};
 
-use crate::model::{Bytes, DeviceRef, EvictionPolicy, ModelSpec};
+use crate::model::{Bytes, DeviceRef, EvictionPolicy, ModelSpec, Prefetch};
 
 /// A valid configuration.
 #[derive(Clone, Debug)]
@@ -133,6 +133,8 @@ pub struct Memory {
     pub policy: EvictionPolicy,
     /// How long a request waits for busy workers before they are drained.
     pub patience: Duration,
+    /// When files are read ahead of a worker, unless the model says it itself.
+    pub prefetch: Prefetch,
     /// The NVIDIA driver's library; absent: the system's own.
     pub nvml_library: Option<PathBuf>,
     /// Where the host's `/proc` is mounted, when GPU drivers list processes as

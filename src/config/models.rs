@@ -12,7 +12,7 @@ use super::units::write_size;
 use super::upstream::{self, Address};
 use super::variables::Scope;
 use super::{Listen, park, program, weights};
-use crate::model::{Bytes, ModelName, ModelSpec, UpstreamSpec};
+use crate::model::{Bytes, ModelName, ModelSpec, Prefetch, UpstreamSpec};
 use crate::template::{Template, escape};
 
 /// What a model is checked against.
@@ -21,6 +21,7 @@ pub(super) struct Facts<'a> {
     pub(super) context: &'a Context<'a>,
     pub(super) scope: &'a Scope<'a>,
     pub(super) limit: Option<&'a Setting<Bytes>>,
+    pub(super) prefetch: Option<&'a Setting<Prefetch>>,
     pub(super) listen: &'a [Listen],
 }
 
@@ -158,6 +159,7 @@ impl Model<'_> {
             max_memory: raw.max_memory.map(|ceiling| ceiling.value),
             park: raw.park.and_then(|park| park.value.spec),
             weights,
+            prefetch: given(raw.prefetch.or_else(|| self.facts.prefetch.cloned())),
             concurrency: given(raw.concurrency),
             max_queue: given(raw.max_queue),
             queue_timeout: given(raw.queue_timeout),

@@ -14,7 +14,7 @@ use super::problem::{Complaint, Origin, Place, Problems};
 use super::section::{Section, Setting, Text};
 use super::value::{NAME_FIX, Value};
 use super::{Listen, LogFormat, Threshold, gpus, park, ready};
-use crate::model::{Bytes, DeviceRef, EvictionPolicy, GpuRequest, ModelName, ReadyCheck};
+use crate::model::{Bytes, DeviceRef, EvictionPolicy, GpuRequest, ModelName, Prefetch, ReadyCheck};
 
 /// Tables and keys of the documentation that this version has no feature for.
 const LATER: [&str; 3] = ["admin", "auth", "tls"];
@@ -62,6 +62,7 @@ pub(super) struct RawMemory {
     pub(super) auto_cleanup: Option<Setting<bool>>,
     pub(super) policy: Option<Setting<EvictionPolicy>>,
     pub(super) patience: Option<Setting<Duration>>,
+    pub(super) prefetch: Option<Setting<Prefetch>>,
     pub(super) nvml_library: Option<Setting<PathBuf>>,
     pub(super) host_proc: Option<Setting<PathBuf>>,
 }
@@ -95,6 +96,7 @@ pub(super) struct RawModel {
     pub(super) max_memory: Option<Setting<Bytes>>,
     pub(super) park: Option<Setting<park::RawPark>>,
     pub(super) weights: Option<Setting<Vec<String>>>,
+    pub(super) prefetch: Option<Setting<Prefetch>>,
     pub(super) concurrency: Option<Setting<Option<NonZeroU32>>>,
     pub(super) max_queue: Option<Setting<usize>>,
     pub(super) queue_timeout: Option<Setting<Duration>>,
@@ -232,6 +234,7 @@ impl RawMemory {
             auto_cleanup: s.get("auto_cleanup", Value::flag, problems),
             policy: s.get("policy", Value::eviction_policy, problems),
             patience: s.get("patience", Value::duration, problems),
+            prefetch: s.get("prefetch", Value::prefetch, problems),
             nvml_library: s.get("nvml_library", Value::path, problems),
             host_proc: s.get("host_proc", Value::path, problems),
         };
@@ -247,6 +250,7 @@ impl RawMemory {
             auto_cleanup: self.auto_cleanup.or(weaker.auto_cleanup),
             policy: self.policy.or(weaker.policy),
             patience: self.patience.or(weaker.patience),
+            prefetch: self.prefetch.or(weaker.prefetch),
             nvml_library: self.nvml_library.or(weaker.nvml_library),
             host_proc: self.host_proc.or(weaker.host_proc),
         }
@@ -308,6 +312,7 @@ impl RawModel {
                 .table("park", problems)
                 .and_then(|table| park::read(table, problems)),
             weights: s.list("weights", Value::filled_text, problems),
+            prefetch: s.get("prefetch", Value::prefetch, problems),
             concurrency: s.get("concurrency", Value::bound, problems),
             max_queue: s.get("max_queue", Value::count, problems),
             queue_timeout: s.get("queue_timeout", Value::duration_over_zero, problems),
@@ -340,6 +345,7 @@ impl RawModel {
             max_memory: self.max_memory.or(weaker.max_memory),
             park: self.park.or(weaker.park),
             weights: self.weights.or(weaker.weights),
+            prefetch: self.prefetch.or(weaker.prefetch),
             concurrency: self.concurrency.or(weaker.concurrency),
             max_queue: self.max_queue.or(weaker.max_queue),
             queue_timeout: self.queue_timeout.or(weaker.queue_timeout),

@@ -7,7 +7,7 @@ use super::section::{Section, Setting};
 use super::value::Value;
 use crate::model::ReadyCheck;
 
-/// Reads the table; exactly one of `http`, `tcp` and `log` must be there.
+/// Reads the table; exactly one of `http`, `tcp`, `log` and `notify` must be there.
 pub(super) fn read(
     mut section: Section<'_>,
     problems: &mut Problems,
@@ -17,6 +17,7 @@ pub(super) fn read(
     let status = section.get("status", probe_status, problems);
     let tcp = section.get("tcp", only_true, problems);
     let log = section.get("log", pattern, problems);
+    let notify = section.get("notify", only_true, problems);
     section.finish(&[], problems);
     if problems.mentions(&place.key) {
         return None;
@@ -29,18 +30,19 @@ pub(super) fn read(
         );
         return None;
     }
-    let value = match (http, tcp, log) {
-        (Some(path), None, None) => ReadyCheck::Http {
+    let value = match (http, tcp, log, notify) {
+        (Some(path), None, None, None) => ReadyCheck::Http {
             path: path.value,
             status: status.map(|status| status.value),
         },
-        (None, Some(_), None) => ReadyCheck::Tcp,
-        (None, None, Some(pattern)) => ReadyCheck::Log(pattern.value),
+        (None, Some(_), None, None) => ReadyCheck::Tcp,
+        (None, None, Some(pattern), None) => ReadyCheck::Log(pattern.value),
+        (None, None, None, Some(_)) => ReadyCheck::Notify,
         _ => {
             problems.error(
                 &place,
-                "needs exactly one of http, tcp and log",
-                r#"write { http = "/health" }, { tcp = true } or { log = "regex" }"#,
+                "needs exactly one of http, tcp, log and notify",
+                r#"write { http = "/health" }, { tcp = true }, { log = "regex" } or { notify = true }"#,
             );
             return None;
         }

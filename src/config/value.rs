@@ -16,7 +16,7 @@ use tracing_subscriber::filter::LevelFilter;
 
 use super::problem::Complaint;
 use super::{Listen, LogFormat, Threshold, units};
-use crate::model::{Bytes, EvictionPolicy, ModelName};
+use crate::model::{Bytes, EvictionPolicy, ModelName, Prefetch};
 
 /// A value as it was written.
 #[derive(Clone, Debug)]
@@ -215,6 +215,11 @@ impl<'a> Value<'a> {
     pub(super) fn eviction_policy(&self) -> Result<EvictionPolicy, Complaint> {
         let known = self.as_text().and_then(EvictionPolicy::from_name);
         known.ok_or_else(|| self.is_not("a policy", r#"write "lru" or "cost""#))
+    }
+
+    pub(super) fn prefetch(&self) -> Result<Prefetch, Complaint> {
+        let known = self.as_text().and_then(Prefetch::from_name);
+        known.ok_or_else(|| self.is_not("a way to prefetch", r#"write "waiting", "idle" or "off""#))
     }
 
     /// Reads a level, or a filter of levels by module.

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use super::{ReloadOrigin, ReloadProblem, ReloadReport};
 use crate::clock::Timestamp;
-use crate::model::{Bytes, Domain, ModelName};
+use crate::model::{Bytes, Domain, ModelName, PrefetchEnd, PrefetchReason};
 use crate::policy::{EvictReason, Expected, Outlook, PressureLevel, Refusal};
 
 /// One decision, or one thing that happened and led to some.
@@ -57,6 +57,22 @@ pub enum What {
         took: Duration,
         /// Its model had been evicted before.
         reload: bool,
+    },
+    /// Files of a model were read into the page cache, before or while its
+    /// worker starts.
+    Prefetch {
+        /// Why.
+        reason: PrefetchReason,
+        /// How much was read.
+        read: Bytes,
+        /// How much was there already, as far as it was looked.
+        found: Bytes,
+        /// Of all its files together.
+        size: Bytes,
+        /// How long it took.
+        took: Duration,
+        /// How it ended.
+        end: PrefetchEnd,
     },
     /// A request waits, and nobody is told to go for it.
     Wait {
@@ -290,6 +306,7 @@ pub enum Kind {
     Spawn,
     Adopt,
     Ready,
+    Prefetch,
     Wait,
     Evict,
     Park,
@@ -314,9 +331,10 @@ pub enum Kind {
 
 impl Kind {
     /// Every kind.
-    pub const ALL: [Self; 23] = [
+    pub const ALL: [Self; 24] = [
         Self::Spawn,
         Self::Ready,
+        Self::Prefetch,
         Self::Wait,
         Self::Evict,
         Self::Park,
@@ -347,6 +365,7 @@ impl Kind {
             Self::Spawn => "spawn",
             Self::Adopt => "adopt",
             Self::Ready => "ready",
+            Self::Prefetch => "prefetch",
             Self::Wait => "wait",
             Self::Evict => "evict",
             Self::Park => "park",
@@ -388,6 +407,7 @@ impl What {
             Self::Spawn { .. } => Kind::Spawn,
             Self::Adopt { .. } => Kind::Adopt,
             Self::Ready { .. } => Kind::Ready,
+            Self::Prefetch { .. } => Kind::Prefetch,
             Self::Wait { .. } => Kind::Wait,
             Self::Evict { .. } => Kind::Evict,
             Self::Park { .. } => Kind::Park,
@@ -418,6 +438,7 @@ impl What {
         Some(match self {
             Self::Spawn { reason, .. } | Self::Unpark { reason, .. } => reason.as_str(),
             Self::Ready { reload: true, .. } => "reload",
+            Self::Prefetch { reason, .. } => reason.as_str(),
             Self::Evict { reason, .. }
             | Self::Park { reason, .. }
             | Self::Keep { reason, .. }

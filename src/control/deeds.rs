@@ -83,6 +83,8 @@ impl Task {
                 self.counters.reclaim_shortfall += missing;
             }
             Effect::Learn { model, footprint } => self.store.learn(&model, &footprint),
+            Effect::Prefetch { model, reason } => self.prefetch(&model, reason),
+            Effect::CallOff { model } => self.files.call_off(&model),
             Effect::Forget { model, history } => self.forget_model(&model, &history),
             Effect::Finished => {
                 self.finished = true;
@@ -235,6 +237,7 @@ impl Task {
         if let Some(ready) = &live.ready {
             ready.gate.close();
             ready.closing.cancel();
+            ready.opened.close();
         }
         live.handle
             .stop(if kill { Stop::Kill } else { Stop::Graceful });

@@ -12,6 +12,7 @@ use super::Signal;
 use crate::clock::{Clock, Timestamp};
 use crate::gate::{Gate, Left, Pulse};
 use crate::model::{ModelName, ModelSpec, Upstream, WorkerId};
+use crate::worker::Opened;
 
 /// Every model there is, by name and alias. A reload replaces the whole table
 /// at once, so no reader sees half of it.
@@ -160,6 +161,8 @@ pub struct ReadyWorker {
     pub id: WorkerId,
     /// Where it answers.
     pub upstream: Upstream,
+    /// The connection on which it first answered, for the first request.
+    pub opened: Opened,
     /// Admits requests.
     pub gate: Gate,
     /// What requests hear from it; watched by the worker's task.

@@ -12,6 +12,8 @@ mod command;
 mod decision;
 mod decisions;
 mod deeds;
+mod files;
+mod gates;
 mod lease;
 mod obey;
 mod parking;
@@ -45,6 +47,7 @@ pub use crate::policy::{
     CleanupReport, EvictReason, Expectation, Expected, ExpectedSource, Explanation, Holder,
     Outlook, ParkFault, Phase, PressureLevel, Protection, Refusal, Shortage, Skip, Skipped, Why,
 };
+pub use crate::worker::{Opened, Stream};
 
 /// Commands waiting at most. A full queue is answered with `503 overloaded`:
 /// the controller handles a command in microseconds, so thousands waiting

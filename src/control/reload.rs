@@ -219,6 +219,7 @@ impl Task {
         // Before the routes: a worker that has to go is withdrawn from the one
         // it has, and who still comes by that one is answered by the policy.
         self.feed(Event::Configure(Box::new(new.change)));
+        self.files.look_at(new.specs.iter());
         self.routes.replace(new.specs);
     }
 
@@ -237,6 +238,7 @@ impl Task {
 
     /// Keeps the counts of a model that is no more.
     pub(super) fn forget_model(&mut self, model: &ModelName, history: &History) {
+        self.files.call_off(model);
         self.counters.add(history);
         let record = self.records.remove(model).unwrap_or_default();
         self.counters.admitted += record.accesses;

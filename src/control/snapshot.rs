@@ -100,6 +100,9 @@ pub struct ModelView {
     pub retry_at: Option<Timestamp>,
     /// Size of its weight files; zero when none is found.
     pub file_size: Bytes,
+    /// How much of that is in the page cache; `None` without weights, and where
+    /// the kernel does not tell.
+    pub cached: Option<Bytes>,
 }
 
 /// When and why a model was last evicted.

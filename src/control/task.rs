@@ -11,6 +11,7 @@ use tracing::{debug, warn};
 use super::adopt::Adoption;
 use super::answers::Answers;
 use super::command::Reply;
+use super::files::Files;
 use super::tell::Told;
 use super::{
     CleanupReport, Command, Controller, Counters, Lease, LimitSource, LogTail, ReadyWorker,
@@ -20,11 +21,11 @@ use crate::clock::{Clock, Timestamp};
 use crate::gate::Gate;
 use crate::memory::{MemorySource, OomWatch, Pace, Reading};
 use crate::model::{ModelName, Upstream, WorkerId, WorkerRecord};
-use crate::policy::{Activity, Event, Phase, Policy, Ticket};
+use crate::policy::{Event, Phase, Policy, Ticket};
 use crate::procfs::ProcessTree;
 use crate::store::Store;
 use crate::telemetry;
-use crate::worker::{Adoptee, Spawner, Stop, Tail, WorkerEvent, WorkerHandle};
+use crate::worker::{Adoptee, Opened, Spawner, Stop, Survey, Tail, WorkerEvent, WorkerHandle};
 
 /// Arrivals handled before the next snapshot is published, so that a burst
 /// costs one snapshot and a quiet moment shows each step.
@@ -68,7 +69,7 @@ pub fn start(parts: Parts) -> Controller {
     let (signals_in, signals) = mpsc::unbounded_channel();
     #[expect(
         clippy::disallowed_methods,
-        reason = "a worker task that reaps cannot wait; five events at most each"
+        reason = "a worker task that reaps cannot wait; six events at most each, and one for each park"
     )]
     let (events_in, events) = mpsc::unbounded_channel();
     let readings = parts.memory.readings();
@@ -80,6 +81,7 @@ pub fn start(parts: Parts) -> Controller {
         routes: Arc::clone(&parts.routes),
         spawner: parts.spawner,
         memory: parts.memory,
+        files: Files::new(Survey::start(parts.clock)),
         store: parts.store,
         events: events_in,
         signals: signals_in.clone(),
@@ -106,6 +108,8 @@ pub fn start(parts: Parts) -> Controller {
         next_serial: 0,
         seq: 0,
     };
+    task.files
+        .look_at(task.policy.models().values().map(|m| &m.spec));
     task.take_back(parts.adoptees);
     task.take_reading();
     let (publish, snapshots) = watch::channel(Arc::new(task.snapshot()));
@@ -241,6 +245,7 @@ pub(super) struct Task {
     pub(super) routes: Arc<Routes>,
     pub(super) spawner: Arc<dyn Spawner>,
     pub(super) memory: Arc<dyn MemorySource>,
+    pub(super) files: Files,
     pub(super) store: Store,
     pub(super) events: mpsc::UnboundedSender<WorkerEvent>,
     pub(super) signals: mpsc::UnboundedSender<Signal>,
@@ -290,7 +295,13 @@ impl Task {
                 tree,
                 record,
             } => self.worker_runs(worker, tree, record),
-            WorkerEvent::Ready { worker, upstream } => self.worker_ready(&worker, upstream),
+            WorkerEvent::Ready {
+                worker,
+                upstream,
+                opened,
+            } => self.worker_ready(&worker, upstream, opened),
+            WorkerEvent::Used { worker, files } => self.keep_files(&worker.model, &files),
+            WorkerEvent::Prefetched(report) => self.prefetched(&report),
             WorkerEvent::Parked { worker } => {
                 self.feed(Event::Parked { worker });
                 self.memory.sample_now();
@@ -319,6 +330,7 @@ impl Task {
                 let verdict = (status.as_str(), !out_of_memory.is_empty());
                 self.tell_exit(&worker, &exit, verdict);
                 self.bury(&worker);
+                self.files.look_again();
                 self.memory.forget(&worker);
                 self.store.forget_worker(&worker);
                 let from = last_lines.len().saturating_sub(ERROR_LINES);
@@ -336,7 +348,7 @@ impl Task {
         }
     }
 
-    fn worker_ready(&mut self, worker: &WorkerId, upstream: Upstream) {
+    fn worker_ready(&mut self, worker: &WorkerId, upstream: Upstream, opened: Opened) {
         let model = &self.policy.models()[&worker.model];
         if model.phase != Phase::Starting || model.generation != worker.generation {
             return;
@@ -346,6 +358,10 @@ impl Task {
         };
         let now = self.clock.now();
         debug!(%worker, %upstream, "worker answers");
+        if model.queue.iter().all(|waiter| !waiter.wants_lease) {
+            // A server with one thread would wait for a request on it.
+            opened.close();
+        }
         let took = match &live.adoption {
             // It was ready all the time.
             Some(adoption) if adoption.was_ready => None,
@@ -357,6 +373,7 @@ impl Task {
         let ready = Arc::new(ReadyWorker {
             id: worker.clone(),
             upstream,
+            opened,
             pulse: Arc::clone(&live.handle.pulse),
             gate: Gate::open(now, model.spec.concurrency),
             closing: CancellationToken::new(),
@@ -373,6 +390,7 @@ impl Task {
             self.keep_ready(worker);
         }
         self.memory.loaded(worker);
+        self.files.look_again();
         self.memory.sample_now();
         self.feed(Event::Ready {
             worker: worker.clone(),
@@ -408,61 +426,17 @@ impl Task {
         }
     }
 
-    /// Tells the policy how the gates stand and what went through them.
-    pub(super) fn read_gates(&mut self) {
-        for (id, live) in &self.workers {
-            let Some(ready) = &live.ready else { continue };
-            if ready.gate.is_bounded() {
-                // Nobody may come in between this look and who is let in by it.
-                ready.gate.hold(true);
-            }
-            let read = ready.gate.read();
-            let activity = Activity {
-                inside: read.inside,
-                last_left: read.last_left,
-                last_entered: read.last_entered,
-            };
-            self.policy.observe([(id, activity)]);
-            if let Some(gaps) = ready.gate.take_gaps() {
-                self.policy.learn_gaps(&id.model, &gaps);
-            }
-        }
-    }
-
-    /// Lets requests in again where nobody waits.
-    pub(super) fn release_gates(&self) {
-        for (id, live) in &self.workers {
-            let Some(ready) = &live.ready else { continue };
-            if ready.gate.is_bounded() && self.policy.models()[&id.model].queue.is_empty() {
-                ready.gate.hold(false);
-            }
-        }
-    }
-
     pub(super) fn kill_all(&self) {
         for live in self.workers.values() {
             live.handle.stop(Stop::Kill);
         }
     }
 
-    /// Watches the gates somebody waits for. Returns whether one became empty
-    /// before it was watched, so that nobody would tell.
-    fn watch_gates(&mut self) -> bool {
-        let wanted = self.policy.awaits_idle();
-        let mut missed = false;
-        for (id, live) in &self.workers {
-            let Some(ready) = &live.ready else { continue };
-            let inside = ready.gate.watch(wanted);
-            let believed = self.policy.models()[&id.model].activity.inside;
-            missed |= wanted && inside == 0 && believed > 0;
-        }
-        missed
-    }
-
     fn take_reading(&mut self) {
         self.oom.notice(self.clock.now(), self.reading.host.oom);
         let measured = self.measured();
         self.feed(Event::Measured(measured));
+        self.mind_files();
         self.follow_peaks();
         self.tell_refusals();
     }

@@ -9,6 +9,7 @@ use super::{Candidate, DomainView, LastEviction, MemoryView, ModelView, Refusal,
 use crate::memory::Reading;
 use crate::model::{Domain, WorkerId};
 use crate::policy::{DomainMeasure, GpuFacts, Measure, Measured, ModelState, PressureLevel};
+use crate::worker::CachedModels;
 
 impl Task {
     /// Returns the newest reading in the policy's terms.
@@ -91,11 +92,12 @@ fn measured(reading: &Reading, workers: &BTreeMap<WorkerId, Live>) -> Measured {
 }
 
 fn snapshot(task: &Task) -> Snapshot {
+    let cached = task.files.found();
     let models: BTreeMap<_, _> = task
         .policy
         .models()
         .iter()
-        .map(|(name, state)| (name.clone(), model(task, state)))
+        .map(|(name, state)| (name.clone(), model(task, state, &cached)))
         .collect();
     let mut counters = task.counters.clone();
     for state in task.policy.models().values() {
@@ -119,7 +121,7 @@ fn snapshot(task: &Task) -> Snapshot {
     }
 }
 
-fn model(task: &Task, state: &ModelState) -> ModelView {
+fn model(task: &Task, state: &ModelState, cached: &CachedModels) -> ModelView {
     let worker = state.worker();
     let live = task.workers.get(&worker);
     let record = task.records.get(state.name()).cloned().unwrap_or_default();
@@ -158,6 +160,7 @@ fn model(task: &Task, state: &ModelState) -> ModelView {
             .retry_at
             .filter(|_| !state.may_start(task.clock.now()) && !state.is_live()),
         file_size: state.weights,
+        cached: cached.get(state.name()).and_then(|found| found.bytes),
     }
 }
 

@@ -7,7 +7,7 @@ use tracing::{info, warn};
 
 use super::ReloadReport;
 use super::decision::{Decision, End, LoadReason, What};
-use crate::model::{Bytes, Difference, Domain, ModelName};
+use crate::model::{Bytes, Difference, Domain, ModelName, PrefetchReason};
 
 impl Decision {
     /// Writes it to the log: a constant message, and every number as a field.
@@ -49,6 +49,16 @@ impl Decision {
                     reload,
                     "worker ready"
                 );
+            }
+            What::Prefetch {
+                read,
+                found,
+                size,
+                took,
+                end,
+                ..
+            } => {
+                info!(id, worker, reason, %read, %found, %size, took_s = took.as_secs_f64(), end = end.as_str(), "read files ahead");
             }
             What::Wait { outlook } => info!(id, worker, why = %outlook, "waiting for room"),
             What::Evict {
@@ -203,6 +213,25 @@ impl fmt::Display for Decision {
             What::Ready { took, reload } => {
                 let again = if *reload { " again" } else { "" };
                 write!(f, "is ready{again} after {:.3} s", took.as_secs_f64())
+            }
+            What::Prefetch {
+                reason,
+                read,
+                found,
+                size,
+                took,
+                end,
+            } => {
+                let why = match reason {
+                    PrefetchReason::Waiting => "while its room is made",
+                    PrefetchReason::Starting => "while its worker starts",
+                    PrefetchReason::Idle => "in idle time, since it is likely to come next",
+                };
+                write!(
+                    f,
+                    "had {read} of its files ({size}, of which {found} were there) read into the page cache in {:.3} s, {why}: {end}",
+                    took.as_secs_f64()
+                )
             }
             What::Wait { outlook } => write!(f, "has to wait: {outlook}"),
             What::Evict { reason, charge, .. } => {

@@ -29,6 +29,8 @@ pub struct WorkerRecord {
     pub port: Option<u16>,
     /// The socket that was given to it.
     pub socket: Option<PathBuf>,
+    /// The socket to which it says that it is ready, when it is to say so.
+    pub notify: Option<PathBuf>,
     /// The file in which it may report its own GPU memory.
     pub report: PathBuf,
     /// Where in its model's log its output begins.

@@ -8,7 +8,9 @@ use super::history::History;
 use super::reason::EvictReason;
 use super::words::{Expected, Refusal, Skip};
 use crate::clock::Timestamp;
-use crate::model::{Ailment, Bytes, Domain, Footprint, GpuVendor, ModelName, WorkerId};
+use crate::model::{
+    Ailment, Bytes, Domain, Footprint, GpuVendor, ModelName, PrefetchReason, WorkerId,
+};
 
 /// Names one wish, so that its answer finds the way back.
 pub type Ticket = u64;
@@ -260,6 +262,19 @@ pub enum Effect {
         model: ModelName,
         /// What happened to it since the start.
         history: History,
+    },
+    /// Read the model's files into the page cache, as far as there is memory to
+    /// spare.
+    Prefetch {
+        /// Whose.
+        model: ModelName,
+        /// Why.
+        reason: PrefetchReason,
+    },
+    /// Stop that: its worker is ready, or nobody waits any more.
+    CallOff {
+        /// Whose.
+        model: ModelName,
     },
     /// Everything is gone; the shutdown is complete.
     Finished,

@@ -57,6 +57,8 @@ pub struct ModelState {
     /// When a drain is over, whoever is inside; one that makes room lasts as long
     /// as there is somebody to make it for.
     pub drain_until: Option<Timestamp>,
+    /// Its files are to be read ahead.
+    pub prefetches: bool,
     /// Its worker was started under a configuration that no longer holds.
     pub outdated: bool,
     /// No longer configured; known until its worker is gone.
@@ -124,6 +126,7 @@ impl ModelState {
             leaving: None,
             killed: false,
             drain_until: None,
+            prefetches: false,
             outdated: false,
             removed: false,
             reservation: Expected::default(),

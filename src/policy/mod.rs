@@ -18,17 +18,20 @@
 //! | `eviction` | who goes to make room, by `lru` or by `cost` |
 //! | `reuse` | what it would cost that a worker goes |
 //! | `parking` | which victims are parked instead of ended, and when their bytes are back |
+//! | `prefetch` | whose files are read ahead, and how much memory there is for it |
 //! | `patience` | when busy workers are drained to make room |
 //! | `pressure` | how tight memory is |
 //! | `relief` | who goes for idleness, pressure, or an operator's cleanup |
 //! | `departure` | unload, drain, exit, shutdown |
 //! | `configure` | what a changed configuration means for workers that run |
+//! | `attention` | nothing: says how closely memory and gates should be watched |
 //! | `explain` | nothing: says why a model is not ready and what asking would do |
 
 #![warn(clippy::wildcard_enum_match_arm)]
 
 mod admission;
 mod adoption;
+mod attention;
 mod configure;
 mod departure;
 mod event;
@@ -42,6 +45,7 @@ mod lifecycle;
 mod parking;
 mod patience;
 mod placement;
+mod prefetch;
 mod pressure;
 mod reason;
 mod relief;
@@ -237,6 +241,7 @@ impl Policy {
             Event::Shutdown { until } => self.begin_shutdown(until, &mut out),
         }
         self.follow_up(now, &mut out);
+        self.prefetch(&mut out);
         debug_assert_eq!(self.check(), Ok(()), "a law of the policy is broken");
         out
     }
@@ -362,40 +367,6 @@ impl Policy {
     #[must_use]
     pub fn level(&self, domain: Domain) -> PressureLevel {
         self.levels.of(domain)
-    }
-
-    /// Returns whether something loads, dies or presses, so that measurements
-    /// should come quickly.
-    #[must_use]
-    pub fn is_restless(&self) -> bool {
-        self.models.values().any(|m| {
-            m.is_leaving() || matches!(m.phase, Phase::Starting | Phase::Parking | Phase::Unparking)
-        }) || self
-            .ledger
-            .domains
-            .keys()
-            .any(|domain| self.ledger.is_settling(*domain))
-            || self.levels.worst() != PressureLevel::None
-    }
-
-    /// Returns whether headroom of the host could be short within a second, so
-    /// that it should be watched closely; not while there is nobody to end.
-    #[must_use]
-    pub fn is_watchful(&self) -> bool {
-        let (look, thresholds) = (self.look(Domain::Host), self.thresholds(Domain::Host));
-        self.models.values().any(ModelState::is_live) && Levels::is_near(look, thresholds)
-    }
-
-    /// Returns whether somebody waits for busy workers to become idle, so that
-    /// their gates should be watched.
-    #[must_use]
-    pub fn awaits_idle(&self) -> bool {
-        self.blocked
-            || self
-                .models
-                .values()
-                .any(|m| m.phase == Phase::Draining || m.over_ceiling().is_some())
-            || self.levels.worst() != PressureLevel::None
     }
 
     /// Returns whether new work is refused.

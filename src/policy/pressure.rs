@@ -48,7 +48,7 @@ const GPU_SOFT: Bytes = Bytes::mib(512);
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Thresholds {
     /// Headroom under this is soft pressure.
-    soft: Bytes,
+    pub(super) soft: Bytes,
     /// Headroom under this is hard pressure.
     hard: Bytes,
 }

@@ -116,7 +116,7 @@ impl Reuse {
     }
 
     /// Returns how often per second it is expected to be asked for again.
-    fn rate(&self, idle: Duration, common: &Common) -> f64 {
+    pub(super) fn rate(&self, idle: Duration, common: &Common) -> f64 {
         let idle = idle.as_secs_f64().max(SHORTEST_IDLE);
         let usual = COMMON_WEIGHT / common.0.0.iter().sum::<f64>();
         let weight = |class: usize| self.own.0[class] + common.0.0[class] * usual;

@@ -168,6 +168,8 @@ impl World {
                 | Effect::Resume { .. }
                 | Effect::Learn { .. }
                 | Effect::Forget { .. }
+                | Effect::Prefetch { .. }
+                | Effect::CallOff { .. }
                 | Effect::Finished => {}
             }
         }

@@ -113,7 +113,7 @@ impl Proxy {
     ) -> Tried {
         if !upgrade
             && passage.held.is_whole()
-            && let Some(sender) = pool.take()
+            && let Some(sender) = pool.kept().await
         {
             match self.send(sender, lease, passage).await {
                 Tried::Broke(cause) => {

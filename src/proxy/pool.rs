@@ -16,7 +16,7 @@ use tracing::debug;
 
 use super::hearing::Hearing;
 use super::upload::RequestBody;
-use crate::control::ReadyWorker;
+use crate::control::{Opened, ReadyWorker, Stream};
 use crate::model::Upstream;
 use crate::telemetry;
 
@@ -70,6 +70,7 @@ impl Pools {
 #[derive(Debug)]
 pub(super) struct Pool {
     upstream: Upstream,
+    opened: Opened,
     closing: CancellationToken,
     state: Mutex<State>,
 }
@@ -84,6 +85,7 @@ impl Pool {
     fn new(worker: &ReadyWorker) -> Self {
         Self {
             upstream: worker.upstream.clone(),
+            opened: worker.opened.clone(),
             closing: worker.closing.clone(),
             state: Mutex::default(),
         }
@@ -93,8 +95,16 @@ impl Pool {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Takes the connection that was used last and still lives.
-    pub(super) fn take(&self) -> Option<Sender> {
+    /// Takes a connection that need not be opened: the one that was used last
+    /// and still lives, else the one on which the worker first answered.
+    pub(super) async fn kept(&self) -> Option<Sender> {
+        match self.take() {
+            Some(sender) => Some(sender),
+            None => self.opened().await,
+        }
+    }
+
+    fn take(&self) -> Option<Sender> {
         let mut state = self.lock();
         while let Some(sender) = state.idle.pop() {
             if sender.is_ready() {
@@ -102,6 +112,14 @@ impl Pool {
             }
         }
         None
+    }
+
+    async fn opened(&self) -> Option<Sender> {
+        let sender = match self.opened.take()? {
+            Stream::Tcp(stream) => handshake(TokioIo::new(stream)).await,
+            Stream::Unix(stream) => handshake(TokioIo::new(stream)).await,
+        };
+        sender.ok()
     }
 
     /// Keeps a connection whose answer has ended for the next request, as soon
@@ -131,6 +149,9 @@ impl Pool {
 
     /// Opens a new connection.
     pub(super) async fn connect(&self) -> io::Result<Sender> {
+        // Nobody needs it any more, and it may keep a worker with one thread
+        // from hearing us.
+        self.opened.close();
         match &self.upstream {
             Upstream::Tcp(address) => {
                 let stream = TcpStream::connect(address).await?;

@@ -1,5 +1,5 @@
-//! What is kept over restarts: learned footprints, live workers, decisions and
-//! persistent limits, in one embedded database.
+//! What is kept over restarts: learned footprints, files of past lives, live
+//! workers, decisions and persistent limits, in one embedded database.
 //!
 //! The disk is read at start only. Writes go to a thread of their own, since a commit
 //! waits for the disk and the controller may not. A write that fails is kept
@@ -9,6 +9,7 @@
 //! residentd that uses the folder, and `residentd.name`, the name that marks
 //! workers as ours, so that they are known even when the database is damaged.
 
+mod files;
 mod open;
 mod workers;
 mod writer;
@@ -19,7 +20,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use redb::{Database, ReadOnlyDatabase, ReadableDatabase, ReadableTable, TableDefinition};
+use redb::{Database, ReadOnlyDatabase, TableDefinition};
 use tokio::sync::oneshot;
 use tracing::warn;
 use writer::{Key, Value, Writer};
@@ -33,6 +34,9 @@ use crate::model::{
 const FOOTPRINTS: TableDefinition<&str, u64> = TableDefinition::new("footprints_v1");
 /// Milliseconds of the last load by `model ␟ fingerprint ␟`.
 const LOADS: TableDefinition<&str, u64> = TableDefinition::new("loads_v1");
+/// Files of the last life by `model ␟ fingerprint ␟`: paths, each ended by a
+/// NUL, which no path holds.
+const FILES: TableDefinition<&str, &str> = TableDefinition::new("files_v1");
 /// Limits in bytes by domain.
 const LIMITS: TableDefinition<&str, u64> = TableDefinition::new("limits_v1");
 /// Live workers as JSON by `model ␟ generation`.
@@ -126,6 +130,7 @@ pub struct Store {
 struct Kept {
     name: String,
     footprints: BTreeMap<String, u64>,
+    files: BTreeMap<String, String>,
     limits: BTreeMap<String, u64>,
     workers: Vec<WorkerRecord>,
     decisions: Vec<(u64, String)>,
@@ -136,6 +141,7 @@ struct Kept {
 #[derive(Debug)]
 struct Known {
     footprints: BTreeMap<String, u64>,
+    files: BTreeMap<String, String>,
     fingerprints: Fingerprints,
 }
 
@@ -198,6 +204,7 @@ impl Store {
         Ok(Self {
             known: Arc::new(Mutex::new(Known {
                 footprints: std::mem::take(&mut kept.footprints),
+                files: std::mem::take(&mut kept.files),
                 fingerprints: Fingerprints::of(models),
             })),
             kept: Arc::new(kept),
@@ -229,8 +236,8 @@ impl Store {
         });
         let database = opened.map_err(|source| open::failed(&path, source.into()))?;
         let failed = |source| open::failed(&path, source);
-        let footprints = read_all(&database, FOOTPRINTS).map_err(failed)?;
-        let loads = read_all(&database, LOADS).map_err(failed)?;
+        let footprints = open::read_all(&database, FOOTPRINTS).map_err(failed)?;
+        let loads = open::read_all(&database, LOADS).map_err(failed)?;
         let learned = |spec: &Arc<ModelSpec>| {
             let prefix = prefix(&spec.name, &fingerprint(spec));
             let learned = Learned {
@@ -475,21 +482,4 @@ fn fingerprint(spec: &ModelSpec) -> String {
         }
     }
     print.to_string()
-}
-
-fn read_all(
-    database: &impl ReadableDatabase,
-    table: TableDefinition<&str, u64>,
-) -> Result<BTreeMap<String, u64>, redb::Error> {
-    let read = database.begin_read()?;
-    let table = match read.open_table(table) {
-        Err(redb::TableError::TableDoesNotExist(_)) => return Ok(BTreeMap::new()),
-        other => other?,
-    };
-    let mut all = BTreeMap::new();
-    for entry in table.iter()? {
-        let (key, value) = entry?;
-        all.insert(key.value().to_owned(), value.value());
-    }
-    Ok(all)
 }

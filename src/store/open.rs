@@ -9,7 +9,9 @@ use std::path::{Path, PathBuf};
 use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition};
 use tracing::{error, warn};
 
-use super::{DECISIONS, FILE, FOOTPRINTS, Kept, LIMITS, META, RUNS, StoreError, WORKERS, workers};
+use super::{
+    DECISIONS, FILE, FILES, FOOTPRINTS, Kept, LIMITS, META, RUNS, StoreError, WORKERS, workers,
+};
 use crate::model::WorkerRecord;
 use crate::telemetry;
 
@@ -148,12 +150,17 @@ fn read(database: &Database) -> Result<Kept, redb::Error> {
     for_each(database, RUNS, |run, first| {
         runs.insert(run, first);
     })?;
+    let mut files = BTreeMap::new();
+    for_each(database, FILES, |key, paths| {
+        files.insert(key.to_owned(), paths.to_owned());
+    })?;
     Ok(Kept {
         decisions,
         runs,
         name: name.map(|name| name.value().to_owned()).unwrap_or_default(),
-        footprints: super::read_all(database, FOOTPRINTS)?,
-        limits: super::read_all(database, LIMITS)?,
+        footprints: read_all(database, FOOTPRINTS)?,
+        files,
+        limits: read_all(database, LIMITS)?,
         workers: read_workers(database)?,
     })
 }
@@ -170,9 +177,21 @@ fn read_workers(database: &Database) -> Result<Vec<WorkerRecord>, redb::Error> {
     Ok(all)
 }
 
+/// Reads all numbers of a table.
+pub(super) fn read_all(
+    database: &impl ReadableDatabase,
+    table: TableDefinition<&str, u64>,
+) -> Result<BTreeMap<String, u64>, redb::Error> {
+    let mut all = BTreeMap::new();
+    for_each(database, table, |key, number| {
+        all.insert(key.to_owned(), number);
+    })?;
+    Ok(all)
+}
+
 /// Shows every entry of a table, if there is such a table.
 fn for_each<K: redb::Key + 'static, V: redb::Value + 'static>(
-    database: &Database,
+    database: &impl ReadableDatabase,
     table: TableDefinition<K, V>,
     mut show: impl FnMut(K::SelfType<'_>, V::SelfType<'_>),
 ) -> Result<(), redb::Error> {

@@ -21,6 +21,9 @@ struct Written {
     upstream: String,
     port: Option<u16>,
     socket: Option<PathBuf>,
+    /// Not written before workers could say that they are ready.
+    #[serde(default)]
+    notify: Option<PathBuf>,
     report: PathBuf,
     log_from: u64,
     gpus: Vec<String>,
@@ -55,6 +58,7 @@ pub(super) fn write(record: &WorkerRecord) -> String {
         upstream: record.upstream.to_string(),
         port: record.port,
         socket: record.socket.clone(),
+        notify: record.notify.clone(),
         report: record.report.clone(),
         log_from: record.log_from,
         gpus: record.gpus.clone(),
@@ -93,6 +97,7 @@ pub(super) fn read(text: &str) -> Result<WorkerRecord, Unreadable> {
         upstream: upstream.map_err(|_| word(&written.upstream))?,
         port: written.port,
         socket: written.socket,
+        notify: written.notify,
         report: written.report,
         log_from: written.log_from,
         gpus: written.gpus,
@@ -123,6 +128,7 @@ mod tests {
             upstream: Upstream::Tcp(([127, 0, 0, 1], 20_000).into()),
             port: Some(20_000),
             socket: None,
+            notify: None,
             report: "/state/reports/1-2".into(),
             log_from: 12,
             gpus: vec!["GPU-a".into()],
@@ -134,11 +140,15 @@ mod tests {
         let unix = WorkerRecord {
             upstream: Upstream::Unix("/s/x.sock".into()),
             socket: Some("/s/x.sock".into()),
+            notify: Some("/s/y.sock".into()),
             ..record
         };
         assert_eq!(read(&write(&unix)).expect("it is readable"), unix);
-        let older = write(&unix).replace(",\"parked\":true", "");
-        assert!(!read(&older).expect("it is readable").parked);
+        let older = write(&unix)
+            .replace(",\"parked\":true", "")
+            .replace(",\"notify\":\"/s/y.sock\"", "");
+        let older = read(&older).expect("it is readable");
+        assert_eq!((older.parked, older.notify), (false, None));
         for bad in ["", "{}", "[1]"] {
             assert!(read(bad).is_err(), "{bad}");
         }

@@ -14,7 +14,7 @@ use redb::{Database, ReadableTableMetadata};
 use tokio::sync::oneshot;
 use tracing::{error, info};
 
-use super::{DECISIONS, FOOTPRINTS, LIMITS, LOADS, RUNS, WORKERS};
+use super::{DECISIONS, FILES, FOOTPRINTS, LIMITS, LOADS, RUNS, WORKERS};
 use crate::clock::{Clock, Timestamp};
 use crate::model::Domain;
 use crate::telemetry;
@@ -34,6 +34,8 @@ pub(super) enum Key {
     Footprint(String),
     /// The last load's time of the model whose keys begin so.
     Load(String),
+    /// The files of the model whose keys begin so.
+    Files(String),
     /// A limit.
     Limit(Domain),
     /// A live worker.
@@ -48,6 +50,7 @@ pub(super) enum Key {
 #[derive(Clone, Debug)]
 pub(super) enum Value {
     Numbers(BTreeMap<String, u64>),
+    Texts(BTreeMap<String, String>),
     Number(u64),
     Text(String),
     Nothing,
@@ -276,16 +279,23 @@ fn commit(database: &Database, pending: &Pending) -> Result<(), redb::Error> {
         let mut footprints = transaction.open_table(FOOTPRINTS)?;
         let mut limits = transaction.open_table(LIMITS)?;
         let mut loads = transaction.open_table(LOADS)?;
+        let mut files = transaction.open_table(FILES)?;
         let mut workers = transaction.open_table(WORKERS)?;
         let mut decisions = transaction.open_table(DECISIONS)?;
         let mut runs = transaction.open_table(RUNS)?;
         for (key, value) in pending {
             match (key, value) {
                 (Key::Footprint(model), Value::Numbers(numbers)) => {
-                    replace(&mut footprints, model, numbers)?;
+                    replace(&mut footprints, model, of_numbers(numbers))?;
                 }
                 (Key::Load(model), Value::Numbers(numbers)) => {
-                    replace(&mut loads, model, numbers)?;
+                    replace(&mut loads, model, of_numbers(numbers))?;
+                }
+                (Key::Files(model), Value::Texts(texts)) => {
+                    let texts = texts
+                        .iter()
+                        .map(|(key, text)| (key.as_str(), text.as_str()));
+                    replace(&mut files, model, texts)?;
                 }
                 (Key::Limit(_), Value::Numbers(numbers)) => {
                     for (key, bytes) in numbers {
@@ -313,6 +323,7 @@ fn commit(database: &Database, pending: &Pending) -> Result<(), redb::Error> {
                 (
                     Key::Footprint(_)
                     | Key::Load(_)
+                    | Key::Files(_)
                     | Key::Limit(_)
                     | Key::Decision(_)
                     | Key::Run(_),
@@ -325,15 +336,19 @@ fn commit(database: &Database, pending: &Pending) -> Result<(), redb::Error> {
     Ok(())
 }
 
-/// Puts these numbers in the place of all whose keys begin so.
-fn replace(
-    table: &mut redb::Table<'_, &'static str, u64>,
+fn of_numbers(numbers: &BTreeMap<String, u64>) -> impl Iterator<Item = (&str, u64)> {
+    numbers.iter().map(|(key, number)| (key.as_str(), *number))
+}
+
+/// Puts these entries in the place of all whose keys begin so.
+fn replace<'a, V: redb::Value + 'static>(
+    table: &mut redb::Table<'_, &'static str, V>,
     beginning: &str,
-    numbers: &BTreeMap<String, u64>,
+    entries: impl Iterator<Item = (&'a str, V::SelfType<'a>)>,
 ) -> Result<(), redb::Error> {
     table.retain(|key, _| !key.starts_with(beginning))?;
-    for (key, number) in numbers {
-        table.insert(key.as_str(), number)?;
+    for (key, value) in entries {
+        table.insert(key, value)?;
     }
     Ok(())
 }

@@ -251,6 +251,7 @@ mod tests {
             upstream: Upstream::Unix("/nowhere".into()),
             port: None,
             socket: None,
+            notify: None,
             report: "/nowhere".into(),
             log_from: 0,
             gpus: Vec::new(),

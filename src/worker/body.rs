@@ -8,6 +8,8 @@ use tracing::{debug, warn};
 use super::Shared;
 use super::adopt::{self, Adoptee};
 use super::command::{self, Launch, Names};
+use super::notify::{self, Notices};
+use super::opened::Opened;
 use super::output::Log;
 use super::port::{Held, Ports};
 use super::process::Process;
@@ -22,6 +24,10 @@ pub(super) struct Body {
     pub(super) process: Process,
     pub(super) log: Log,
     pub(super) port: Option<Held>,
+    /// Where it says that it is ready, when it is to say so.
+    pub(super) notices: Option<Notices>,
+    /// The connection of the probe that it passed.
+    pub(super) opened: Opened,
     /// What a later residentd must know of it.
     pub(super) record: WorkerRecord,
 }
@@ -51,6 +57,7 @@ impl Body {
             gpus,
         };
         let report = shared.own_file("reports")?;
+        let notices = listen(shared, spec)?;
         let launch = Launch::new(spec, names)?;
         let failed = |what: &'static str| move |error: std::io::Error| format!("{what}: {error}");
         let mut log = open_log(shared, worker, spec).map_err(failed("open its log"))?;
@@ -63,6 +70,11 @@ impl Body {
         let errors = output.try_clone().map_err(failed("open its log"))?;
         let mark = shared.owner.mark(worker);
         let mut command = launch.command(&mark, &report, output, errors);
+        // Never that of residentd itself.
+        command.env_remove(notify::VARIABLE);
+        if let Some(notices) = &notices {
+            command.env(notify::VARIABLE, notices.path());
+        }
         // Held until the child is noted, so that the reaper leaves it alone.
         let mut leaders = shared.leaders.lock();
         let child = command
@@ -95,6 +107,7 @@ impl Body {
             upstream: launch.upstream,
             port: port.as_ref().map(|held| held.port),
             socket,
+            notify: notices.as_ref().map(|notices| notices.path().to_owned()),
             report,
             log_from,
             gpus: gpus.iter().map(|gpu| gpu.uuid.clone()).collect(),
@@ -106,6 +119,8 @@ impl Body {
             process,
             log,
             port,
+            notices,
+            opened: Opened::default(),
             record,
         };
         Ok((pid, body))
@@ -130,6 +145,8 @@ impl Body {
         drop(leaders);
         Ok(Self {
             port: record.port.map(Ports::rejoin),
+            notices: listen_again(&record),
+            opened: Opened::default(),
             process,
             log,
             record,
@@ -148,6 +165,28 @@ fn open_log(shared: &Shared, worker: &WorkerId, spec: &ModelSpec) -> std::io::Re
         }
         opened => opened,
     }
+}
+
+/// Listens for the worker to say that it is ready, when it is to say so.
+fn listen(shared: &Shared, spec: &ModelSpec) -> Result<Option<Notices>, String> {
+    matches!(spec.ready, ReadyCheck::Notify)
+        .then(|| Notices::listen(shared.socket()?).map_err(text))
+        .transpose()
+}
+
+/// Listens again where the worker was told to say that it is ready: its
+/// environment cannot be changed. Where that cannot be done, a worker that still
+/// loads counts as ready with the first connection that it accepts.
+fn listen_again(record: &WorkerRecord) -> Option<Notices> {
+    let path = record.notify.as_ref()?;
+    // What lies there belonged to a residentd that is no more.
+    let _ = std::fs::remove_file(path);
+    Notices::listen(path.clone())
+        .inspect_err(|error| {
+            let worker = &record.worker;
+            warn!(%worker, path = %path.display(), %error, "a worker is not heard when it says that it is ready");
+        })
+        .ok()
 }
 
 fn text(error: std::io::Error) -> String {

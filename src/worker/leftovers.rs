@@ -63,7 +63,10 @@ async fn end(roots: &[ProcessKey], clock: Clock, why: &'static str) {
 pub fn tidy(state: &Path, found: &Inspected) {
     let kept = |path: &Path| {
         let mut records = found.adoptees.iter().map(|adoptee| &adoptee.record);
-        records.any(|record| record.report == path || record.socket.as_deref() == Some(path))
+        records.any(|record| {
+            let sockets = [&record.socket, &record.notify];
+            record.report == path || sockets.into_iter().flatten().any(|socket| socket == path)
+        })
     };
     for folder in OWN_FOLDERS {
         let Ok(files) = std::fs::read_dir(state.join(folder)) else {

@@ -11,9 +11,10 @@
 //! ```
 //!
 //! `Parked` and `Unparked` answer an order each; after a `ParkFailed` the worker
-//! is only good to be ended.
+//! is only good to be ended. `Used` comes once at most, some time after `Ready`.
 //!
 //! `Exited` means that the whole tree is gone and reaped, not just the leader.
+//! `Prefetched` tells of a model's files, with or without a worker.
 
 mod adopt;
 mod body;
@@ -23,9 +24,12 @@ mod guard;
 mod leftovers;
 mod listener;
 mod liveness;
+mod notify;
+mod opened;
 mod output;
 mod park;
 mod port;
+mod prefetch;
 mod probe;
 mod process;
 mod reaper;
@@ -46,8 +50,12 @@ use tokio::sync::{mpsc, watch};
 pub use self::adopt::{Adoptee, Inspected, Unfit, inspect, origin};
 pub use self::guard::{Guard, keep_guard};
 pub use self::leftovers::{end_left_behind, end_orphans, tidy};
+pub use self::opened::{Opened, Stream};
 pub use self::output::{TAIL_LINES, Tail};
 use self::port::Ports;
+pub use self::prefetch::{
+    Cached, CachedModels, PrefetchOrder, PrefetchReport, Prefetching, Survey,
+};
 use self::reaper::Leaders;
 pub use self::reaper::become_subreaper;
 use self::task::Life;
@@ -83,7 +91,7 @@ pub struct SpawnOrder {
     /// one once it runs.
     pub origin: String,
     /// Where its events go. Unbounded because a task that reaps cannot wait;
-    /// five events at most per worker bound it, and one for each park or unpark.
+    /// six events at most per worker bound it, and one for each park or unpark.
     pub events: mpsc::UnboundedSender<WorkerEvent>,
 }
 
@@ -156,7 +164,18 @@ pub enum WorkerEvent {
         worker: WorkerId,
         /// Where it answers.
         upstream: Upstream,
+        /// The connection that it has answered on.
+        opened: Opened,
     },
+    /// Which files it maps or has open, some time after it was ready.
+    Used {
+        /// Which worker.
+        worker: WorkerId,
+        /// Regular files of some size that it only reads, each once.
+        files: Vec<PathBuf>,
+    },
+    /// What became of reading a model's files ahead.
+    Prefetched(PrefetchReport),
     /// The worker answered every call that parks it.
     Parked {
         /// Which worker.

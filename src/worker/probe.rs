@@ -1,4 +1,8 @@
 //! Asks a worker whether it can answer.
+//!
+//! A probe leaves its connection for the first request when it is as good as a
+//! new one: the worker speaks HTTP/1.1, does not close, and its answer was read
+//! to its end.
 
 use std::io::{Error, ErrorKind, Result};
 use std::time::Duration;
@@ -6,13 +10,16 @@ use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::{TcpStream, UnixStream};
 
+use super::opened::Stream;
 use crate::model::{ReadyCheck, Upstream};
 
 /// While a worker starts, one that accepts and does not answer is asked again
 /// after this.
 const TIMEOUT: Duration = Duration::from_secs(1);
-/// A status line is shorter than this.
-const HEAD: usize = 256;
+/// The end of an answer is waited for so long; what it says is known before.
+const REST: Duration = Duration::from_millis(2);
+/// The answer to a probe is shorter than this, or its connection is not kept.
+const LONGEST: usize = 16 << 10;
 
 /// What a worker answered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -27,35 +34,54 @@ pub(super) enum Answer {
     Nothing,
 }
 
-/// Returns whether the worker passes the check now. A check by log line is
-/// not asked for here and never passes.
-pub(super) async fn passes(check: &ReadyCheck, upstream: &Upstream) -> bool {
-    !matches!(check, ReadyCheck::Log(_)) && ask(check, upstream, TIMEOUT).await == Answer::Passes
+/// A check that was passed, and its connection if it can be used again.
+pub(super) type Passed = Option<Stream>;
+
+/// Returns whether a worker that starts passes the check now.
+pub(super) async fn passes(check: &ReadyCheck, upstream: &Upstream) -> Option<Passed> {
+    match probe(check, upstream, TIMEOUT).await {
+        (Answer::Passes, stream) => Some(stream),
+        _ => None,
+    }
 }
 
-/// Asks a worker once. One that shows by a log line that it is ready is asked
-/// for a connection.
+/// Asks a ready worker once.
 pub(super) async fn ask(check: &ReadyCheck, upstream: &Upstream, timeout: Duration) -> Answer {
+    probe(check, upstream, timeout).await.0
+}
+
+/// Asks a worker once. One that shows by a log line or by a notice that it is
+/// ready is asked for a connection.
+async fn probe(check: &ReadyCheck, upstream: &Upstream, timeout: Duration) -> (Answer, Passed) {
     let asked = tokio::time::timeout(timeout, async {
-        match check {
-            ReadyCheck::Log(_) | ReadyCheck::Tcp => {
-                connect(upstream).await.map(|()| Answer::Passes)
+        let stream = connect(upstream).await?;
+        let (path, status) = match check {
+            // Nothing was sent on it: it is a new connection.
+            ReadyCheck::Log(_) | ReadyCheck::Notify | ReadyCheck::Tcp => {
+                return Ok((Answer::Passes, Some(stream)));
             }
-            ReadyCheck::Http { path, status } => {
-                let code = get(upstream, path).await?;
-                let good = status.map_or((200..300).contains(&code), |s| s == code);
-                Ok(if good {
-                    Answer::Passes
-                } else {
-                    Answer::Status(code)
-                })
+            ReadyCheck::Http { path, status } => (path, *status),
+        };
+        let is_good = |code: u16| status.map_or((200..300).contains(&code), |s| s == code);
+        let (code, kept) = match stream {
+            Stream::Tcp(stream) => {
+                let (code, kept) = get(stream, (&upstream.to_string(), path), is_good).await?;
+                (code, kept.map(Stream::Tcp))
             }
-        }
+            Stream::Unix(stream) => {
+                let (code, kept) = get(stream, ("localhost", path), is_good).await?;
+                (code, kept.map(Stream::Unix))
+            }
+        };
+        Ok(match is_good(code) {
+            true => (Answer::Passes, kept),
+            false => (Answer::Status(code), None),
+        })
     });
     match asked.await {
         Ok(Ok(answer)) => answer,
-        Ok(Err(error)) if is_refused(&error) => Answer::Refused,
-        Ok(Err(_)) | Err(_) => Answer::Nothing,
+        Ok(Err(error)) if is_refused(&error) => (Answer::Refused, None),
+        Ok(Err(_)) | Err(_) => (Answer::Nothing, None),
     }
 }
 
@@ -68,49 +94,174 @@ fn is_refused(error: &Error) -> bool {
     )
 }
 
-async fn connect(upstream: &Upstream) -> Result<()> {
-    match upstream {
-        Upstream::Tcp(address) => TcpStream::connect(address).await.map(drop),
-        Upstream::Unix(path) => UnixStream::connect(path).await.map(drop),
-    }
-}
-
-async fn get(upstream: &Upstream, path: &str) -> Result<u16> {
-    match upstream {
+async fn connect(upstream: &Upstream) -> Result<Stream> {
+    Ok(match upstream {
         Upstream::Tcp(address) => {
             let stream = TcpStream::connect(address).await?;
             stream.set_nodelay(true)?;
-            status(stream, &address.to_string(), path).await
+            Stream::Tcp(stream)
         }
-        Upstream::Unix(socket) => {
-            status(UnixStream::connect(socket).await?, "localhost", path).await
-        }
-    }
+        Upstream::Unix(path) => Stream::Unix(UnixStream::connect(path).await?),
+    })
 }
 
-async fn status<S: AsyncRead + AsyncWrite + Unpin>(
+/// Asks, and returns the status. The stream comes back when that is good and
+/// another request may follow on it.
+async fn get<S: AsyncRead + AsyncWrite + Unpin>(
     mut stream: S,
-    host: &str,
-    path: &str,
-) -> Result<u16> {
-    let request = format!(
-        "GET {path} HTTP/1.1\r\nhost: {host}\r\nuser-agent: residentd\r\nconnection: close\r\n\r\n"
-    );
+    (host, path): (&str, &str),
+    is_good: impl Fn(u16) -> bool,
+) -> Result<(u16, Option<S>)> {
+    let request = format!("GET {path} HTTP/1.1\r\nhost: {host}\r\nuser-agent: residentd\r\n\r\n");
     stream.write_all(request.as_bytes()).await?;
-    let mut head = Vec::with_capacity(HEAD);
-    while !head.contains(&b'\n') && head.len() < HEAD {
-        if stream.read_buf(&mut head).await? == 0 {
+    let mut answer = Vec::with_capacity(512);
+    while !answer.contains(&b'\n') {
+        if answer.len() > LONGEST {
+            return Err(ErrorKind::InvalidData.into());
+        }
+        if stream.read_buf(&mut answer).await? == 0 {
             return Err(ErrorKind::UnexpectedEof.into());
         }
     }
-    parse(&head).ok_or_else(|| ErrorKind::InvalidData.into())
+    let code = status(&answer).ok_or(ErrorKind::InvalidData)?;
+    if !is_good(code) {
+        return Ok((code, None));
+    }
+    let rest = tokio::time::timeout(REST, async {
+        loop {
+            match ends(&answer) {
+                End::Here => return true,
+                End::Unknown => return false,
+                End::Later => {}
+            }
+            if answer.len() > LONGEST || !matches!(stream.read_buf(&mut answer).await, Ok(1..)) {
+                return false;
+            }
+        }
+    });
+    let is_clean = rest.await.unwrap_or(false);
+    Ok((code, is_clean.then_some(stream)))
 }
 
-fn parse(head: &[u8]) -> Option<u16> {
-    let line = std::str::from_utf8(head.split(|byte| *byte == b'\n').next()?).ok()?;
+fn status(answer: &[u8]) -> Option<u16> {
+    let line = std::str::from_utf8(answer.split(|byte| *byte == b'\n').next()?).ok()?;
     let mut words = line.split(' ');
     words
         .next()
         .filter(|version| version.starts_with("HTTP/1."))?;
     words.next()?.trim().parse().ok()
+}
+
+/// Where an answer ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum End {
+    /// With the last byte that came.
+    Here,
+    /// Behind it.
+    Later,
+    /// Nobody can tell, or the worker closes.
+    Unknown,
+}
+
+/// Returns where an answer ends of which this has come. Only the plainest kind
+/// is understood: a length, or none by its status.
+fn ends(answer: &[u8]) -> End {
+    let Some(head) = answer.windows(4).position(|end| end == b"\r\n\r\n") else {
+        return End::Later;
+    };
+    let Ok(text) = std::str::from_utf8(&answer[..head]) else {
+        return End::Unknown;
+    };
+    if !text.starts_with("HTTP/1.1 ") {
+        return End::Unknown;
+    }
+    let mut length = status(answer)
+        .filter(|code| matches!(code, 204 | 304))
+        .map(|_| 0);
+    for line in text.split("\r\n").skip(1) {
+        let Some((name, value)) = line.split_once(':') else {
+            return End::Unknown;
+        };
+        let value = value.trim();
+        if name.eq_ignore_ascii_case("content-length") && length.is_none() {
+            length = value.parse::<usize>().ok();
+        } else if name.eq_ignore_ascii_case("transfer-encoding")
+            || (name.eq_ignore_ascii_case("connection")
+                && !value.eq_ignore_ascii_case("keep-alive"))
+        {
+            return End::Unknown;
+        }
+    }
+    match (length, answer.len() - head - 4) {
+        (Some(length), came) if came == length => End::Here,
+        (Some(length), came) if came < length => End::Later,
+        _ => End::Unknown,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::duplex;
+
+    use super::*;
+
+    #[test]
+    fn only_an_answer_whose_end_is_known_leaves_a_connection() {
+        let ok = "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n";
+        for (answer, end) in [
+            (format!("{ok}ok"), End::Here),
+            (format!("{ok}o"), End::Later),
+            (format!("{ok}ok!"), End::Unknown),
+            ("HTTP/1.1 200 OK\r\ncontent-le".into(), End::Later),
+            ("HTTP/1.1 204 No Content\r\n\r\n".into(), End::Here),
+            ("HTTP/1.1 200 OK\r\n\r\n".into(), End::Unknown),
+            (ok.replace("1.1", "1.0") + "ok", End::Unknown),
+            (
+                ok.replace(
+                    "Content-Length: 2",
+                    "connection: close\r\ncontent-length: 2",
+                ) + "ok",
+                End::Unknown,
+            ),
+            (
+                ok.replace(
+                    "Content-Length: 2",
+                    "Connection: keep-alive\r\ncontent-length: 2",
+                ) + "ok",
+                End::Here,
+            ),
+            (
+                ok.replace("Content-Length: 2", "transfer-encoding: chunked") + "0\r\n\r\n",
+                End::Unknown,
+            ),
+            (ok.replace(": 2", ": two") + "ok", End::Unknown),
+        ] {
+            assert_eq!(ends(answer.as_bytes()), end, "{answer}");
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_answer_that_does_not_end_in_time_counts_and_leaves_no_connection() {
+        for (answer, expected) in [
+            (
+                "HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok",
+                Some((200, true)),
+            ),
+            (
+                "HTTP/1.1 200 OK\r\ncontent-length: 9\r\n\r\nok",
+                Some((200, false)),
+            ),
+            (
+                "HTTP/1.1 503 No\r\ncontent-length: 0\r\n\r\n",
+                Some((503, false)),
+            ),
+            ("SSH-2.0-x\r\n", None),
+        ] {
+            let (ours, mut theirs) = duplex(4096);
+            theirs.write_all(answer.as_bytes()).await.expect("it fits");
+            let asked = get(ours, ("x", "/"), |code| code == 200).await;
+            let asked = asked.ok().map(|(code, kept)| (code, kept.is_some()));
+            assert_eq!(asked, expected, "{answer}");
+        }
+    }
 }

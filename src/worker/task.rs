@@ -18,11 +18,15 @@ use super::adopt::Adoptee;
 use super::body::Body;
 use super::listener::{self, Owner};
 use super::liveness::Watched;
+use super::notify::Notices;
+use super::opened::Opened;
 use super::output::Tail;
+use super::prefetch::Used;
 use super::{ExitStatus, Residence, Shared, SpawnOrder, Stop, WorkerEvent, park, probe};
 use crate::clock::Timestamp;
 use crate::gate::Pulse;
 use crate::model::{ModelSpec, PlacedGpu, ReadyCheck, WorkerId};
+use crate::procfs::ProcessTree;
 use crate::telemetry;
 
 /// At most one probe in this time, however many lines a worker prints.
@@ -108,6 +112,7 @@ impl Life {
         let begun = Begun {
             age: adoptee.age,
             was_ready: adoptee.record.ready,
+            is_adopted: true,
         };
         let worker = self.worker.clone();
         let status = match Body::adopted(&self.shared, adoptee) {
@@ -149,20 +154,28 @@ impl Life {
 
     /// Leads a worker whose processes run to its end.
     async fn lead(&mut self, mut body: Body, begun: Begun) -> Past {
+        let mut used = match begun.is_adopted {
+            false => Used::watch(Arc::clone(&body.process.tree)),
+            // Files that were closed meanwhile are not seen: only a life that is
+            // watched from its beginning teaches.
+            true => Used::default(),
+        };
         self.say(WorkerEvent::Spawned {
             worker: self.worker.clone(),
             tree: Arc::clone(&body.process.tree),
             record: Box::new(body.record.clone()),
         });
         let patience = begun.patience(self.spec.start_timeout);
-        let mut end = self.starting(&mut body, patience, begun.was_ready).await;
+        let mut end = self.starting(&mut body, patience, begun).await;
         let started = matches!(end, End::Ready);
         if started {
             self.say(WorkerEvent::Ready {
                 worker: self.worker.clone(),
                 upstream: body.record.upstream.clone(),
+                opened: std::mem::take(&mut body.opened),
             });
-            end = self.serving(&mut body).await;
+            used.ready();
+            end = self.serving(&mut body, &mut used).await;
         }
         match end {
             End::Ready | End::ByItself => {}
@@ -209,12 +222,14 @@ impl Life {
     }
 
     /// Probes until the worker answers, ends, is to stop, or its time is over.
-    async fn starting(&mut self, body: &mut Body, patience: Duration, was_ready: bool) -> End {
+    async fn starting(&mut self, body: &mut Body, patience: Duration, begun: Begun) -> End {
+        let was_ready = begun.was_ready;
         let clock = self.shared.clock;
         let since = clock.now();
         let deadline = clock.instant(since + patience);
         let mut warned = false;
         let mut probed = Timestamp::START;
+        let tree = Arc::clone(&body.process.tree);
         loop {
             let waited = clock.now().since(since);
             let poll = (waited / 50).clamp(POLL.0, POLL.1);
@@ -222,21 +237,24 @@ impl Life {
             tokio::select! {
                 _ = body.process.exited() => return End::ByItself,
                 () = stopped(&mut self.stop) => return End::Asked,
-                () = tokio::time::sleep_until(deadline) => return End::NeverReady,
+                () = tokio::time::sleep_until(deadline) => return self.late(body, begun).await,
+                () = noticed(body.notices.as_ref(), &tree) => return End::Ready,
                 () = body.log.changed() => lines = body.log.drain(&self.tail).await,
                 () = tokio::time::sleep(poll) => lines = body.log.drain(&self.tail).await,
             }
+            if was_ready && self.shows_once() && self.answers_for(body, &mut warned) {
+                return End::Ready;
+            }
             if let ReadyCheck::Log(pattern) = &self.spec.ready {
-                // Its sign came long ago.
-                if was_ready && self.answers_for(body, &mut warned) {
-                    return End::Ready;
-                }
                 // Some print a sign and no end of the line.
                 let unfinished = body.log.unfinished();
                 let mut printed = lines.iter().chain([&unfinished]);
                 if !was_ready && printed.any(|line| pattern.is_match(line)) {
                     return End::Ready;
                 }
+                continue;
+            }
+            if body.notices.is_some() {
                 continue;
             }
             let gap = PROBE_GAP.saturating_sub(clock.now().since(probed));
@@ -251,9 +269,34 @@ impl Life {
                 () = tokio::time::sleep_until(deadline) => return End::NeverReady,
             };
             probed = clock.now();
-            if passes && self.answers_for(body, &mut warned) {
+            if let Some(opened) = passes
+                && self.answers_for(body, &mut warned)
+            {
+                body.opened = Opened::new(opened);
                 return End::Ready;
             }
+        }
+    }
+
+    /// Whether a worker shows only once that it is ready: long ago, for one that
+    /// was ready already.
+    fn shows_once(&self) -> bool {
+        matches!(self.spec.ready, ReadyCheck::Log(_) | ReadyCheck::Notify)
+    }
+
+    /// What to think of a worker that did not show in time that it is ready. One
+    /// that was taken back may have said so while no residentd listened; it is
+    /// believed when it accepts a connection.
+    async fn late(&self, body: &mut Body, begun: Begun) -> End {
+        if !begun.is_adopted || body.notices.is_none() {
+            return End::NeverReady;
+        }
+        match probe::passes(&self.spec.ready, &body.record.upstream).await {
+            Some(opened) if self.answers_for(body, &mut false) => {
+                body.opened = Opened::new(opened);
+                End::Ready
+            }
+            _ => End::NeverReady,
         }
     }
 
@@ -270,7 +313,7 @@ impl Life {
         owner != Owner::Stranger
     }
 
-    async fn serving(&mut self, body: &mut Body) -> End {
+    async fn serving(&mut self, body: &mut Body, used: &mut Used) -> End {
         let watched = Watched {
             worker: self.worker.clone(),
             spec: Arc::clone(&self.spec),
@@ -278,6 +321,7 @@ impl Life {
             tree: Arc::clone(&body.process.tree),
             pulse: Arc::clone(&self.pulse),
         };
+        let tree = Arc::clone(&body.process.tree);
         let ails = watched.ails(self.shared.clock);
         let mut ails = pin!(ails.fuse());
         loop {
@@ -292,6 +336,13 @@ impl Life {
                 () = body.log.changed() => {
                     body.log.drain(&self.tail).await;
                 }
+                // Nothing follows from it; but whoever says more waits when
+                // nobody listens.
+                () = noticed(body.notices.as_ref(), &tree) => {}
+                files = used.found() => self.say(WorkerEvent::Used {
+                    worker: self.worker.clone(),
+                    files,
+                }),
                 residence = ordered(&mut self.residence) => {
                     if let Some(end) = self.moving(body, residence).await {
                         return end;
@@ -384,6 +435,14 @@ impl Life {
     }
 }
 
+/// Waits until the worker says that it is ready, where it is to say so.
+async fn noticed(notices: Option<&Notices>, tree: &ProcessTree) {
+    match notices {
+        Some(notices) => notices.ready(tree).await,
+        None => std::future::pending().await,
+    }
+}
+
 /// Waits until the worker is to stop.
 async fn stopped(stop: &mut watch::Receiver<Stop>) {
     wait_for(stop, Stop::Graceful).await;
@@ -415,6 +474,7 @@ async fn wait_for(stop: &mut watch::Receiver<Stop>, least: Stop) {
 struct Begun {
     age: Duration,
     was_ready: bool,
+    is_adopted: bool,
 }
 
 impl Begun {

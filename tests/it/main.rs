@@ -14,6 +14,7 @@ mod liveness;
 mod memory;
 mod patience;
 mod policies;
+mod prefetch;
 mod pressure;
 mod proxy;
 mod reload;

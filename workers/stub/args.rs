@@ -41,6 +41,12 @@ pub(crate) struct Args {
     #[arg(long, default_value_t = true, action = ArgAction::Set, num_args = 0..=1,
         default_missing_value = "true")]
     pub(crate) ready_line: bool,
+    /// When ready, say so to the socket in `NOTIFY_SOCKET`, as `sd_notify` does.
+    #[arg(long)]
+    pub(crate) notify: bool,
+    /// Where to.
+    #[arg(long, env = "NOTIFY_SOCKET")]
+    pub(crate) notify_socket: Option<PathBuf>,
     /// Print nothing at all.
     #[arg(long)]
     pub(crate) silent: bool,

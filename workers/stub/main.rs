@@ -22,6 +22,7 @@ mod state;
 mod vram;
 
 use std::io::{self, Write};
+use std::os::unix::net::UnixDatagram;
 use std::process::ExitCode;
 use std::sync::Arc;
 
@@ -156,10 +157,25 @@ fn announce(stub: &Stub, address: &str) {
     if stub.args.ready_line {
         say(stub, &format!("ready on {address}"));
     }
+    if let Some(socket) = stub
+        .args
+        .notify_socket
+        .as_ref()
+        .filter(|_| stub.args.notify)
+    {
+        notify(socket);
+    }
     if let Some(path) = stub.args.ready_stamp.clone() {
         let stamp = json!({"monotonic_ns": monotonic_ns, "unix_ns": unix_ns}).to_string();
         // A disk is slow; the first answer does not wait for it.
         std::thread::spawn(move || write_stamp(&path, &stamp));
+    }
+}
+
+fn notify(socket: &std::path::Path) {
+    let told = UnixDatagram::unbound().and_then(|from| from.send_to(b"READY=1\n", socket));
+    if let Err(error) = told {
+        let _ = writeln!(io::stderr(), "stub-worker: notify: {error}");
     }
 }
 

@@ -171,15 +171,7 @@ impl Court {
             | Effect::CleanedUp { ticket, .. } => {
                 self.answer(ticket);
             }
-            Effect::Spawn { worker, gpus, .. } => {
-                let wanted = self.world.policy.models()[&worker.model].spec.gpus.count();
-                assert_eq!(gpus.len(), wanted, "{worker} on {gpus:?}");
-                self.judge_gpus(&worker, &gpus);
-                self.world.placed.insert(worker.clone(), gpus);
-                self.moving.insert(worker.clone());
-                let before = self.live.insert(worker.model.clone(), worker.generation);
-                assert_eq!(before, None, "{worker} is a second worker of its model");
-            }
+            Effect::Spawn { worker, gpus, .. } => self.judge_spawn(worker, gpus),
             Effect::Evict { worker, reason, .. } => {
                 self.judge_generation(&worker);
                 let pinned = self.world.policy.models()[&worker.model].pinned;
@@ -223,13 +215,25 @@ impl Court {
                 }
                 self.moving.insert(worker);
             }
-            Effect::Reclaimed { .. }
+            Effect::Prefetch { .. } => unreachable!("no model here has its files read"),
+            Effect::CallOff { .. }
+            | Effect::Reclaimed { .. }
             | Effect::Learn { .. }
             | Effect::Forget { .. }
             | Effect::Finished => {}
             park => return self.judge_park(park),
         }
         None
+    }
+
+    fn judge_spawn(&mut self, worker: WorkerId, gpus: Vec<u32>) {
+        let wanted = self.world.policy.models()[&worker.model].spec.gpus.count();
+        assert_eq!(gpus.len(), wanted, "{worker} on {gpus:?}");
+        self.judge_gpus(&worker, &gpus);
+        self.world.placed.insert(worker.clone(), gpus);
+        self.moving.insert(worker.clone());
+        let before = self.live.insert(worker.model.clone(), worker.generation);
+        assert_eq!(before, None, "{worker} is a second worker of its model");
     }
 
     /// A worker that is drained to make room is not pinned, and somebody has

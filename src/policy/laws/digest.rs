@@ -173,6 +173,7 @@ impl Digest {
             leaving,
             killed,
             drain_until,
+            prefetches,
             reservation,
             usage,
             activity,
@@ -192,6 +193,7 @@ impl Digest {
         } = model;
         assert!(!outdated && !removed, "reloads are not explored");
         assert!(spec.park.is_none(), "parks are not explored");
+        assert!(!prefetches, "reading ahead is not explored");
         self.add((phase, pinned, queue.len(), wanted, killed, activity.inside));
         self.reason(leaving.as_ref());
         if let Some(at) = drain_until.filter(|_| *phase == Phase::Draining) {

@@ -197,7 +197,7 @@ fn in_words(effect: &Effect) -> Option<String> {
         Effect::Unpark { worker, .. } => Some(format!("unpark {worker}")),
         Effect::Parked { worker, .. } => Some(format!("{worker} is parked")),
         Effect::Forget { model, .. } => Some(format!("forget {model}")),
-        Effect::Learn { .. } => None,
+        Effect::Learn { .. } | Effect::Prefetch { .. } | Effect::CallOff { .. } => None,
         Effect::Finished => Some("finished".to_owned()),
     }
 }

@@ -102,6 +102,8 @@ fn a_model_that_died_for_want_of_memory_is_expected_to_need_more_next_time() {
         | Effect::Drain { .. }
         | Effect::Resume { .. }
         | Effect::Forget { .. }
+        | Effect::Prefetch { .. }
+        | Effect::CallOff { .. }
         | Effect::Terminate { .. }
         | Effect::Reclaimed { .. }
         | Effect::Finished => None,

@@ -9,4 +9,5 @@ mod leaving;
 mod parked;
 mod parking;
 mod patience;
+mod prefetching;
 mod waking;

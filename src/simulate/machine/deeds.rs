@@ -114,6 +114,8 @@ impl Machine {
             | Effect::Parked { .. }
             | Effect::Learn { .. }
             | Effect::Forget { .. }
+            | Effect::Prefetch { .. }
+            | Effect::CallOff { .. }
             | Effect::Finished => {}
         }
         None

@@ -186,7 +186,10 @@ async fn events_are_picked_by_model_kind_and_place_and_limited() {
     let answer = world.get("/api/v1/events?kind=evicts").await;
     let message = answer.json()["detail"].clone();
     let message = message.as_str().expect("a text");
-    assert!(message.contains("spawn, ready, wait, evict"), "{message}");
+    assert!(
+        message.contains("spawn, ready, prefetch, wait, evict"),
+        "{message}"
+    );
 }
 
 #[tokio::test]

@@ -220,6 +220,7 @@ fn stopped(spec: Arc<ModelSpec>) -> ModelView {
         last_error: None,
         retry_at: None,
         file_size: Bytes::ZERO,
+        cached: None,
     }
 }
 
@@ -243,6 +244,7 @@ fn gemma() -> ModelView {
                 generation: 3,
             },
             upstream: Upstream::Tcp(SocketAddr::from(([127, 0, 0, 1], 9))),
+            opened: Opened::default(),
             gate,
             pulse: Arc::default(),
             closing: CancellationToken::new(),
@@ -286,6 +288,7 @@ fn gemma() -> ModelView {
         }),
         last_load: Some(Duration::from_millis(2500)),
         file_size: Bytes::mib(512),
+        cached: Some(Bytes::mib(384)),
         ..stopped(spec)
     }
 }

@@ -243,6 +243,8 @@ fn deed(effect: &Effect) -> Option<Deed> {
         | Effect::Parked { .. }
         | Effect::Reclaimed { .. }
         | Effect::Learn { .. }
+        | Effect::Prefetch { .. }
+        | Effect::CallOff { .. }
         | Effect::Finished => None,
     }
 }

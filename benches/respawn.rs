@@ -1,0 +1,164 @@
+//! How soon a worker is there again: what a spawn costs from a large residentd,
+//! and a load whose file is cached, read ahead, or on the disk only.
+
+use std::fs::File;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use residentd::clock::Clock;
+use residentd::model::{ModelName, ModelSpec, ReadyCheck, UpstreamSpec, WorkerId};
+use residentd::procfs::mark::Owner;
+use residentd::worker::{ProcessSpawner, SpawnOrder, Spawner, Stop, WorkerEvent, WorkerSettings};
+use rustix::fs::{Advice, fadvise};
+
+use crate::serving::{BODY, Bare, LOG};
+use crate::support::residentd::STUB;
+use crate::support::{Residentd, now, request};
+use crate::{median, millis, print};
+
+const SPAWNS: usize = 31;
+const ROUNDS: usize = 5;
+/// Size of the file that workers map.
+const FILE: usize = 1 << 30;
+/// Held by this process while it spawns.
+const BALLAST: usize = 1 << 30;
+
+/// S12: from the order to spawn until the worker is told to run, log, mark and
+/// all, by a process that has grown to 1 GiB; the goal as base. A fork would
+/// copy its page tables, so the same from a small process stands beside it.
+pub(crate) fn spawn() {
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+        .expect("a runtime");
+    let folder = tempfile::tempdir().expect("a folder");
+    let small = runtime.block_on(spawns(folder.path()));
+    let mut ballast = vec![0_u8; BALLAST];
+    for page in ballast.chunks_mut(4096) {
+        page[0] = 1;
+    }
+    let large = runtime.block_on(spawns(folder.path()));
+    std::hint::black_box(&ballast);
+    print("S12-spawn-1GiB", large, 1.0, "ms");
+    print("S12-spawn-1GiB-beside-small", large, small, "ms");
+}
+
+/// Median time of a spawn.
+async fn spawns(folder: &Path) -> f64 {
+    let clock = Clock::start();
+    let owner = Owner::this_process("bench".into());
+    let spawner = ProcessSpawner::new(WorkerSettings::new(clock, folder.to_owned(), owner));
+    let command = ["sleep", "60"].map(str::to_owned).into();
+    let spec = Arc::new(ModelSpec {
+        ready: ReadyCheck::Notify,
+        upstream: UpstreamSpec::Tcp("127.0.0.1:9".into()),
+        ..ModelSpec::plain(ModelName::new("m").expect("a good name"), command)
+    });
+    let mut took = Vec::new();
+    for generation in 0..u64::try_from(SPAWNS).expect("a count") {
+        #[expect(clippy::disallowed_methods, reason = "one worker tells a few events")]
+        let (events, mut told) = tokio::sync::mpsc::unbounded_channel();
+        let worker = WorkerId {
+            model: spec.name.clone(),
+            generation,
+        };
+        let began = now();
+        let handle = spawner.spawn(SpawnOrder {
+            worker,
+            spec: Arc::clone(&spec),
+            gpus: Vec::new(),
+            origin: String::new(),
+            events,
+        });
+        let first = told.recv().await;
+        took.push(millis(began.elapsed()));
+        assert!(
+            matches!(first, Some(WorkerEvent::Spawned { .. })),
+            "{first:?}"
+        );
+        handle.stop(Stop::Kill);
+        while told.recv().await.is_some() {}
+    }
+    median(took)
+}
+
+/// S14: a worker that maps a file of 1 GiB and touches all of it, evicted and
+/// asked for again: with the file still cached, beside the same worker alone;
+/// with it on the disk only, but read ahead while the victim ends; and, beside
+/// the same worker alone on a cold file, with no time to read ahead.
+pub(crate) fn warm() {
+    let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("a folder");
+    let file = weights(folder.path());
+    let shown = file.display().to_string();
+    let flags = ["--map", shown.as_str()];
+    let config = format!(
+        "[memory]\nlimit = \"1200MiB\"\nreserve = \"16MiB\"\n\
+         [models.m]\ncommand = '{STUB} --port ${{PORT}} --name m --map {shown}'\nmemory = \"1100MiB\"\n\
+         [models.victim]\ncommand = '{STUB} --port ${{PORT}} --name victim --slow-exit 5s'\nmemory = \"1100MiB\"\n"
+    );
+    let residentd = Residentd::start_with(&config, &LOG);
+    let unload = |name: &str| {
+        let path = format!("/api/v1/models/{name}/unload");
+        assert_eq!(residentd.ask("POST", &path, None).status, 200);
+    };
+    let ask = || {
+        let began = now();
+        assert_eq!(residentd.complete("m").status, 200);
+        millis(began.elapsed())
+    };
+    let bare = || {
+        let began = now();
+        let worker = Bare::start(&flags);
+        let started = millis(began.elapsed());
+        let answer = request(&worker.address, "POST", "/v1/completions", Some(BODY));
+        assert_eq!(answer.expect("an answer").status, 200);
+        let answered = millis(began.elapsed());
+        worker.end();
+        (started, answered)
+    };
+    let loaded = || {
+        let took = residentd.model("m")["last_load_seconds"].as_f64();
+        took.expect("it was loaded") * 1e3
+    };
+    let mut rows: [(Vec<f64>, Vec<f64>); 3] = Default::default();
+    bare();
+    for _ in 0..ROUNDS {
+        rows[0].0.push(ask());
+        unload("m");
+        rows[0].1.push(bare().1);
+
+        assert_eq!(residentd.complete("victim").status, 200);
+        drop_cache(&file);
+        ask();
+        rows[1].0.push(loaded());
+        unload("m");
+        rows[1].1.push(bare().0);
+
+        drop_cache(&file);
+        rows[2].0.push(ask());
+        unload("m");
+        drop_cache(&file);
+        rows[2].1.push(bare().1);
+    }
+    let names = ["S14-cached", "S14-prefetched", "S14-cold"];
+    for (name, (ours, base)) in names.into_iter().zip(rows) {
+        print(name, median(ours), median(base), "ms");
+    }
+}
+
+fn weights(folder: &Path) -> PathBuf {
+    let path = folder.join("weights.bin");
+    let mut file = File::create(&path).expect("a file");
+    let piece: Vec<u8> = (0..1_u32 << 20).map(|i| i.to_le_bytes()[1]).collect();
+    for _ in 0..FILE >> 20 {
+        file.write_all(&piece).expect("written");
+    }
+    file.sync_all().expect("it is on the disk");
+    path
+}
+
+fn drop_cache(path: &Path) {
+    let file = File::open(path).expect("it is there");
+    fadvise(&file, 0, None, Advice::DontNeed).expect("a file on a disk");
+}
