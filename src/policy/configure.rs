@@ -11,9 +11,11 @@
 use std::sync::Arc;
 
 use super::event::Effect;
+use super::failures::Failures;
 use super::footprint::declared;
-use super::lifecycle::{Failures, ModelState};
-use super::words::{EvictReason, Phase, Refusal};
+use super::lifecycle::ModelState;
+use super::reason::EvictReason;
+use super::words::{Phase, Refusal};
 use super::{Policy, Settings, Setup};
 use crate::clock::Timestamp;
 use crate::model::{Bytes, Domain, ModelName};

@@ -6,7 +6,8 @@ use std::time::Duration;
 use super::Policy;
 use super::event::{Effect, Ticket};
 use super::lifecycle::ModelState;
-use super::words::{EvictReason, Phase, Refusal};
+use super::reason::EvictReason;
+use super::words::{Phase, Refusal};
 use crate::clock::Timestamp;
 use crate::model::{Ailment, Domain, ModelName, WorkerId};
 

@@ -5,7 +5,8 @@ use std::time::Duration;
 
 use super::configure::Change;
 use super::history::History;
-use super::words::{EvictReason, Expected, Refusal, Skip};
+use super::reason::EvictReason;
+use super::words::{Expected, Refusal, Skip};
 use crate::clock::Timestamp;
 use crate::model::{
     Ailment, Bytes, Domain, Footprint, GpuVendor, ModelName, PrefetchReason, WorkerId,

@@ -13,8 +13,9 @@ use super::Policy;
 use super::event::{Effect, Event, Ticket};
 use super::ledger::Need;
 use super::lifecycle::ModelState;
+use super::reason::EvictReason;
 use super::verdict::{Plan, missing};
-use super::words::{EvictReason, Phase, Protection, Refusal, Shortage};
+use super::words::{Phase, Protection, Refusal, Shortage};
 use crate::clock::Timestamp;
 use crate::model::{Bytes, Domain, ModelName, WorkerId};
 

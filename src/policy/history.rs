@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use super::words::EvictReason;
+use super::reason::EvictReason;
 use crate::clock::Timestamp;
 
 /// What happened to one model since the start.

@@ -10,7 +10,8 @@
 //! | `admission` | who waits, who is granted, who is turned away, what is loaded next |
 //! | `verdict` | whether one model may start, must wait, or takes others' place |
 //! | `adoption` | nothing: takes in workers that an earlier residentd spawned |
-//! | `lifecycle` | one model's phases, backoff and breaker |
+//! | `lifecycle` | one model's phases |
+//! | `failures` | how long a model that failed rests: backoff and breaker |
 //! | `ledger` | is there room, and when are bytes back |
 //! | `footprint` | what a load is expected to need |
 //! | `placement` | which GPUs a model goes to |
@@ -34,6 +35,7 @@ mod departure;
 mod event;
 mod eviction;
 mod explain;
+mod failures;
 mod footprint;
 mod history;
 mod ledger;
@@ -43,6 +45,7 @@ mod patience;
 mod placement;
 mod prefetch;
 mod pressure;
+mod reason;
 mod relief;
 mod reuse;
 mod verdict;
@@ -67,11 +70,12 @@ pub use lifecycle::ModelState;
 pub use parking::ParkFault;
 pub use pressure::Threshold;
 use pressure::{Levels, Look, Thresholds};
+pub use reason::EvictReason;
 use relief::Cleanup;
 use reuse::{Common, Worth};
 pub use words::{
-    EvictReason, Expectation, Expected, ExpectedSource, Phase, PressureLevel, Protection, Refusal,
-    Shortage, Skip,
+    Expectation, Expected, ExpectedSource, Phase, PressureLevel, Protection, Refusal, Shortage,
+    Skip,
 };
 
 use crate::clock::Timestamp;

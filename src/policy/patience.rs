@@ -17,8 +17,9 @@ use super::event::Effect;
 use super::eviction::{self, Candidate};
 use super::ledger::{self, Need};
 use super::lifecycle::ModelState;
+use super::reason::EvictReason;
 use super::verdict::{Plan, missing};
-use super::words::{EvictReason, Phase};
+use super::words::Phase;
 use crate::clock::Timestamp;
 use crate::model::ModelName;
 

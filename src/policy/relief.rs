@@ -7,7 +7,8 @@ use super::Policy;
 use super::event::{CleanupOrder, CleanupReport, Effect, Skipped, Ticket};
 use super::ledger::Reclaimed;
 use super::lifecycle::ModelState;
-use super::words::{EvictReason, Phase, PressureLevel, Protection, Skip};
+use super::reason::EvictReason;
+use super::words::{Phase, PressureLevel, Protection, Skip};
 use crate::clock::Timestamp;
 use crate::model::{Bytes, Domain, ModelName, WorkerId};
 

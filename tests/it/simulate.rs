@@ -70,12 +70,16 @@ fn rules(policy: &str, patience: &str) -> Rules {
     }
 }
 
+/// The same where busy workers are drained, which the two do by other rules: see
+/// `expected.toml`.
+const TOLERANCE_DRAINS_PERCENT: u64 = 3;
+
 /// Few loads may differ by as many as this: ties are broken otherwise.
 const TOLERANCE_LOADS: u64 = 4;
 
-fn agrees(ours: u64, theirs: u64) -> bool {
+fn agrees(ours: u64, theirs: u64, percent: u64) -> bool {
     let difference = ours.abs_diff(theirs);
-    difference * 100 <= theirs * TOLERANCE_PERCENT || difference <= TOLERANCE_LOADS
+    difference * 100 <= theirs * percent || difference <= TOLERANCE_LOADS
 }
 
 #[test]
@@ -87,7 +91,7 @@ fn a21_serial_loads_agree_with_an_independent_simulation_within_2_percent() {
         let ours = play(&workload, Mode::Serial, rules, row.limit_gib);
         let what = format!("{} at {} GiB", row.policy, row.limit_gib);
         assert!(
-            agrees(ours.loads, row.loads),
+            agrees(ours.loads, row.loads, TOLERANCE_PERCENT),
             "{what}: {} loads, {} expected",
             ours.loads,
             row.loads
@@ -110,8 +114,12 @@ fn a21_timed_loads_agree_with_an_independent_simulation() {
         let rules = rules(&row.policy, &row.patience);
         let ours = play(&workload, Mode::Timed, rules, row.limit_gib);
         let what = format!("{} at {} GiB, {}", row.policy, row.limit_gib, row.variant);
+        let percent = match rules.patience {
+            Some(_) => TOLERANCE_DRAINS_PERCENT,
+            None => TOLERANCE_PERCENT,
+        };
         assert!(
-            agrees(ours.loads, row.loads),
+            agrees(ours.loads, row.loads, percent),
             "{what}: {} loads, {} expected",
             ours.loads,
             row.loads
@@ -130,7 +138,7 @@ fn a21_timed_loads_agree_with_an_independent_simulation() {
         );
         compared += 1;
     }
-    assert!(compared >= 10, "only {compared} rows were compared");
+    assert!(compared >= 11, "only {compared} rows were compared");
 }
 
 #[test]

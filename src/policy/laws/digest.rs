@@ -20,8 +20,9 @@ use std::fmt::{self, Write};
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::time::Duration;
 
+use super::super::failures::Failures;
 use super::super::ledger::{Ledger, Reclaim};
-use super::super::lifecycle::{Failures, ModelState, Waiter};
+use super::super::lifecycle::{ModelState, Waiter};
 use super::super::patience::ALONE_PATIENCES;
 use super::super::reuse::Reuse;
 use super::super::*;
