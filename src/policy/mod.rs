@@ -70,8 +70,8 @@ pub use ledger::DomainBooks;
 use ledger::Ledger;
 pub use lifecycle::ModelState;
 pub use parking::ParkFault;
+use pressure::Levels;
 pub use pressure::Threshold;
-use pressure::{Levels, Look, Thresholds};
 pub use reason::EvictReason;
 use relief::Cleanup;
 use reuse::{Common, Worth};
@@ -398,26 +398,6 @@ impl Policy {
         if self.ledger.set_limit(domain, limit) {
             let over = self.usage(domain) > limit;
             self.levels.set_over_limit(domain, over);
-        }
-    }
-
-    fn thresholds(&self, domain: Domain) -> Thresholds {
-        let books = self.ledger.domains.get(&domain);
-        let total = books.map_or(Bytes::ZERO, |books| books.measured.total);
-        Thresholds::of(domain, total, (self.settings.soft, self.settings.hard))
-    }
-
-    fn look(&self, domain: Domain) -> Look {
-        let books = self
-            .ledger
-            .domains
-            .get(&domain)
-            .copied()
-            .unwrap_or_default();
-        Look {
-            headroom: books.measured.headroom,
-            usage: self.usage(domain),
-            limit: books.limit,
         }
     }
 

@@ -7,6 +7,7 @@
 
 use std::collections::BTreeMap;
 
+use super::Policy;
 use super::words::PressureLevel;
 use crate::model::{Bytes, Domain};
 
@@ -185,6 +186,28 @@ impl Levels {
             }
         };
         over.max(short)
+    }
+}
+
+impl Policy {
+    pub(super) fn thresholds(&self, domain: Domain) -> Thresholds {
+        let books = self.ledger.domains.get(&domain);
+        let total = books.map_or(Bytes::ZERO, |books| books.measured.total);
+        Thresholds::of(domain, total, (self.settings.soft, self.settings.hard))
+    }
+
+    pub(super) fn look(&self, domain: Domain) -> Look {
+        let books = self
+            .ledger
+            .domains
+            .get(&domain)
+            .copied()
+            .unwrap_or_default();
+        Look {
+            headroom: books.measured.headroom,
+            usage: self.usage(domain),
+            limit: books.limit,
+        }
     }
 }
 

@@ -319,6 +319,66 @@ fn a_worker_that_still_loads_is_waited_for_and_not_loaded_twice() {
     );
 }
 
+/// A model whose worker says itself that it is ready, `after` its start.
+fn notifying(after: &str, flags: &str) -> String {
+    let flags = format!("--notify --listen late --ready-after {after} {flags}");
+    // The stamp comes while it loads: it is no weight file.
+    let more = "ready = { notify = true }\nstart_timeout = \"5s\"\nweights = []";
+    ROOM.to_owned() + &model("m", &flags, more)
+}
+
+/// Asks for the model without waiting; returns the pid of its worker once that is
+/// written down.
+fn start_to_load(residentd: &Residentd) -> i64 {
+    let body = json!({"model": "m", "prompt": "x"}).to_string();
+    let asked = send(residentd.address(), "POST", "/v1/completions", Some(&body));
+    let pid = wait_until("its pid", || residentd.worker_pid("m"));
+    residentd.wait_until_kept("m");
+    drop(asked);
+    pid
+}
+
+#[test]
+fn a_worker_that_is_to_say_that_it_is_ready_is_heard_by_the_next_residentd() {
+    let mut residentd = Residentd::start(&notifying("2s", ""));
+    let pid = start_to_load(&residentd);
+    residentd.restart_after(Signal::SIGKILL);
+    assert_eq!(residentd.model("m")["phase"], "starting");
+    let start = now();
+    let answer = residentd.complete("m");
+    assert_eq!((answer.status, answer.worker_pid()), (200, pid));
+    assert!(start.elapsed() < Duration::from_secs(4), "it was heard");
+    // It says nothing a second time.
+    residentd.wait_until_kept("m");
+    residentd.restart_after(Signal::SIGKILL);
+    let start = now();
+    let answer = residentd.complete("m");
+    assert_eq!((answer.status, answer.worker_pid()), (200, pid));
+    assert!(start.elapsed() < Duration::from_secs(2));
+    let told = events(&residentd, "adopt").pop().expect("it is told");
+    assert_eq!(told["ready"], true);
+}
+
+#[test]
+fn a_worker_that_said_that_it_is_ready_while_nobody_listened_is_asked_when_its_time_is_over() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let stamp = folder.path().join("ready");
+    let flags = format!("--ready-stamp {}", stamp.display());
+    let mut residentd = Residentd::start(&notifying("1s", &flags));
+    let pid = start_to_load(&residentd);
+    residentd.signal(Signal::SIGKILL);
+    residentd.wait();
+    wait_until("it to be ready", || stamp.exists().then_some(()));
+    residentd.start_again(&[]);
+    let answer = residentd.complete("m");
+    assert_eq!(
+        (answer.status, answer.worker_pid()),
+        (200, pid),
+        "{}",
+        answer.text()
+    );
+}
+
 #[test]
 fn no_adopt_ends_what_is_found() {
     let config = ROOM.to_owned() + &model("m", "--daemon-child", "");
