@@ -182,10 +182,8 @@ impl App {
         for (_, listener) in listeners {
             telemetry::spawn("listener", listen(listener, server.clone()));
         }
-        if options.owns_process
-            && let Err(error) = memory::stay_in_memory()
-        {
-            debug!(%error, "the kernel may drop pages of this program; raise RLIMIT_MEMLOCK to change that");
+        if options.owns_process {
+            stay();
         }
         Ok(app)
     }
@@ -264,6 +262,16 @@ impl App {
                 let _ = std::fs::remove_file(path);
             }
         }
+    }
+}
+
+/// Has the kernel look for memory elsewhere than here, as far as it lets us.
+fn stay() {
+    if let Err(error) = memory::spare_from_oom() {
+        debug!(%error, "the OOM killer may come for residentd too; give it CAP_SYS_RESOURCE, or a low score from outside");
+    }
+    if let Err(error) = memory::stay_in_memory() {
+        debug!(%error, "the kernel may drop pages of this program; raise RLIMIT_MEMLOCK to change that");
     }
 }
 

@@ -38,7 +38,7 @@ use std::sync::Arc;
 
 pub use oom::{Killer, OomCounters, OomWatch};
 pub use sampler::{Sampler, SamplerSettings};
-pub use stay::stay_in_memory;
+pub use stay::{spare_from_oom, stay_in_memory};
 use tokio::sync::watch;
 
 use crate::clock::Timestamp;

@@ -10,6 +10,17 @@ use std::{io, ptr};
 
 use rustix::mm::{MlockFlags, mlock_with};
 
+/// Keeps the kernel's OOM killer away from this process: when it has just ended
+/// the only worker of a cgroup, whose bytes are not back yet, a page that we
+/// need would otherwise make us the next. See `oom_score_adj` in `proc(5)`;
+/// workers get a score of their own.
+///
+/// # Errors
+/// When this process may not (`CAP_SYS_RESOURCE`).
+pub fn spare_from_oom() -> io::Result<()> {
+    std::fs::write("/proc/self/oom_score_adj", "-1000")
+}
+
 /// Locks what this process has mapped of files and does not write to, each page
 /// from its first use on. Returns how many bytes that are at most.
 ///
