@@ -318,6 +318,17 @@ impl FromStr for Upstream {
     }
 }
 
+impl Upstream {
+    /// Returns what a worker is called in `Host`.
+    #[must_use]
+    pub fn host(&self) -> String {
+        match self {
+            Self::Tcp(address) => address.to_string(),
+            Self::Unix(_) => "localhost".to_owned(),
+        }
+    }
+}
+
 impl fmt::Display for Upstream {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {

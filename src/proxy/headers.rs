@@ -79,13 +79,9 @@ pub(super) fn strip(headers: &mut HeaderMap) {
     }
 }
 
-/// Returns what a worker is called in `Host`.
+/// Returns the value of `Host` for a worker.
 pub(super) fn host(upstream: &Upstream) -> HeaderValue {
-    let text = match upstream {
-        Upstream::Tcp(address) => address.to_string(),
-        Upstream::Unix(_) => "localhost".to_owned(),
-    };
-    HeaderValue::try_from(text).unwrap_or_else(|_| HeaderValue::from_static("localhost"))
+    HeaderValue::try_from(upstream.host()).unwrap_or_else(|_| HeaderValue::from_static("localhost"))
 }
 
 fn connection_words(headers: &HeaderMap) -> impl Iterator<Item = &str> {

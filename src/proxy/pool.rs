@@ -10,7 +10,6 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use hyper::client::conn::http1::{self, SendRequest};
 use hyper_util::rt::TokioIo;
-use tokio::net::{TcpStream, UnixStream};
 use tokio_util::sync::CancellationToken;
 use tracing::debug;
 
@@ -115,11 +114,7 @@ impl Pool {
     }
 
     async fn opened(&self) -> Option<Sender> {
-        let sender = match self.opened.take()? {
-            Stream::Tcp(stream) => handshake(TokioIo::new(stream)).await,
-            Stream::Unix(stream) => handshake(TokioIo::new(stream)).await,
-        };
-        sender.ok()
+        greet(self.opened.take()?).await.ok()
     }
 
     /// Keeps a connection whose answer has ended for the next request, as soon
@@ -152,14 +147,14 @@ impl Pool {
         // Nobody needs it any more, and it may keep a worker with one thread
         // from hearing us.
         self.opened.close();
-        match &self.upstream {
-            Upstream::Tcp(address) => {
-                let stream = TcpStream::connect(address).await?;
-                stream.set_nodelay(true)?;
-                handshake(TokioIo::new(stream)).await
-            }
-            Upstream::Unix(path) => handshake(TokioIo::new(UnixStream::connect(path).await?)).await,
-        }
+        greet(Stream::connect(&self.upstream).await?).await
+    }
+}
+
+async fn greet(stream: Stream) -> io::Result<Sender> {
+    match stream {
+        Stream::Tcp(stream) => handshake(TokioIo::new(stream)).await,
+        Stream::Unix(stream) => handshake(TokioIo::new(stream)).await,
     }
 }
 

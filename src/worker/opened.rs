@@ -1,9 +1,12 @@
-//! A connection to a worker that a probe has opened, for the first request.
+//! Connections to a worker; and one that a probe has opened, for the first
+//! request.
 
-use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::{fmt, io};
 
 use tokio::net::{TcpStream, UnixStream};
+
+use crate::model::Upstream;
 
 /// A connection on which nothing is under way.
 #[derive(Debug)]
@@ -12,6 +15,23 @@ pub enum Stream {
     Tcp(TcpStream),
     /// To a Unix socket.
     Unix(UnixStream),
+}
+
+impl Stream {
+    /// Opens a connection.
+    ///
+    /// # Errors
+    /// When the worker does not accept one.
+    pub async fn connect(upstream: &Upstream) -> io::Result<Self> {
+        Ok(match upstream {
+            Upstream::Tcp(address) => {
+                let stream = TcpStream::connect(address).await?;
+                stream.set_nodelay(true)?;
+                Self::Tcp(stream)
+            }
+            Upstream::Unix(path) => Self::Unix(UnixStream::connect(path).await?),
+        })
+    }
 }
 
 /// At most one such connection, for whoever takes it first.

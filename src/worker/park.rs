@@ -15,9 +15,9 @@ use hyper::header::{CONNECTION, CONTENT_TYPE, HOST, USER_AGENT};
 use hyper::{Request, Response, StatusCode, http};
 use hyper_util::rt::TokioIo;
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::net::{TcpStream, UnixStream};
 
 use super::Residence;
+use super::opened::Stream;
 use crate::model::{ModelSpec, ParkCall, Upstream};
 use crate::telemetry;
 
@@ -79,16 +79,10 @@ async fn make(call: &ParkCall, upstream: &Upstream) -> Result<(), ParkError> {
         call: call.clone(),
         source,
     };
-    match upstream {
-        Upstream::Tcp(address) => {
-            let stream = TcpStream::connect(address).await.map_err(failed)?;
-            stream.set_nodelay(true).map_err(failed)?;
-            exchange(call, stream, &address.to_string()).await
-        }
-        Upstream::Unix(path) => {
-            let stream = UnixStream::connect(path).await.map_err(failed)?;
-            exchange(call, stream, "localhost").await
-        }
+    let host = upstream.host();
+    match Stream::connect(upstream).await.map_err(failed)? {
+        Stream::Tcp(stream) => exchange(call, stream, &host).await,
+        Stream::Unix(stream) => exchange(call, stream, &host).await,
     }
 }
 
@@ -210,6 +204,7 @@ mod tests {
         let moved = move_to(Residence::Parked, &spec, &upstream);
         let (asked, moved) = tokio::join!(served, moved);
         assert!(asked[0].starts_with("POST /a?level=1 HTTP/1.1\r\n"));
+        assert!(asked[0].contains(&format!("\r\nhost: {}\r\n", upstream.host())));
         assert!(asked[1].starts_with("POST /b HTTP/1.1\r\n"));
         assert!(asked[1].contains("application/json") && asked[1].ends_with("{}"));
         let said = moved.expect_err("the second call failed").to_string();

@@ -8,7 +8,6 @@ use std::io::{Error, ErrorKind, Result};
 use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
-use tokio::net::{TcpStream, UnixStream};
 
 use super::opened::Stream;
 use crate::model::{ReadyCheck, Upstream};
@@ -54,7 +53,7 @@ pub(super) async fn ask(check: &ReadyCheck, upstream: &Upstream, timeout: Durati
 /// ready is asked for a connection.
 async fn probe(check: &ReadyCheck, upstream: &Upstream, timeout: Duration) -> (Answer, Passed) {
     let asked = tokio::time::timeout(timeout, async {
-        let stream = connect(upstream).await?;
+        let stream = Stream::connect(upstream).await?;
         let (path, status) = match check {
             // Nothing was sent on it: it is a new connection.
             ReadyCheck::Log(_) | ReadyCheck::Notify | ReadyCheck::Tcp => {
@@ -63,13 +62,14 @@ async fn probe(check: &ReadyCheck, upstream: &Upstream, timeout: Duration) -> (A
             ReadyCheck::Http { path, status } => (path, *status),
         };
         let is_good = |code: u16| status.map_or((200..300).contains(&code), |s| s == code);
+        let host = upstream.host();
         let (code, kept) = match stream {
             Stream::Tcp(stream) => {
-                let (code, kept) = get(stream, (&upstream.to_string(), path), is_good).await?;
+                let (code, kept) = get(stream, (&host, path), is_good).await?;
                 (code, kept.map(Stream::Tcp))
             }
             Stream::Unix(stream) => {
-                let (code, kept) = get(stream, ("localhost", path), is_good).await?;
+                let (code, kept) = get(stream, (&host, path), is_good).await?;
                 (code, kept.map(Stream::Unix))
             }
         };
@@ -92,17 +92,6 @@ fn is_refused(error: &Error) -> bool {
         error.kind(),
         ErrorKind::ConnectionRefused | ErrorKind::NotFound
     )
-}
-
-async fn connect(upstream: &Upstream) -> Result<Stream> {
-    Ok(match upstream {
-        Upstream::Tcp(address) => {
-            let stream = TcpStream::connect(address).await?;
-            stream.set_nodelay(true)?;
-            Stream::Tcp(stream)
-        }
-        Upstream::Unix(path) => Stream::Unix(UnixStream::connect(path).await?),
-    })
 }
 
 /// Asks, and returns the status. The stream comes back when that is good and
@@ -202,6 +191,7 @@ fn ends(answer: &[u8]) -> End {
 #[cfg(test)]
 mod tests {
     use tokio::io::duplex;
+    use tokio::net::TcpListener;
 
     use super::*;
 
@@ -238,6 +228,32 @@ mod tests {
         ] {
             assert_eq!(ends(answer.as_bytes()), end, "{answer}");
         }
+    }
+
+    /// Probes once sent `Host: http://…`, which strict servers answer with 400.
+    #[tokio::test]
+    async fn a_worker_is_called_by_its_address_alone() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+        let address = listener.local_addr().expect("an address");
+        let served = async {
+            let (mut stream, _) = listener.accept().await.expect("a connection");
+            let mut asked = Vec::new();
+            while !asked.ends_with(b"\r\n\r\n") {
+                assert_ne!(stream.read_buf(&mut asked).await.expect("it reads"), 0);
+            }
+            let answer = b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n";
+            stream.write_all(answer).await.expect("it writes");
+            String::from_utf8(asked).expect("it is text")
+        };
+        let check = ReadyCheck::Http {
+            path: "/health".into(),
+            status: None,
+        };
+        let upstream = Upstream::Tcp(address);
+        let (asked, passed) = tokio::join!(served, passes(&check, &upstream));
+        assert!(passed.is_some_and(|stream| stream.is_some()));
+        let host = format!("\r\nhost: {address}\r\n");
+        assert!(asked.contains(&host), "{asked}");
     }
 
     #[tokio::test(start_paused = true)]
