@@ -48,6 +48,7 @@ impl<'a> DecisionEntry<'a> {
     }
 }
 
+#[expect(clippy::too_many_lines, reason = "a table: one arm for each kind")]
 fn numbers(what: &What) -> Value {
     match what {
         What::Spawn {
@@ -97,10 +98,21 @@ fn numbers(what: &What) -> Value {
             reason_numbers(reason),
             json!({"charge": by_domain(charge), "kill": kill}),
         ),
-        park @ (What::Park { .. }
-        | What::Parked { .. }
-        | What::Unpark { .. }
-        | What::Unparked { .. }) => park_numbers(park),
+        What::Park {
+            reason,
+            charge,
+            holds,
+        } => with(
+            reason_numbers(reason),
+            json!({"charge": by_domain(charge), "holds": by_domain(holds)}),
+        ),
+        What::Parked { freed, took } => {
+            json!({"freed": by_domain(freed), "park_ms": took.as_millis()})
+        }
+        What::Unpark {
+            waiting, expected, ..
+        } => json!({"waiting": waiting, "expected": known(expected)}),
+        What::Unparked { took } => json!({"unpark_ms": took.as_millis()}),
         What::Keep { reason, inside } | What::Drain { reason, inside } => {
             with(reason_numbers(reason), json!({"in_flight": inside}))
         }
@@ -121,35 +133,6 @@ fn numbers(what: &What) -> Value {
         What::Refuse { refusal, requests } => {
             with(refusal_numbers(refusal), json!({"requests": requests}))
         }
-        other => numbers_of_whole(other),
-    }
-}
-
-/// Of a worker that parks, or is made ready again.
-fn park_numbers(what: &What) -> Value {
-    match what {
-        What::Park {
-            reason,
-            charge,
-            holds,
-        } => with(
-            reason_numbers(reason),
-            json!({"charge": by_domain(charge), "holds": by_domain(holds)}),
-        ),
-        What::Parked { freed, took } => {
-            json!({"freed": by_domain(freed), "park_ms": took.as_millis()})
-        }
-        What::Unpark {
-            waiting, expected, ..
-        } => json!({"waiting": waiting, "expected": known(expected)}),
-        What::Unparked { took } => json!({"unpark_ms": took.as_millis()}),
-        _ => json!({}),
-    }
-}
-
-/// Of what concerns residentd as a whole, or an operator's wish.
-fn numbers_of_whole(what: &What) -> Value {
-    match what {
         What::Cleanup {
             unloaded,
             freed,
@@ -176,7 +159,6 @@ fn numbers_of_whole(what: &What) -> Value {
             json!({"origin": origin.as_str(), "problems": texts})
         }
         What::Shutdown { grace } => json!({"grace_seconds": grace.as_secs_f64()}),
-        _ => json!({}),
     }
 }
 

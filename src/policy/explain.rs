@@ -330,7 +330,7 @@ impl Policy {
                 drains_in: None,
             };
         };
-        let (there, later) = self.rooms(expected.domains(), &Need::new());
+        let (there, later) = self.rooms(expected.domains());
         let short = missing(&need, &there);
         let comes_back = missing(&need, &later).is_empty();
         let domains: Vec<_> = match short.is_empty() {

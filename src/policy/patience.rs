@@ -18,7 +18,7 @@ use super::eviction::{self, Candidate};
 use super::ledger::{self, Need};
 use super::lifecycle::ModelState;
 use super::reason::EvictReason;
-use super::verdict::{Plan, missing};
+use super::verdict::{Plan, less, missing};
 use super::words::Phase;
 use crate::clock::Timestamp;
 use crate::model::ModelName;
@@ -91,8 +91,8 @@ impl Policy {
         let Ok(Plan { expected, need, .. }) = self.plan_of(&self.models[name], claims) else {
             return false;
         };
-        let (_, later) = self.rooms(expected.domains(), claims);
-        let short = missing(&need, &later);
+        let (_, later) = self.rooms(expected.domains());
+        let short = missing(&need, &less(&later, claims));
         let policy = self.settings.eviction;
         let Some(victims) = eviction::choose_victims(policy, self.all_candidates(name), &short)
         else {

@@ -9,7 +9,7 @@
 use super::event::GpuFacts;
 use super::ledger::{Constraint, Need};
 use super::lifecycle::ModelState;
-use super::verdict::missing;
+use super::verdict::{less, missing};
 use super::words::{Expected, ExpectedSource, Refusal};
 use super::{Policy, eviction};
 use crate::clock::Timestamp;
@@ -150,7 +150,8 @@ impl Policy {
         let expected = Expected([(domain, alone)].into());
         let unknown = expected.is_unknown(domain);
         let need = self.need(&expected);
-        let (now_there, later) = self.rooms([domain].into_iter(), claims);
+        let (now_there, later) = self.rooms([domain].into_iter());
+        let later = less(&later, claims);
         let left = |room: &Need| {
             let least = [Constraint::Limit, Constraint::Physics]
                 .iter()

@@ -83,14 +83,15 @@ impl Policy {
         if let Some(refusal) = self.never(model, &expected) {
             return Verdict::Refuse(refusal);
         }
-        let (now_there, later) = self.rooms(expected.domains(), &claims.all);
+        let (now_there, unclaimed) = self.rooms(expected.domains());
+        let later = less(&unclaimed, &claims.all);
         let still = expected.domains().all(|domain| self.is_still(domain));
         let fits = missing(&need, &now_there).is_empty();
         let drains = self.draining_for(|_| true);
         // Who surely gets room keeps it: nobody starts in it because others
         // drain, whenever they are done.
-        let (_, unclaimed) = self.rooms(expected.domains(), &claims.sure);
-        let others_keep = missing(&need, &less(&unclaimed, &drains)).is_empty();
+        let without = less(&less(&unclaimed, &claims.sure), &drains);
+        let others_keep = missing(&need, &without).is_empty();
         // What drains for this model stays when it starts, and was no help to them.
         let own = self.draining_for(|whom| whom == name);
         let without = less(&later, &own);
@@ -222,12 +223,8 @@ impl Policy {
     }
 
     /// Returns the room in these domains now, and the room when everything on
-    /// its way back is there, less what others claim of that.
-    pub(super) fn rooms(
-        &self,
-        domains: impl Iterator<Item = Domain>,
-        claims: &Need,
-    ) -> (Need, Need) {
+    /// its way back is there.
+    pub(super) fn rooms(&self, domains: impl Iterator<Item = Domain>) -> (Need, Need) {
         let mut now_there = Need::new();
         let mut later = Need::new();
         for domain in domains {
@@ -236,11 +233,6 @@ impl Policy {
             ledger::add(&mut now_there, &room);
             ledger::add(&mut later, &room);
             ledger::add(&mut later, &incoming);
-        }
-        for (key, bytes) in claims {
-            if let Some(total) = later.get_mut(key) {
-                *total -= bytes;
-            }
         }
         (now_there, later)
     }
@@ -352,7 +344,7 @@ pub(super) fn missing(need: &Need, room: &Need) -> Need {
 }
 
 /// Room without a part of it.
-fn less(room: &Need, part: &Need) -> Need {
+pub(super) fn less(room: &Need, part: &Need) -> Need {
     let part = |key| part.get(key).copied().unwrap_or(0);
     room.iter()
         .map(|(key, bytes)| (*key, bytes - part(key)))

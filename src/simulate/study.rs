@@ -159,7 +159,7 @@ pub fn run(workload: &Workload, memory: Memory, mode: Mode, rules: Rules, limit:
 
 /// What the policy is told: the limit, and nothing else that would make anyone
 /// go. The one place that knows how a policy is chosen.
-fn settings(rules: Rules, limit: Bytes) -> Settings {
+pub(super) fn settings(rules: Rules, limit: Bytes) -> Settings {
     Settings {
         eviction: rules.eviction,
         patience: rules.patience.unwrap_or(FOR_EVER),

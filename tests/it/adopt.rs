@@ -235,12 +235,18 @@ fn a_guard_outlives_signals_to_the_group_is_replaced_when_it_dies_and_leaves_in_
     assert_eq!(residentd.log().matches("residentd is gone").count(), before);
 }
 
-#[test]
-fn a42_a_stream_and_the_log_go_on_with_a_worker_that_was_taken_back() {
-    let mut residentd = Residentd::start(&(ROOM.to_owned() + &model("m", "", "")));
+/// A residentd that has taken back the ready worker of `m`, and its pid.
+fn taken_back(flags: &str) -> (Residentd, i64) {
+    let mut residentd = Residentd::start(&(ROOM.to_owned() + &model("m", flags, "")));
     let pid = residentd.complete("m").worker_pid();
     residentd.wait_until_kept("m");
     residentd.restart_after(Signal::SIGKILL);
+    (residentd, pid)
+}
+
+#[test]
+fn a42_a_stream_and_the_log_go_on_with_a_worker_that_was_taken_back() {
+    let (residentd, pid) = taken_back("");
     let body = json!({"model": "m", "prompt": "x", "stream": true, "x_chunks": 20, "x_pace_ms": 1});
     let answer = residentd.ask("POST", "/v1/completions", Some(&body.to_string()));
     assert!(
@@ -256,10 +262,7 @@ fn a42_a_stream_and_the_log_go_on_with_a_worker_that_was_taken_back() {
 #[test]
 fn a_crash_of_a_worker_that_was_taken_back_is_seen_at_once_with_its_exit_code() {
     let flags = "--die-after-requests 2 --exit-code 7";
-    let mut residentd = Residentd::start(&(ROOM.to_owned() + &model("m", flags, "")));
-    let pid = residentd.complete("m").worker_pid();
-    residentd.wait_until_kept("m");
-    residentd.restart_after(Signal::SIGKILL);
+    let (residentd, pid) = taken_back(flags);
     assert_eq!(residentd.complete("m").worker_pid(), pid);
     let told = wait_until("its end to be told", || events(&residentd, "exit").pop());
     assert_eq!(told["reason"], "crash");

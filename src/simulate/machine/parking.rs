@@ -78,25 +78,18 @@ impl Machine {
 mod tests {
     use std::sync::Arc;
 
+    use super::super::super::study::{Rules, settings};
     use super::super::{Fault, Outcome, Program};
     use super::*;
     use crate::model::{EvictionPolicy, GpuRequest, ModelSpec};
+    use crate::policy::Phase;
     use crate::policy::testing::{name, park, spec};
-    use crate::policy::{Phase, Settings, Threshold};
 
     /// A machine with one GPU of 10 GiB and two models that take 6 of it each.
     fn machine(host: Bytes) -> Machine {
-        let settings = Settings {
-            limit: host,
-            reserve: Bytes::ZERO,
-            gpu_limits: BTreeMap::new(),
-            soft: Threshold::Size(Bytes::ZERO),
-            hard: Threshold::Size(Bytes::ZERO),
-            auto_cleanup: true,
-            emergency: true,
+        let rules = Rules {
             eviction: EvictionPolicy::Lru,
-            patience: Duration::from_secs(5),
-            drain_timeout: Duration::from_secs(30),
+            patience: Some(Duration::from_secs(5)),
         };
         let memory = [(Domain::Host, host), (Domain::Gpu(0), Bytes::gib(10))];
         let programs = ["a", "b"].map(|model| Program {
@@ -115,7 +108,7 @@ mod tests {
             stop: Duration::from_secs(1),
             fault: Fault::None,
         });
-        Machine::new(settings, memory.into(), programs)
+        Machine::new(settings(rules, host), memory.into(), programs)
     }
 
     fn turns(machine: &mut Machine) -> Vec<Duration> {
