@@ -5,43 +5,49 @@
 //! spawned, so that a port that is taken costs no model load. Order of the end:
 //! the controller refuses new work and drains, workers end, listeners close.
 
+mod core;
 mod inputs;
 mod keeper;
 mod listen;
 mod reload;
+mod sockets;
+mod supervisor;
 mod survivors;
+mod upgrade;
 mod watch;
 
 use std::collections::BTreeMap;
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+pub use rustix::process::Signal;
+use tokio::sync::watch as states;
 use tokio_util::sync::CancellationToken;
-use tracing::{debug, info, warn};
+use tracing::{debug, warn};
 
-use self::inputs::Defaults;
-use self::keeper::Keeper;
-pub use self::listen::address_text;
-use self::listen::{Server, bind, listen};
+use self::core::Core;
+use self::listen::{Doors, Server, listen};
 use self::reload::{Grace, Reloading, proxy_settings};
+pub use self::sockets::address_text;
+use self::sockets::{Bound, Opened};
+pub use self::supervisor::{PassedError, passed_sockets};
 pub use self::survivors::keep_guard;
+use self::upgrade::Upgrading;
+pub use self::upgrade::{HandoverError, Heir, Inherited, Predecessor, Program};
 use crate::api::{self, ApiState};
-use crate::clock::Clock;
-use crate::config::{Config, Listen, Sources, diff};
-use crate::control::{self, Controller, ReloadOrigin, Reloader, Routes};
-use crate::memory::{self, MemorySource, Sampler, SamplerSettings};
+use crate::config::{Config, Listen, Sources};
+use crate::control::{Controller, ReloadOrigin, Reloader, Upgrader};
+use crate::memory;
 use crate::model::ModelName;
-use crate::policy::{Policy, Setup};
-use crate::procfs::mark::Owner;
 use crate::proxy::{AccessLog, Proxy};
 pub use crate::store::Learned;
 use crate::store::{Store, StoreError};
 use crate::telemetry;
-use crate::worker::{self, Adoptee, Guard, ProcessSpawner, WorkerSettings};
+use crate::worker;
+pub use crate::worker::ExitStatus;
 
-/// The access log is this long at most, and one as long is kept beside it.
-const ACCESS_LOG: u64 = 64 << 20;
 /// How long open connections may take to end after the last worker is gone.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
 
@@ -64,6 +70,12 @@ pub enum AppError {
         /// Why.
         source: std::io::Error,
     },
+    /// A socket that another process has opened cannot be used.
+    #[error("use a socket that another process has opened")]
+    Passed(#[source] std::io::Error),
+    /// Nothing can be heard from the residentd that hands over.
+    #[error("listen to the residentd that hands over")]
+    Handover(#[source] std::io::Error),
     /// The access log could not be opened.
     #[error("open the access log {path}")]
     AccessLog {
@@ -81,26 +93,38 @@ pub enum AppError {
 }
 
 /// How this residentd differs from another with the same configuration.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Debug, Default)]
 pub struct Options {
     /// Reap every orphan, not only those of our workers, end every child at the
     /// end, and keep this program in memory. Right when residentd is its own process, wrong when it runs
     /// inside a test.
     pub owns_process: bool,
+    /// What another residentd can be started from that takes over; absent: none
+    /// can.
+    pub program: Option<Program>,
+    /// Sockets that the service manager has opened; they are listened on instead
+    /// of `server.listen`.
+    pub sockets: Vec<OwnedFd>,
+    /// What another residentd has handed over.
+    pub inherited: Option<Inherited>,
 }
+
+/// How long after an upgrade connections on which nothing happens are kept open,
+/// so that their next request is answered and ends them.
+const LINGER: Duration = Duration::from_secs(5);
 
 /// A running residentd.
 #[derive(Debug)]
 pub struct App {
-    controller: Controller,
-    store: Store,
-    keeper: Arc<Keeper>,
-    access: Option<AccessLog>,
-    clock: Clock,
-    options: Options,
-    guard: Option<Arc<Guard>>,
+    core: Core,
+    owns_process: bool,
     addresses: Vec<Listen>,
+    /// Unix sockets that were bound here, and so are taken away at the end.
+    own_paths: Vec<PathBuf>,
+    doors: states::Receiver<Doors>,
     reloader: Reloader,
+    upgrader: Upgrader,
+    heir: states::Receiver<Option<Arc<Heir>>>,
     grace: Arc<Grace>,
     closing: CancellationToken,
     connections: tokio_util::task::TaskTracker,
@@ -118,72 +142,91 @@ impl App {
         config: Config,
         options: Options,
     ) -> Result<Self, AppError> {
-        let clock = Clock::start();
-        let mut listeners = Vec::new();
-        for address in &config.server.listen {
-            listeners.push(bind(address).await?);
+        let link = options.inherited.as_ref().map(Inherited::share);
+        let link = link.transpose().map_err(AppError::Handover)?.flatten();
+        let started = Self::begin(sources, config, options).await;
+        if let (Err(error), Some(link)) = (&started, link) {
+            link.fail(&telemetry::chain(error).to_string());
         }
-        let addresses = listeners.iter().map(|(listen, _)| listen.clone()).collect();
-        let store = Store::open(&config.server.state_dir, &config.models)?;
-        let access = access_log(&config)?;
-        let owner = Owner::this_process(store.name().to_owned());
-        let adoptees = survivors::find(&config, &store, &owner, clock).await;
-        let ready = survivors::ready(&adoptees);
-        let spawner = spawner(&config, owner.clone(), clock, options);
-        let guard = match options.owns_process && !config.server.adopt {
-            true => Some(survivors::start_guard(&spawner, &config, &owner)?),
-            false => None,
+        started
+    }
+
+    async fn begin(sources: Sources, config: Config, options: Options) -> Result<Self, AppError> {
+        let owns_process = options.owns_process;
+        // One that takes over says that it is ready when it is the main process.
+        let is_heir = options.inherited.is_some();
+        let mut inherited = options.inherited.unwrap_or_default();
+        let opened = Opened {
+            passed: options.sockets,
+            inherited: std::mem::take(&mut inherited.listeners),
         };
-        let (controller, defaults) =
-            start_controller(&config, store.clone(), spawner, clock, adoptees);
-        survivors::settle(&controller, ready).await;
-        let proxy =
-            Proxy::new(controller.clone(), proxy_settings(&config)).with_access_log(access.clone());
+        let bound = sockets::open(&config.server.listen, opened).await?;
+        let addresses = bound.iter().map(|bound| bound.address.clone()).collect();
+        let own_paths = sockets::own_paths(&bound);
+        let core = Core::start(&config, owns_process, &inherited).await?;
+        let (controller, store) = (core.controller.clone(), core.store.clone());
+        let proxy = Proxy::new(controller.clone(), proxy_settings(&config))
+            .with_access_log(core.access.clone());
         let (reloader, requests) = Reloader::channel();
+        let (upgrader, upgrades) = Upgrader::channel();
+        let (doors, seen) = states::channel(Doors::Open);
+        let (heir, heirs) = states::channel(None);
         let state = ApiState::new(controller.clone(), Some(reloader.clone()));
+        let state = state.with_upgrader(options.program.is_some().then(|| upgrader.clone()));
         let server = Server {
             proxy: proxy.clone(),
             api: api::router(state.with_past(keeper::past(&store))),
             closing: CancellationToken::new(),
             connections: tokio_util::task::TaskTracker::new(),
+            doors: seen.clone(),
         };
         let grace = Arc::new(Grace::new(config.server.shutdown_grace));
         let sources = Arc::new(sources);
         if config.server.watch_config {
-            let (sources, closing) = (Arc::clone(&sources), server.closing.clone());
-            let watch = watch::watch(sources, reloader.clone(), closing);
+            let asks = reloader.clone();
+            let watch = watch::watch(Arc::clone(&sources), asks, server.closing.clone());
             telemetry::spawn("watch", watch);
+        }
+        let parent = inherited.take_over(&config, &controller, &server)?;
+        if let Some(program) = options.program {
+            let listeners = sockets::share(&bound)?;
+            let said = (doors, heir);
+            let upgrading = Upgrading::new(program, &core, &config, (listeners, parent), said);
+            telemetry::spawn("upgrade", upgrading.run(upgrades));
         }
         let reloading = Reloading {
             sources,
             running: config,
-            defaults,
-            store: store.clone(),
-            controller: controller.clone(),
+            defaults: core.defaults,
+            store,
+            controller,
             proxy,
             grace: Arc::clone(&grace),
             refused: None,
         };
         telemetry::spawn("reload", reloading.run(requests));
         let app = Self {
-            keeper: Keeper::start(&controller, store.clone()),
-            controller,
-            store,
-            access,
-            clock,
-            options,
-            guard,
+            core,
+            owns_process,
             addresses,
+            own_paths,
+            doors: seen,
             reloader,
+            upgrader,
+            heir: heirs,
             grace,
             closing: server.closing.clone(),
             connections: server.connections.clone(),
         };
-        for (_, listener) in listeners {
+        for Bound { listener, .. } in bound {
             telemetry::spawn("listener", listen(listener, server.clone()));
         }
-        if options.owns_process {
+        if owns_process {
             stay();
+            supervisor::watch(app.core.controller.clone());
+            if !is_heir {
+                supervisor::ready();
+            }
         }
         Ok(app)
     }
@@ -198,7 +241,7 @@ impl App {
     /// Returns the handle to the controller.
     #[must_use]
     pub fn controller(&self) -> &Controller {
-        &self.controller
+        &self.core.controller
     }
 
     /// Has the configuration read anew as a signal asks for it: by a task of its
@@ -206,10 +249,50 @@ impl App {
     pub fn reload(&self) {
         let reloader = self.reloader.clone();
         telemetry::spawn("reload", async move {
+            supervisor::reloading();
             if let Err(error) = reloader.reload(ReloadOrigin::Signal, false).await {
                 warn!(%error, "the configuration stays as it is");
             }
+            supervisor::ready();
         });
+    }
+
+    /// Has another residentd take over, as a signal asks for it: by a task of its
+    /// own, and what keeps it from that is logged.
+    pub fn upgrade(&self) {
+        let upgrader = self.upgrader.clone();
+        telemetry::spawn("upgrade", async move {
+            if let Err(error) = upgrader.upgrade().await {
+                warn!(%error, "residentd goes on as it is");
+            }
+        });
+    }
+
+    /// Waits until another residentd has taken over.
+    pub async fn handed_over(&self) -> Arc<Heir> {
+        let mut heirs = self.heir.clone();
+        match heirs
+            .wait_for(Option::is_some)
+            .await
+            .map(|heir| heir.clone())
+        {
+            Ok(Some(heir)) => heir,
+            // Nobody can take over any more.
+            _ => std::future::pending().await,
+        }
+    }
+
+    /// Waits until everything has ended that came here before `heir` took over.
+    pub async fn finish(&self, heir: &Heir) {
+        tokio::time::sleep(LINGER).await;
+        self.closing.cancel();
+        self.connections.close();
+        self.connections.wait().await;
+        if let Some(access) = self.core.access.clone() {
+            // Only a panic of it could fail, which has been told.
+            let _ = tokio::task::spawn_blocking(move || access.flush()).await;
+        }
+        heir.is_done();
     }
 
     /// Returns how long requests inside may take at the end, as it is
@@ -223,12 +306,19 @@ impl App {
     /// workers, then closes the listeners. May be called again with a shorter
     /// grace while the first call waits.
     pub async fn shutdown(&self, grace: Duration) {
-        self.controller.shutdown(grace).await;
-        if let Some(guard) = &self.guard {
+        supervisor::stopping();
+        self.core.controller.shutdown(grace).await;
+        let mut doors = self.doors.clone();
+        let open = doors.wait_for(|doors| !matches!(doors, Doors::Shut)).await;
+        if open.is_ok_and(|doors| matches!(*doors, Doors::Moved(_))) {
+            // Workers are another one's by now, which ends in this one's place.
+            std::future::pending::<()>().await;
+        }
+        if let Some(guard) = &self.core.guard {
             guard.dismiss().await;
         }
-        if self.options.owns_process {
-            worker::end_orphans(self.clock).await;
+        if self.owns_process {
+            worker::end_orphans(self.core.clock).await;
         }
         self.close().await;
     }
@@ -237,8 +327,8 @@ impl App {
     /// they are: those that still run then are taken back by the next residentd
     /// with this state.
     pub async fn close(&self) {
-        self.keeper.keep();
-        let (store, access) = (self.store.clone(), self.access.clone());
+        self.core.keeper.keep();
+        let (store, access) = (self.core.store.clone(), self.core.access.clone());
         // Only a panic of it could fail, which has been told.
         let _ = tokio::task::spawn_blocking(move || {
             access.as_ref().map(AccessLog::flush);
@@ -256,11 +346,9 @@ impl App {
                 "connections are still open and will be cut"
             );
         }
-        for address in &self.addresses {
-            if let Listen::Unix(path) = address {
-                // It may have been taken away already.
-                let _ = std::fs::remove_file(path);
-            }
+        for path in &self.own_paths {
+            // It may have been taken away already.
+            let _ = std::fs::remove_file(path);
         }
     }
 }
@@ -281,66 +369,4 @@ fn stay() {
 /// When a residentd that runs has the state open, or it cannot be read.
 pub fn learned(config: &Config) -> Result<BTreeMap<ModelName, Learned>, AppError> {
     Ok(Store::peek(&config.server.state_dir, &config.models)?)
-}
-
-fn access_log(config: &Config) -> Result<Option<AccessLog>, AppError> {
-    if !config.server.access_log {
-        return Ok(None);
-    }
-    let path = config.server.state_dir.join("access.jsonl");
-    match AccessLog::open(&path, ACCESS_LOG) {
-        Ok(log) => Ok(Some(log)),
-        Err(source) => Err(AppError::AccessLog { path, source }),
-    }
-}
-
-fn spawner(config: &Config, owner: Owner, clock: Clock, options: Options) -> ProcessSpawner {
-    worker::become_subreaper();
-    ProcessSpawner::new(WorkerSettings {
-        reap_all: options.owns_process,
-        ..WorkerSettings::new(clock, config.server.state_dir.clone(), owner)
-    })
-}
-
-fn start_controller(
-    config: &Config,
-    store: Store,
-    spawner: ProcessSpawner,
-    clock: Clock,
-    adoptees: Vec<Adoptee>,
-) -> (Controller, Defaults) {
-    let sampler = Sampler::start(
-        clock,
-        SamplerSettings {
-            check_interval: config.memory.check_interval,
-            nvml_library: config.memory.nvml_library.clone(),
-            host_proc: config.memory.host_proc.clone(),
-            ..SamplerSettings::default()
-        },
-    );
-    let host = sampler.readings().borrow().host.clone();
-    let defaults = Defaults::of(&host);
-    let (settings, limit_source) = defaults.settings(config, &store);
-    info!(limit = %settings.limit, source = limit_source.as_str(), reserve = %settings.reserve, headroom = %host.headroom, models = config.models.len(), "memory");
-    let setups = config.models.iter().map(|spec| Setup {
-        spec: Arc::clone(spec),
-        weights: crate::config::weights::total(&spec.weights),
-        footprint: store.footprint(&spec.name),
-    });
-    let policy = Policy::new(settings, setups);
-    let first_decision = keeper::next_id(&store);
-    let controller = control::start(control::Parts {
-        policy,
-        routes: Arc::new(Routes::new(config.models.iter().cloned())),
-        spawner: Arc::new(spawner),
-        memory: sampler,
-        store,
-        clock,
-        limit_source,
-        auto_cleanup: config.memory.auto_cleanup,
-        first_decision,
-        adoptees,
-        config_hash: diff::hash(config),
-    });
-    (controller, defaults)
 }

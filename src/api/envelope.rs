@@ -10,7 +10,7 @@ use axum::response::{IntoResponse, Response};
 use serde::Serialize;
 
 use super::reload::ProblemEntry;
-use crate::control::{Refusal, ReloadError};
+use crate::control::{Refusal, ReloadError, UpgradeError};
 use crate::model::Bytes;
 use crate::reply;
 
@@ -51,6 +51,9 @@ pub(crate) enum ApiError {
     /// A configuration that was read anew is not valid.
     #[error(transparent)]
     Reload(ReloadError),
+    /// No other residentd has taken over.
+    #[error(transparent)]
+    Upgrade(UpgradeError),
     /// The task that did the work panicked.
     #[error("the work was cut off by a fault of residentd itself")]
     Broken,
@@ -70,7 +73,10 @@ impl ApiError {
                 reply::status_of(refusal)
             }
             Self::Reload(ReloadError::Invalid(_)) => StatusCode::UNPROCESSABLE_ENTITY,
-            Self::Reload(ReloadError::Impossible) => StatusCode::NOT_IMPLEMENTED,
+            Self::Reload(ReloadError::Impossible) | Self::Upgrade(UpgradeError::Impossible) => {
+                StatusCode::NOT_IMPLEMENTED
+            }
+            Self::Upgrade(_) => StatusCode::CONFLICT,
             Self::Broken => StatusCode::INTERNAL_SERVER_ERROR,
         }
     }
@@ -86,7 +92,10 @@ impl ApiError {
             Self::UnknownDevice(_) => "device_not_found",
             Self::Refused(refusal) | Self::Reload(ReloadError::Refused(refusal)) => refusal.code(),
             Self::Reload(ReloadError::Invalid(_)) => "invalid_config",
-            Self::Reload(ReloadError::Impossible) => "not_implemented",
+            Self::Reload(ReloadError::Impossible) | Self::Upgrade(UpgradeError::Impossible) => {
+                "not_implemented"
+            }
+            Self::Upgrade(_) => "upgrade_failed",
             Self::Broken => "internal",
         }
     }

@@ -20,6 +20,7 @@ mod probes;
 mod query;
 mod reload;
 mod system;
+mod upgrade;
 
 use std::sync::Arc;
 
@@ -32,13 +33,14 @@ use self::envelope::ApiError;
 pub use self::guard::PeerAddr;
 use self::metrics::Page;
 pub use self::past::{Past, written};
-use crate::control::{Controller, Reloader};
+use crate::control::{Controller, Reloader, Upgrader};
 
 /// What every route needs. Cheap to clone.
 #[derive(Clone, Debug)]
 pub struct ApiState {
     controller: Controller,
     reloader: Option<Reloader>,
+    upgrader: Option<Upgrader>,
     metrics: Arc<Page>,
     past: Arc<Past>,
 }
@@ -52,8 +54,15 @@ impl ApiState {
             metrics: Arc::new(Page::new(controller.clone())),
             controller,
             reloader,
+            upgrader: None,
             past: Arc::default(),
         }
+    }
+
+    /// Has upgrades made where they can be.
+    #[must_use]
+    pub fn with_upgrader(self, upgrader: Option<Upgrader>) -> Self {
+        Self { upgrader, ..self }
     }
 
     /// Has events of earlier runs told too.
@@ -85,6 +94,7 @@ pub fn router(state: ApiState) -> Router {
         )
         .route("/api/v1/events", get(events::events))
         .route("/api/v1/reload", post(reload::reload))
+        .route("/api/v1/upgrade", post(upgrade::upgrade))
         .route("/", get(probes::index))
         .route("/health", get(probes::health))
         .route("/startupz", get(probes::startupz))

@@ -27,8 +27,10 @@ pub(super) struct Defaults {
 }
 
 impl Defaults {
-    /// Takes them from the machine as it is now.
-    pub(super) fn of(host: &HostReading) -> Self {
+    /// Takes them from the machine as it is now, where workers that are taken back
+    /// hold `held`: what is available without them is the same at every start.
+    pub(super) fn of(host: &HostReading, held: Bytes) -> Self {
+        let headroom = (host.headroom + held).min(host.domain_total());
         let by_cgroup = host.headroom < host.available;
         let source = if by_cgroup {
             LimitSource::Cgroup
@@ -37,7 +39,7 @@ impl Defaults {
         };
         let reserve = host.domain_total().percent(RESERVE_PERCENT);
         Self {
-            limit: (host.headroom.percent(DEFAULT_LIMIT_PERCENT), source),
+            limit: (headroom.percent(DEFAULT_LIMIT_PERCENT), source),
             reserve: reserve.max(LEAST_RESERVE),
         }
     }

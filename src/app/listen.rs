@@ -1,23 +1,25 @@
-//! Binds addresses, takes connections, and serves each by the proxy or the API.
+//! Takes connections, and serves each by the proxy or the API.
 
 use std::convert::Infallible;
-use std::path::PathBuf;
+use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 
 use http_body_util::Either;
 use hyper::body::Incoming;
+use hyper::header::{CONNECTION, HeaderMap, HeaderValue, UPGRADE};
 use hyper::service::service_fn;
-use hyper::{Request, Response};
+use hyper::{Request, Response, Version};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto;
-use tokio::net::{TcpListener, UnixListener};
+use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tower::ServiceExt;
 use tracing::{debug, warn};
 
-use super::AppError;
+use super::sockets::Listener;
+use super::upgrade::{PEER, pass};
 use crate::api::PeerAddr;
-use crate::config::Listen;
 use crate::proxy::{Proxy, ProxyBody};
 use crate::telemetry;
 
@@ -26,57 +28,14 @@ const HEAD_TIMEOUT: Duration = Duration::from_secs(30);
 /// Wait after an accept that failed, as it does when descriptors run out.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
-/// A bound address.
-pub(super) enum Listener {
-    Tcp(TcpListener),
-    Unix(UnixListener),
-}
-
-/// Binds an address; the one that comes back has the port that the system gave.
-pub(super) async fn bind(listen: &Listen) -> Result<(Listen, Listener), AppError> {
-    let failed = |source: std::io::Error| {
-        let address = address_text(listen);
-        match source.kind() {
-            std::io::ErrorKind::AddrInUse => AppError::Taken { address },
-            _ => AppError::Listen { address, source },
-        }
-    };
-    match listen {
-        Listen::Tcp(address) => {
-            let listener = TcpListener::bind(address).await.map_err(failed)?;
-            let bound = listener.local_addr().map_err(failed)?;
-            Ok((Listen::Tcp(bound), Listener::Tcp(listener)))
-        }
-        Listen::Unix(path) => {
-            remove_stale_socket(path).await.map_err(failed)?;
-            let listener = UnixListener::bind(path).map_err(failed)?;
-            Ok((Listen::Unix(path.clone()), Listener::Unix(listener)))
-        }
-    }
-}
-
-/// Shows an address as it is written in the configuration, `http://` before a
-/// TCP one.
-#[must_use]
-pub fn address_text(listen: &Listen) -> String {
-    match listen {
-        Listen::Tcp(address) => format!("http://{address}"),
-        Listen::Unix(path) => format!("unix:{}", path.display()),
-    }
-}
-
-/// Takes away a socket file that nobody listens on; one that answers stays.
-async fn remove_stale_socket(path: &PathBuf) -> std::io::Result<()> {
-    if !path.exists() {
-        return Ok(());
-    }
-    match tokio::net::UnixStream::connect(path).await {
-        Ok(_) => Err(std::io::ErrorKind::AddrInUse.into()),
-        Err(error) if error.kind() == std::io::ErrorKind::ConnectionRefused => {
-            std::fs::remove_file(path)
-        }
-        Err(error) => Err(error),
-    }
+/// Whether connections are taken.
+#[derive(Clone, Debug)]
+pub(super) enum Doors {
+    Open,
+    /// Another residentd is about to take over: calls wait.
+    Shut,
+    /// Another residentd has taken over and listens here for what still comes.
+    Moved(Arc<Path>),
 }
 
 /// What every connection is served with.
@@ -86,13 +45,29 @@ pub(super) struct Server {
     pub(super) api: axum::Router,
     pub(super) closing: CancellationToken,
     pub(super) connections: tokio_util::task::TaskTracker,
+    pub(super) doors: watch::Receiver<Doors>,
 }
 
-/// Takes connections until the server is closing.
+/// Takes connections until the server is closing or another residentd has taken
+/// over, and none while one is about to.
 pub(super) async fn listen(listener: Listener, server: Server) {
+    let mut doors = server.doors.clone();
     loop {
+        let state = doors.borrow_and_update().clone();
+        let accepted = match state {
+            Doors::Moved(_) => return,
+            Doors::Shut => None,
+            Doors::Open => Some(accept(&listener)),
+        };
+        let accepted = async {
+            match accepted {
+                Some(accepted) => accepted.await,
+                None => std::future::pending().await,
+            }
+        };
         let accepted = tokio::select! {
-            accepted = accept(&listener) => accepted,
+            accepted = accepted => accepted,
+            Ok(()) = doors.changed() => continue,
             () = server.closing.cancelled() => return,
         };
         match accepted {
@@ -111,16 +86,40 @@ enum Stream {
     Unix(tokio::net::UnixStream),
 }
 
-async fn accept(listener: &Listener) -> std::io::Result<(Stream, PeerAddr)> {
+/// Where a request came from.
+#[derive(Clone, Copy)]
+enum Origin {
+    Client(PeerAddr),
+    /// The residentd before this one, which names the client.
+    Handover,
+}
+
+impl Origin {
+    fn peer(self, headers: &HeaderMap) -> PeerAddr {
+        match self {
+            Self::Client(peer) => peer,
+            Self::Handover => {
+                let peer = headers.get(PEER).and_then(|peer| peer.to_str().ok());
+                PeerAddr(peer.and_then(|peer| peer.parse().ok()))
+            }
+        }
+    }
+}
+
+async fn accept(listener: &Listener) -> std::io::Result<(Stream, Origin)> {
     match listener {
         Listener::Tcp(listener) => {
             let (stream, peer) = listener.accept().await?;
             stream.set_nodelay(true)?;
-            Ok((Stream::Tcp(stream), PeerAddr(Some(peer))))
+            Ok((Stream::Tcp(stream), Origin::Client(PeerAddr(Some(peer)))))
         }
         Listener::Unix(listener) => {
             let (stream, _) = listener.accept().await?;
-            Ok((Stream::Unix(stream), PeerAddr(None)))
+            Ok((Stream::Unix(stream), Origin::Client(PeerAddr(None))))
+        }
+        Listener::Handover(listener) => {
+            let (stream, _) = listener.accept().await?;
+            Ok((Stream::Unix(stream), Origin::Handover))
         }
     }
 }
@@ -128,7 +127,7 @@ async fn accept(listener: &Listener) -> std::io::Result<(Stream, PeerAddr)> {
 type Body = Either<ProxyBody, axum::body::Body>;
 
 impl Server {
-    fn serve<I>(&self, io: TokioIo<I>, peer: PeerAddr)
+    fn serve<I>(&self, io: TokioIo<I>, origin: Origin)
     where
         TokioIo<I>: hyper::rt::Read + hyper::rt::Write + Unpin + Send + 'static,
         I: Send + 'static,
@@ -138,7 +137,7 @@ impl Server {
         let task = async move {
             let service = service_fn(move |request| {
                 let server = server.clone();
-                async move { Ok::<_, Infallible>(server.answer(request, peer).await) }
+                async move { Ok::<_, Infallible>(server.answer(request, origin).await) }
             });
             let mut builder = auto::Builder::new(TokioExecutor::new());
             builder
@@ -162,14 +161,46 @@ impl Server {
         telemetry::spawn("connection", self.connections.track_future(task));
     }
 
-    async fn answer(&self, mut request: Request<Incoming>, peer: PeerAddr) -> Response<Body> {
+    async fn answer(&self, request: Request<Incoming>, origin: Origin) -> Response<Body> {
+        let (peer, version) = (origin.peer(request.headers()), request.version());
         if Proxy::takes(request.uri().path()) {
-            return self.proxy.handle(request, peer.0).await.map(Either::Left);
+            // Before this, the one that was replaced has named the client to workers.
+            let client = match origin {
+                Origin::Client(_) => peer.0,
+                Origin::Handover => None,
+            };
+            let mut response = self.proxy.handle(request, client).await;
+            self.part(version, response.headers_mut());
+            return response.map(Either::Left);
+        }
+        let mut response = self.call(request, peer).await;
+        self.part(version, response.headers_mut());
+        response.map(Either::Right)
+    }
+
+    /// Answers a call of the API: here, or by the residentd that has taken over.
+    async fn call(
+        &self,
+        mut request: Request<Incoming>,
+        peer: PeerAddr,
+    ) -> Response<axum::body::Body> {
+        let mut doors = self.doors.clone();
+        let open = doors.wait_for(|doors| !matches!(doors, Doors::Shut)).await;
+        let open = open.map(|doors| doors.clone());
+        if let Ok(Doors::Moved(socket)) = open {
+            return pass(request, peer, &socket).await;
         }
         request.extensions_mut().insert(peer);
         let answer = self.api.clone().oneshot(request).await;
-        answer
-            .unwrap_or_else(|never| match never {})
-            .map(Either::Right)
+        answer.unwrap_or_else(|never| match never {})
+    }
+
+    /// Has a client open another connection for its next request when another
+    /// residentd has taken over.
+    fn part(&self, version: Version, headers: &mut HeaderMap) {
+        let has_moved = matches!(*self.doors.borrow(), Doors::Moved(_));
+        if has_moved && version < Version::HTTP_2 && !headers.contains_key(UPGRADE) {
+            headers.insert(CONNECTION, HeaderValue::from_static("close"));
+        }
     }
 }

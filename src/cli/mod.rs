@@ -13,17 +13,20 @@ mod output;
 mod ps;
 mod reload;
 pub mod serve;
+mod settings;
 mod simulate;
+mod upgrade;
 
 use std::process::ExitCode;
 
 use anyhow::Context;
-pub use args::{CheckArgs, ServeArgs, SettingArgs};
+pub use args::{CheckArgs, ServeArgs};
 use args::{Command, CommandLine, GuardArgs};
 use clap::{CommandFactory, Parser};
 pub use client::Server;
 use client::{Answer, CallError};
 use output::OutputError;
+pub use settings::SettingArgs;
 
 use crate::app;
 use crate::telemetry::{self, LogFormat};
@@ -75,6 +78,7 @@ async fn ask(command: Command) -> anyhow::Result<ExitCode> {
         Command::Cleanup(args) => memory::cleanup(args).await,
         Command::Limit(args) => memory::limit(args).await,
         Command::Reload(args) => reload::reload(args).await,
+        Command::Upgrade(args) => upgrade::upgrade(args).await,
         Command::Logs(args) => logs::logs(args).await,
         Command::Events(args) => events::events(args).await,
         Command::Serve(_)
@@ -102,7 +106,7 @@ async fn ask(command: Command) -> anyhow::Result<ExitCode> {
 
 fn wants_json(command: &Command) -> bool {
     match command {
-        Command::Ps(client) => client.json,
+        Command::Ps(client) | Command::Upgrade(client) => client.json,
         Command::Load(args) => args.model.client.json,
         Command::Unload(args) | Command::Pin(args) | Command::Unpin(args) => args.client.json,
         Command::Cleanup(args) => args.client.json,

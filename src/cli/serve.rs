@@ -2,13 +2,14 @@
 
 use std::io::Write;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use anyhow::Context;
 use tokio::signal::unix::{SignalKind, signal};
 use tracing::{info, warn};
 
 use super::{CheckArgs, ServeArgs};
-use crate::app::{self, App, Options};
+use crate::app::{self, App, ExitStatus, Heir, Options, Predecessor, Program, Signal};
 use crate::config::{self, Config, Problems, Sources};
 use crate::telemetry::{self, LogFormat};
 
@@ -30,9 +31,15 @@ pub fn run(args: &ServeArgs) -> anyhow::Result<ExitCode> {
         flags.push(("server.listen".to_owned(), args.listen.join(",")));
     }
     let sources = sources(&args.check, flags)?;
+    let predecessor = args.take_over.then(Predecessor::of_stdin).transpose()?;
     let config = match config::load(&sources) {
         Ok(config) => config,
-        Err(problems) => return complain(&problems),
+        Err(problems) => {
+            if let Some(predecessor) = predecessor {
+                predecessor.fail(&problems.to_string());
+            }
+            return complain(&problems);
+        }
     };
     let format = match config.server.log_format {
         config::LogFormat::Text => LogFormat::Text,
@@ -41,6 +48,15 @@ pub fn run(args: &ServeArgs) -> anyhow::Result<ExitCode> {
     telemetry::init(format, &config.server.log_level)
         .map_err(|error| anyhow::anyhow!("{error}"))
         .context("set up logging")?;
+    let options = Options {
+        owns_process: true,
+        program: Program::of_this_process()
+            .inspect_err(|error| warn!(%error, "no other residentd can take over from this one"))
+            .ok(),
+        // While there is one thread.
+        sockets: app::passed_sockets()?,
+        inherited: predecessor.map(|p| p.inherit(&config)).transpose()?,
+    };
     let threads = std::thread::available_parallelism()
         .map_or(2, usize::from)
         .clamp(2, MOST_THREADS);
@@ -49,7 +65,7 @@ pub fn run(args: &ServeArgs) -> anyhow::Result<ExitCode> {
         .enable_all()
         .build()
         .context("start the runtime")?
-        .block_on(serve(sources, config))
+        .block_on(serve(sources, config, options))
 }
 
 /// Reads the configuration and names every problem.
@@ -87,43 +103,123 @@ fn complain(problems: &Problems) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::from(WRONG_CONFIG))
 }
 
-async fn serve(sources: Sources, config: Config) -> anyhow::Result<ExitCode> {
+async fn serve(sources: Sources, config: Config, options: Options) -> anyhow::Result<ExitCode> {
     for problem in config.warnings.iter() {
         warn!(%problem, "configuration");
     }
     // Before the first worker, so that no signal finds nobody listening.
-    let mut terminate = signal(SignalKind::terminate()).context("listen for SIGTERM")?;
-    let mut interrupt = signal(SignalKind::interrupt()).context("listen for SIGINT")?;
-    let mut hangup = signal(SignalKind::hangup()).context("listen for SIGHUP")?;
-    let options = Options { owns_process: true };
+    let mut signals = Signals::listen()?;
     let app = App::start(sources, config, options).await?;
     for address in app.addresses() {
-        // Scripts wait for this line; logs go to standard error.
-        writeln!(
-            std::io::stdout().lock(),
-            "residentd is listening on {}",
-            app::address_text(address)
-        )?;
+        // Scripts wait for this line; logs go to standard error. Whoever started
+        // this may have stopped to read by the time another one takes over.
+        let line = format!("residentd is listening on {}", app::address_text(address));
+        if let Err(error) = writeln!(std::io::stdout().lock(), "{line}") {
+            info!(%error, "{line}");
+        }
     }
     loop {
-        tokio::select! {
-            _ = terminate.recv() => info!("SIGTERM: draining"),
-            _ = interrupt.recv() => info!("SIGINT: draining"),
-            _ = hangup.recv() => {
+        let heard = tokio::select! {
+            heard = signals.next() => heard,
+            heir = app.handed_over() => return follow(&app, &heir, signals).await,
+        };
+        match heard {
+            Signal::HUP => {
                 info!("SIGHUP: reloading the configuration");
                 app.reload();
-                continue;
             }
+            Signal::USR2 => {
+                info!("SIGUSR2: having another residentd take over");
+                app.upgrade();
+            }
+            _ => break,
         }
-        break;
     }
+    info!("draining");
     let graceful = app.shutdown(app.grace());
     tokio::pin!(graceful);
-    tokio::select! {
-        () = &mut graceful => {}
-        _ = terminate.recv() => app.shutdown(std::time::Duration::ZERO).await,
-        _ = interrupt.recv() => app.shutdown(std::time::Duration::ZERO).await,
+    loop {
+        tokio::select! {
+            () = &mut graceful => break,
+            heir = app.handed_over() => {
+                heir.signal(Signal::TERM);
+                return follow(&app, &heir, signals).await;
+            }
+            heard = signals.next() => match heard {
+                Signal::HUP | Signal::USR2 => info!("residentd ends: no reload and no upgrade"),
+                _ => {
+                    app.shutdown(Duration::ZERO).await;
+                    break;
+                }
+            }
+        }
     }
     info!("ended");
     Ok(ExitCode::SUCCESS)
+}
+
+/// Another residentd has taken over: waits for the streams that are left here
+/// and, where nobody else can watch over that one, for its end.
+async fn follow(app: &App, heir: &Heir, mut signals: Signals) -> anyhow::Result<ExitCode> {
+    let finished = app.finish(heir);
+    tokio::pin!(finished);
+    let mut streams = true;
+    let ended = heir.exited();
+    tokio::pin!(ended);
+    loop {
+        tokio::select! {
+            () = &mut finished, if streams => {
+                info!("what came here before the upgrade has ended");
+                streams = false;
+                if heir.is_on_its_own() {
+                    return Ok(ExitCode::SUCCESS);
+                }
+            }
+            status = &mut ended, if !heir.is_on_its_own() => {
+                info!(%status, "the residentd that took over has ended");
+                return Ok(match status {
+                    ExitStatus::Code(code) => u8::try_from(code).unwrap_or(1).into(),
+                    // As a shell tells of a signal.
+                    ExitStatus::Signal(signal) => u8::try_from(128 + signal).unwrap_or(1).into(),
+                    ExitStatus::NotSpawned(_) | ExitStatus::Unknown => ExitCode::FAILURE,
+                });
+            }
+            heard = signals.next() => match heir.is_on_its_own() {
+                false => heir.signal(heard),
+                true if matches!(heard, Signal::HUP | Signal::USR2) => {}
+                true => {
+                    info!("cutting what is left");
+                    return Ok(ExitCode::SUCCESS);
+                }
+            }
+        }
+    }
+}
+
+/// The signals that are listened to.
+struct Signals {
+    terminate: tokio::signal::unix::Signal,
+    interrupt: tokio::signal::unix::Signal,
+    hangup: tokio::signal::unix::Signal,
+    upgrade: tokio::signal::unix::Signal,
+}
+
+impl Signals {
+    fn listen() -> anyhow::Result<Self> {
+        Ok(Self {
+            terminate: signal(SignalKind::terminate()).context("listen for SIGTERM")?,
+            interrupt: signal(SignalKind::interrupt()).context("listen for SIGINT")?,
+            hangup: signal(SignalKind::hangup()).context("listen for SIGHUP")?,
+            upgrade: signal(SignalKind::user_defined2()).context("listen for SIGUSR2")?,
+        })
+    }
+
+    async fn next(&mut self) -> Signal {
+        tokio::select! {
+            _ = self.terminate.recv() => Signal::TERM,
+            _ = self.interrupt.recv() => Signal::INT,
+            _ = self.hangup.recv() => Signal::HUP,
+            _ = self.upgrade.recv() => Signal::USR2,
+        }
+    }
 }

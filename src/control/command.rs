@@ -1,14 +1,16 @@
 //! What can be asked of the controller.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::oneshot;
 
 use super::{
-    CleanupReport, Explanation, Lease, Reconfiguration, Refusal, ReloadOrigin, ReloadProblem,
+    CleanupReport, Explanation, Lease, ReadyWorker, Reconfiguration, Refusal, ReloadOrigin,
+    ReloadProblem,
 };
 use crate::clock::Timestamp;
-use crate::model::{Bytes, Domain, ModelName, WorkerId};
+use crate::model::{Bytes, Domain, ModelName, Upstream, WorkerId};
 
 /// Where the answer to a command goes.
 pub type Reply<T> = oneshot::Sender<Result<T, Refusal>>;
@@ -76,6 +78,14 @@ pub enum Command {
         outcome: Result<Box<Reconfiguration>, Vec<ReloadProblem>>,
         reply: Reply<()>,
     },
+    /// See [`super::Controller::answers`].
+    Ping { reply: Reply<()> },
+    /// See [`super::Controller::hand_over`].
+    HandOver { reply: Reply<Vec<Arc<ReadyWorker>>> },
+    /// See [`super::Controller::take_again`].
+    TakeAgain { reply: Reply<()> },
+    /// See [`super::Controller::leave_to`].
+    LeaveTo { heir: Upstream, reply: Reply<()> },
     /// See [`super::Controller::shutdown`].
     Shutdown { grace: Duration, reply: Reply<()> },
 }

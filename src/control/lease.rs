@@ -175,6 +175,9 @@ pub struct ReadyWorker {
     pub serial: u64,
     /// When it became ready.
     pub since: Timestamp,
+    /// It is no worker but the residentd that has taken over: requests go there
+    /// as they came.
+    pub is_heir: bool,
 }
 
 /// One request's hold on a ready worker. Dropping it gives the hold back.

@@ -14,6 +14,7 @@ mod decisions;
 mod deeds;
 mod files;
 mod gates;
+mod handover;
 mod lease;
 mod obey;
 mod parking;
@@ -30,6 +31,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 pub use command::{CleanupRequest, Command, LimitReport, LimitRequest, LogTail, Reply, Signal};
 pub use decision::{Decision, End, Kind, LoadFailure, LoadReason, What};
 pub use decisions::{Decisions, Found, KEPT, Recorder, Wanted, record};
+pub use handover::{UpgradeError, UpgradeRequest, Upgraded, Upgrader};
 pub use lease::{Lease, ModelRoute, ReadyWorker, Routes};
 pub use reload::{
     Reconfiguration, ReloadError, ReloadOrigin, ReloadProblem, ReloadReport, ReloadRequest,
@@ -42,7 +44,7 @@ pub use task::{Parts, start};
 use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::clock::{Clock, Timestamp};
-use crate::model::ModelName;
+use crate::model::{ModelName, Upstream, WorkerId};
 pub use crate::policy::{
     CleanupReport, EvictReason, Expectation, Expected, ExpectedSource, Explanation, Holder,
     Outlook, ParkFault, Phase, PressureLevel, Protection, Refusal, Shortage, Skip, Skipped, Why,
@@ -121,6 +123,14 @@ impl Controller {
             self.routes.count_overload();
         }
         answer
+    }
+
+    /// Takes a lease on this very worker, if it is ready and its gate is open.
+    #[must_use]
+    pub fn enter(&self, worker: &WorkerId) -> Option<Lease> {
+        let ready = self.routes.get(worker.model.as_str())?.ready()?;
+        let is_same = ready.id == *worker;
+        is_same.then(|| Lease::enter(ready, self.clock, self.signals.clone()))?
     }
 
     /// Makes the model ready, waiting for it until `deadline`.
@@ -221,6 +231,42 @@ impl Controller {
         let _: Result<(), Refusal> = self
             .ask(|_, reply| Command::Shutdown { grace, reply })
             .await;
+    }
+
+    /// Returns whether the controller runs, once it has got to the question.
+    pub async fn answers(&self) -> bool {
+        self.ask(|_, reply| Command::Ping { reply }).await.is_ok()
+    }
+
+    /// Decides nothing any more, so that another residentd can take over: lets
+    /// workers that are being spawned or ended get there, then closes every gate.
+    /// Whoever asks for something from now on waits. Returns the workers that
+    /// answer; requests inside of them go on, and no others can enter.
+    /// [`Controller::take_again`] or [`Controller::leave_to`] has to follow.
+    ///
+    /// # Errors
+    /// That residentd ends, is handing over already, or the controller is gone.
+    pub async fn hand_over(&self) -> Result<Vec<Arc<ReadyWorker>>, Refusal> {
+        self.ask(|_, reply| Command::HandOver { reply }).await
+    }
+
+    /// Decides again, after the other residentd did not get on; first about what
+    /// came meanwhile.
+    ///
+    /// # Errors
+    /// That the controller is gone.
+    pub async fn take_again(&self) -> Result<(), Refusal> {
+        self.ask(|_, reply| Command::TakeAgain { reply }).await
+    }
+
+    /// Leaves everything to the residentd that answers at `heir`: requests that
+    /// wait here, and those that still come, are sent there, and workers are left
+    /// alone. Nothing can be asked of this controller after that.
+    ///
+    /// # Errors
+    /// That nothing was handed over, or the controller is gone.
+    pub async fn leave_to(&self, heir: Upstream) -> Result<(), Refusal> {
+        self.ask(|_, reply| Command::LeaveTo { heir, reply }).await
     }
 
     /// Has a configuration that was read anew taken in, or told that it is not

@@ -82,6 +82,10 @@ impl Task {
                 outcome,
                 reply,
             } => self.reload(origin, outcome, reply),
+            Command::Ping { reply } => self.answers.put(reply, Ok(())),
+            Command::HandOver { reply } => self.hand_over(reply),
+            Command::TakeAgain { reply } => self.take_again(reply),
+            Command::LeaveTo { heir, reply } => self.leave_to(&heir, reply),
             Command::Shutdown { grace, reply } => {
                 self.finishing.push(reply);
                 self.begin_shutdown(grace);

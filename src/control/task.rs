@@ -12,6 +12,7 @@ use super::adopt::Adoption;
 use super::answers::Answers;
 use super::command::Reply;
 use super::files::Files;
+use super::handover::Held;
 use super::tell::Told;
 use super::{
     CleanupReport, Command, Controller, Counters, Lease, LimitSource, LogTail, ReadyWorker,
@@ -91,6 +92,7 @@ pub fn start(parts: Parts) -> Controller {
         answers: Answers::default(),
         finishing: Vec::new(),
         finished: false,
+        held: None,
         reading,
         pace: Pace::Calm,
         limit_source: parts.limit_source,
@@ -143,7 +145,7 @@ struct Arrivals {
     readings: watch::Receiver<Arc<Reading>>,
 }
 
-enum Arrival {
+pub(super) enum Arrival {
     Command(Command),
     Signal(Signal),
     Worker(WorkerEvent),
@@ -186,7 +188,10 @@ async fn run(mut task: Task, mut arrivals: Arrivals, publish: watch::Sender<Arc<
         if task.finished {
             break;
         }
-        let wake = task.policy.next_wake();
+        let wake = match task.held {
+            Some(_) => None,
+            None => task.policy.next_wake(),
+        };
         let mut arrival = Some(arrivals.next(task.clock, wake).await);
         for _ in 0..BATCH {
             let Some(next) = arrival else { break };
@@ -255,6 +260,8 @@ pub(super) struct Task {
     pub(super) answers: Answers,
     pub(super) finishing: Vec<Reply<()>>,
     pub(super) finished: bool,
+    /// What waits while another residentd takes over.
+    pub(super) held: Option<Held>,
     pub(super) reading: Arc<Reading>,
     pace: Pace,
     pub(super) limit_source: LimitSource,
@@ -263,12 +270,15 @@ pub(super) struct Task {
     pub(super) oom: OomWatch,
     pub(super) recorder: Recorder,
     pub(super) told: Told,
-    next_serial: u64,
+    pub(super) next_serial: u64,
     pub(super) seq: u64,
 }
 
 impl Task {
-    fn handle(&mut self, arrival: Arrival) {
+    pub(super) fn handle(&mut self, arrival: Arrival) {
+        let Some(arrival) = self.hold_back(arrival) else {
+            return;
+        };
         match arrival {
             Arrival::Command(command) => self.obey(command),
             Arrival::Signal(Signal::Cancel { ticket }) => {
@@ -379,6 +389,7 @@ impl Task {
             closing: CancellationToken::new(),
             serial: self.next_serial,
             since: now,
+            is_heir: false,
         });
         live.ready = Some(Arc::clone(&ready));
         if let Some(route) = self.routes.get(worker.model.as_str()) {
@@ -432,7 +443,7 @@ impl Task {
         }
     }
 
-    fn take_reading(&mut self) {
+    pub(super) fn take_reading(&mut self) {
         self.oom.notice(self.clock.now(), self.reading.host.oom);
         let measured = self.measured();
         self.feed(Event::Measured(measured));

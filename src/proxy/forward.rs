@@ -98,7 +98,8 @@ impl Proxy {
     ) -> Account {
         let (worker, clock) = (lease.worker().id.clone(), self.controller.clock());
         let account = Account::new(worker, clock, passage.began, leased, status.as_u16());
-        account.logged(self.access.clone())
+        // The one who has taken over logs it.
+        account.logged(self.access.clone().filter(|_| !lease.worker().is_heir))
     }
 
     /// Sends on a kept connection if there is one. One that the worker closed
@@ -179,7 +180,10 @@ impl Proxy {
         }
         let mut request = Request::new(body);
         *request.method_mut() = head.method.clone();
-        *request.uri_mut() = Uri::try_from(passage.target.as_str())?;
+        *request.uri_mut() = match (lease.worker().is_heir, head.uri.path_and_query()) {
+            (true, Some(asked)) => asked.clone().into(),
+            _ => Uri::try_from(passage.target.as_str())?,
+        };
         *request.version_mut() = Version::HTTP_11;
         *request.headers_mut() = headers;
         Ok(request)

@@ -10,6 +10,7 @@
 //! workers as ours, so that they are known even when the database is damaged.
 
 mod files;
+mod handover;
 mod open;
 mod workers;
 mod writer;
@@ -122,7 +123,7 @@ pub struct Store {
     known: Arc<Mutex<Known>>,
     writer: Arc<Writer>,
     /// Held as long as somebody may write.
-    _lock: Arc<File>,
+    lock: Arc<File>,
 }
 
 /// What was in the database when it was opened.
@@ -209,7 +210,7 @@ impl Store {
             })),
             kept: Arc::new(kept),
             writer: Arc::new(writer),
-            _lock: Arc::new(lock),
+            lock: Arc::new(lock),
         })
     }
 

@@ -62,6 +62,7 @@ type Pending = BTreeMap<Key, Value>;
 /// written before.
 #[derive(Debug)]
 pub(super) struct Writer {
+    path: PathBuf,
     desk: Arc<Desk>,
 }
 
@@ -80,9 +81,20 @@ struct Papers {
     /// Somebody waits: the next try is now.
     hurry: bool,
     closed: bool,
+    thread: Thread,
     trouble: Option<Arc<str>>,
     /// Who wants to know when all of it is written.
     witnesses: Vec<Witness>,
+}
+
+/// Whether somebody works at the desk.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Thread {
+    #[default]
+    Works,
+    /// It saw that the desk is closed, and closes the file.
+    Leaves,
+    Gone,
 }
 
 /// Is told that a write is done, or why it failed.
@@ -92,18 +104,61 @@ impl Writer {
     /// Starts the thread.
     pub(super) fn start(path: PathBuf, database: Database) -> std::io::Result<Self> {
         let desk = Arc::new(Desk::default());
-        std::thread::Builder::new().name("store".into()).spawn({
-            let desk = Arc::clone(&desk);
-            move || {
-                let open = || Database::create(&path);
-                let mut scribe = Scribe {
-                    database: Some(database),
-                    open,
-                };
-                desk.work(|pending| scribe.write(pending));
-            }
+        let writer = Self { path, desk };
+        writer.work(Some(database))?;
+        Ok(writer)
+    }
+
+    fn work(&self, database: Option<Database>) -> std::io::Result<()> {
+        let (desk, path) = (Arc::clone(&self.desk), self.path.clone());
+        let thread = std::thread::Builder::new().name("store".into());
+        thread.spawn(move || {
+            let open = || Database::create(&path);
+            let mut scribe = Scribe { database, open };
+            desk.work(|pending| scribe.write(pending));
+            // The file is closed before it is told.
+            drop(scribe);
+            desk.lock().thread = Thread::Gone;
+            desk.changed.notify_all();
         })?;
-        Ok(Self { desk })
+        Ok(())
+    }
+
+    /// Writes what lies there and closes the file, so that another process can
+    /// open it. What is put there from now on lies there.
+    ///
+    /// # Errors
+    /// Why not everything is written, or that it takes longer than `patience`.
+    /// [`Writer::resume`] has to follow then too.
+    pub(super) fn pause(&self, patience: Duration) -> Result<(), Arc<str>> {
+        let mut papers = self.desk.lock();
+        papers.closed = true;
+        papers.hurry = true;
+        self.desk.changed.notify_all();
+        let works = |papers: &mut Papers| papers.thread != Thread::Gone;
+        let waited = (self.desk.changed).wait_timeout_while(papers, patience, works);
+        let (papers, waited) = waited.unwrap_or_else(PoisonError::into_inner);
+        match (&papers.trouble, waited.timed_out()) {
+            (_, true) => Err("the disk does not answer".into()),
+            (Some(why), false) if !papers.pending.is_empty() => Err(Arc::clone(why)),
+            _ => Ok(()),
+        }
+    }
+
+    /// Opens the file again and writes what was put there since.
+    pub(super) fn resume(&self) -> std::io::Result<()> {
+        {
+            let mut papers = self.desk.lock();
+            papers.closed = false;
+            self.desk.changed.notify_all();
+            if papers.thread == Thread::Works {
+                return Ok(());
+            }
+            let leaves = |papers: &mut Papers| papers.thread == Thread::Leaves;
+            let waited = self.desk.changed.wait_while(papers, leaves);
+            waited.unwrap_or_else(PoisonError::into_inner).thread = Thread::Works;
+        }
+        self.work(None)
     }
 
     pub(super) fn desk(&self) -> &Desk {
@@ -235,6 +290,7 @@ impl Desk {
                     let _ = witness.send(Ok(()));
                 }
                 if papers.closed {
+                    papers.thread = Thread::Leaves;
                     return None;
                 }
                 let waited = self.changed.wait(papers);
@@ -245,6 +301,7 @@ impl Desk {
                 let pending = std::mem::take(&mut papers.pending);
                 return Some((pending, std::mem::take(&mut papers.witnesses)));
             } else if papers.closed {
+                papers.thread = Thread::Leaves;
                 return None;
             } else {
                 let waited = self.changed.wait_timeout(papers, rest);
@@ -424,6 +481,7 @@ mod tests {
         let disk = Disk::default();
         let desk = Arc::new(Desk::default());
         let writer = Writer {
+            path: PathBuf::new(),
             desk: Arc::clone(&desk),
         };
         let thread = std::thread::spawn({

@@ -29,6 +29,9 @@ pub struct Adoptee {
     pub spec: Arc<ModelSpec>,
     /// How long it has run.
     pub age: Duration,
+    /// Whoever handed it over says that it answers: it is not asked, since it may
+    /// be busy with what it was asked then.
+    pub is_vouched_for: bool,
     pub(super) leader: OwnedFd,
     pub(super) parent: i32,
 }
@@ -123,6 +126,7 @@ pub fn inspect(
         match found {
             Ok(((leader, stat), spec)) => inspected.adoptees.push(Adoptee {
                 age: age(&stat),
+                is_vouched_for: false,
                 record: record.clone(),
                 spec,
                 leader,

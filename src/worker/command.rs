@@ -9,6 +9,15 @@ use crate::model::{Fingerprint, GpuVendor, ModelSpec, PlacedGpu, Upstream, Upstr
 use crate::procfs::mark::{self, Mark};
 use crate::template::Template;
 
+/// What a service manager says to residentd and not to workers; see
+/// `sd_listen_fds(3)` and `sd_watchdog_enabled(3)`.
+const OF_THE_SERVICE: [&str; 5] = [
+    "LISTEN_PID",
+    "LISTEN_FDS",
+    "LISTEN_FDNAMES",
+    "WATCHDOG_PID",
+    "WATCHDOG_USEC",
+];
 /// Tells a worker the file in which it may report its own GPU memory.
 const REPORT: &str = "RESIDENTD_REPORT";
 
@@ -91,6 +100,9 @@ impl Launch {
     ) -> Command {
         use std::os::unix::process::CommandExt;
         let mut command = Command::new(&self.program);
+        for variable in OF_THE_SERVICE {
+            command.env_remove(variable);
+        }
         command
             .args(&self.arguments)
             .env(REPORT, report)

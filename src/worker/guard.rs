@@ -13,7 +13,6 @@
 use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::io::{self, BufRead, Write};
-use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::process::{ChildStdin, Command, Stdio};
 use std::str::FromStr;
@@ -21,13 +20,11 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use nix::sys::signal::{SigSet, Signal};
-use rustix::process::{Pid, PidfdFlags, WaitId, WaitIdOptions, pidfd_open, waitid};
-use tokio::io::unix::AsyncFd;
 use tracing::{debug, error, warn};
 
+use super::helper::Helper;
 use super::process;
 use super::reaper::Leaders;
-use super::watched::readable;
 use crate::clock::Clock;
 use crate::procfs::mark::{self, Mark, Owner};
 use crate::procfs::{ProcessKey, ProcessStat, ProcessTable, ProcessTree};
@@ -103,7 +100,7 @@ impl Guard {
         }
     }
 
-    fn spawn(&self) -> io::Result<(i32, AsyncFd<OwnedFd>)> {
+    fn spawn(&self) -> io::Result<Helper> {
         let (program, arguments) = &self.command;
         let mut command = Command::new(program);
         command
@@ -111,14 +108,7 @@ impl Guard {
             .current_dir("/")
             .stdin(Stdio::piped())
             .stdout(Stdio::null());
-        // Held until the child is noted, so that the reaper leaves it alone.
-        let mut helpers = self.leaders.helpers();
-        let mut child = command.spawn()?;
-        let pid = i32::try_from(child.id()).map_err(io::Error::other)?;
-        helpers.insert(pid);
-        drop(helpers);
-        let number = Pid::from_raw(pid).ok_or(io::ErrorKind::InvalidInput)?;
-        let pidfd = readable(pidfd_open(number, PidfdFlags::empty())?)?;
+        let (helper, mut child) = Helper::spawn(&self.leaders, &mut command)?;
         let pipe = child.stdin.take().ok_or(io::ErrorKind::BrokenPipe)?;
         // Nobody may wait for a guard that does not read.
         rustix::io::ioctl_fionbio(&pipe, true)?;
@@ -132,22 +122,15 @@ impl Guard {
         for (leader, stamp) in told {
             post.write(&Line::Protect(leader, stamp));
         }
-        debug!(pid, "guard started");
-        Ok((pid, pidfd))
+        debug!(pid = helper.pid(), "guard started");
+        Ok(helper)
     }
 
-    async fn watch(self: Arc<Self>, first: (i32, AsyncFd<OwnedFd>)) {
+    async fn watch(self: Arc<Self>, first: Helper) {
         let mut running = Some(first);
         loop {
-            if let Some((pid, pidfd)) = running.take() {
-                // An error is as good as its end: it is looked for below.
-                let _ = pidfd.readable().await.map(|mut ready| ready.clear_ready());
-                // It is our child, and nobody else reaps it.
-                let _ = waitid(
-                    WaitId::PidFd(std::os::fd::AsFd::as_fd(pidfd.get_ref())),
-                    WaitIdOptions::EXITED | WaitIdOptions::NOHANG,
-                );
-                self.leaders.helpers().remove(&pid);
+            if let Some(helper) = running.take() {
+                let (pid, _) = (helper.pid(), helper.exited().await);
                 if self.post().dismissed {
                     return;
                 }

@@ -21,6 +21,7 @@ mod body;
 mod command;
 mod exit;
 mod guard;
+mod helper;
 mod leftovers;
 mod listener;
 mod liveness;
@@ -40,6 +41,7 @@ mod watched;
 use std::ffi::OsString;
 use std::ops::RangeInclusive;
 use std::path::PathBuf;
+use std::process::{Child, Command};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
@@ -49,6 +51,7 @@ use tokio::sync::{mpsc, watch};
 
 pub use self::adopt::{Adoptee, Inspected, Unfit, inspect, origin};
 pub use self::guard::{Guard, keep_guard};
+pub use self::helper::Helper;
 pub use self::leftovers::{end_left_behind, end_orphans, tidy};
 pub use self::opened::{Opened, Stream};
 pub use self::output::{TAIL_LINES, Tail};
@@ -371,6 +374,22 @@ impl ProcessSpawner {
     ) -> io::Result<Arc<Guard>> {
         let guard = Guard::start((program, arguments), Arc::clone(&self.shared.leaders))?;
         Ok(Arc::clone(self.shared.guard.get_or_init(|| guard)))
+    }
+
+    /// Spawns a process that is no worker. Blocks for the time of a spawn.
+    ///
+    /// # Errors
+    /// When it cannot be spawned.
+    pub fn spawn_helper(&self, command: &mut Command) -> io::Result<(Helper, Child)> {
+        Helper::spawn(&self.shared.leaders, command)
+    }
+
+    /// Takes charge of a process that is no worker, and is or will be our child.
+    ///
+    /// # Errors
+    /// When there is none with this pid.
+    pub fn find_helper(&self, pid: i32) -> io::Result<Helper> {
+        Helper::found(&self.shared.leaders, pid)
     }
 
     fn life(&self, order: SpawnOrder) -> (Life, WorkerHandle) {

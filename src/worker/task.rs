@@ -113,6 +113,7 @@ impl Life {
             age: adoptee.age,
             was_ready: adoptee.record.ready,
             is_adopted: true,
+            is_vouched_for: adoptee.is_vouched_for,
         };
         let worker = self.worker.clone();
         let status = match Body::adopted(&self.shared, adoptee) {
@@ -136,7 +137,7 @@ impl Life {
 
     /// One try; `None` when the worker ended because its port was taken.
     async fn live(&mut self, hold_port: bool) -> Option<ExitStatus> {
-        if *self.stop.borrow() != Stop::Run {
+        if *self.stop.borrow() != Stop::Run || self.is_let_go() {
             return Some(ExitStatus::NotSpawned("it was stopped before".into()));
         }
         let body = match self.spawn(hold_port).await {
@@ -149,6 +150,7 @@ impl Life {
         let has_port = body.port.is_some();
         let past = self.lead(body, Begun::default()).await;
         let retry = !past.started && hold_port && has_port && self.port_was_taken();
+        let retry = retry && !self.is_let_go();
         (!retry).then_some(past.status)
     }
 
@@ -166,7 +168,10 @@ impl Life {
             record: Box::new(body.record.clone()),
         });
         let patience = begun.patience(self.spec.start_timeout);
-        let mut end = self.starting(&mut body, patience, begun).await;
+        let mut end = match begun.is_vouched_for {
+            true => End::Ready,
+            false => self.starting(&mut body, patience, begun).await,
+        };
         let started = matches!(end, End::Ready);
         if started {
             self.say(WorkerEvent::Ready {
@@ -179,12 +184,17 @@ impl Life {
         }
         match end {
             End::Ready | End::ByItself => {}
+            // The residentd that took over has a deadline of its own.
+            End::NeverReady if self.is_let_go() => {}
             End::NeverReady => {
                 let (worker, after) = (self.worker.clone(), begun.age + patience);
                 self.say(WorkerEvent::NeverReady { worker, after });
                 self.stopping(&mut body).await;
             }
             End::Asked => self.stopping(&mut body).await,
+        }
+        if self.is_let_go() {
+            body.process.exited().await;
         }
         // Whatever is left of the tree ends now; for most there is nothing.
         body.process
@@ -429,6 +439,12 @@ impl Life {
         })
     }
 
+    /// Whether nobody here is in charge of the worker any more: another residentd
+    /// has taken it over. It is left alone, and only its end is waited for.
+    fn is_let_go(&self) -> bool {
+        self.stop.has_changed().is_err()
+    }
+
     fn say(&self, event: WorkerEvent) {
         // Nobody listens any more when residentd is ending.
         let _ = self.events.send(event);
@@ -475,6 +491,7 @@ struct Begun {
     age: Duration,
     was_ready: bool,
     is_adopted: bool,
+    is_vouched_for: bool,
 }
 
 impl Begun {

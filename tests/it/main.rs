@@ -28,4 +28,5 @@ mod stub;
 mod support;
 #[path = "../../benches/traffic.rs"]
 mod traffic;
+mod upgrade;
 mod worker;

@@ -185,7 +185,7 @@ impl Residentd {
 }
 
 /// Writes the configuration, its listener, state folder and log level first.
-fn write_config(folder: &Path, config: &str) -> PathBuf {
+pub(crate) fn write_config(folder: &Path, config: &str) -> PathBuf {
     let file = folder.join("residentd.toml");
     let state = folder.join("state");
     let head = format!(

@@ -1,0 +1,145 @@
+//! Everything beneath the listeners: state, workers of an earlier residentd,
+//! instruments, policy, controller.
+
+use std::sync::Arc;
+
+use tracing::info;
+
+use super::inputs::Defaults;
+use super::keeper::{self, Keeper};
+use super::upgrade::Inherited;
+use super::{AppError, survivors};
+use crate::clock::Clock;
+use crate::config::{Config, diff};
+use crate::control::{self, Controller, Routes};
+use crate::memory::{MemorySource, Sampler, SamplerSettings};
+use crate::model::{Bytes, Domain};
+use crate::policy::{Policy, Setup};
+use crate::procfs::mark::Owner;
+use crate::proxy::AccessLog;
+use crate::store::Store;
+use crate::worker::{self, Adoptee, Guard, ProcessSpawner, WorkerSettings};
+
+/// The access log is this long at most, and one as long is kept beside it.
+const ACCESS_LOG: u64 = 64 << 20;
+
+/// What the listeners stand on.
+#[derive(Debug)]
+pub(super) struct Core {
+    pub(super) clock: Clock,
+    pub(super) store: Store,
+    pub(super) access: Option<AccessLog>,
+    pub(super) spawner: Arc<ProcessSpawner>,
+    pub(super) guard: Option<Arc<Guard>>,
+    pub(super) controller: Controller,
+    pub(super) defaults: Defaults,
+    pub(super) keeper: Arc<Keeper>,
+}
+
+impl Core {
+    /// Starts it, and waits until workers that are taken back answer.
+    pub(super) async fn start(
+        config: &Config,
+        owns_process: bool,
+        inherited: &Inherited,
+    ) -> Result<Self, AppError> {
+        let clock = Clock::start();
+        let store = Store::open(&config.server.state_dir, &config.models)?;
+        let access = access_log(config)?;
+        let owner = Owner::this_process(store.name().to_owned());
+        let mut adoptees = survivors::find(config, &store, &owner, clock).await;
+        for adoptee in &mut adoptees {
+            adoptee.is_vouched_for = inherited.vouches_for(&adoptee.record.worker);
+        }
+        let ready = survivors::ready(&adoptees);
+        let spawner = Arc::new(spawner(config, owner.clone(), clock, owns_process));
+        let guard = match owns_process && !config.server.adopt {
+            true => Some(survivors::start_guard(&spawner, config, &owner)?),
+            false => None,
+        };
+        let (controller, defaults) =
+            start_controller(config, store.clone(), Arc::clone(&spawner), clock, adoptees);
+        survivors::settle(&controller, ready).await;
+        let keeper = Keeper::start(&controller, store.clone());
+        Ok(Self {
+            clock,
+            store,
+            access,
+            spawner,
+            guard,
+            controller,
+            defaults,
+            keeper,
+        })
+    }
+}
+
+fn access_log(config: &Config) -> Result<Option<AccessLog>, AppError> {
+    if !config.server.access_log {
+        return Ok(None);
+    }
+    let path = config.server.state_dir.join("access.jsonl");
+    match AccessLog::open(&path, ACCESS_LOG) {
+        Ok(log) => Ok(Some(log)),
+        Err(source) => Err(AppError::AccessLog { path, source }),
+    }
+}
+
+fn spawner(config: &Config, owner: Owner, clock: Clock, reap_all: bool) -> ProcessSpawner {
+    worker::become_subreaper();
+    ProcessSpawner::new(WorkerSettings {
+        reap_all,
+        ..WorkerSettings::new(clock, config.server.state_dir.clone(), owner)
+    })
+}
+
+fn start_controller(
+    config: &Config,
+    store: Store,
+    spawner: Arc<ProcessSpawner>,
+    clock: Clock,
+    adoptees: Vec<Adoptee>,
+) -> (Controller, Defaults) {
+    let sampler = Sampler::start(
+        clock,
+        SamplerSettings {
+            check_interval: config.memory.check_interval,
+            nvml_library: config.memory.nvml_library.clone(),
+            host_proc: config.memory.host_proc.clone(),
+            ..SamplerSettings::default()
+        },
+    );
+    let host = sampler.readings().borrow().host.clone();
+    let defaults = Defaults::of(&host, held(&adoptees));
+    let (settings, limit_source) = defaults.settings(config, &store);
+    info!(limit = %settings.limit, source = limit_source.as_str(), reserve = %settings.reserve, headroom = %host.headroom, models = config.models.len(), "memory");
+    let setups = config.models.iter().map(|spec| Setup {
+        spec: Arc::clone(spec),
+        weights: crate::config::weights::total(&spec.weights),
+        footprint: store.footprint(&spec.name),
+    });
+    let policy = Policy::new(settings, setups);
+    let first_decision = keeper::next_id(&store);
+    let controller = control::start(control::Parts {
+        policy,
+        routes: Arc::new(Routes::new(config.models.iter().cloned())),
+        spawner,
+        memory: sampler,
+        store,
+        clock,
+        limit_source,
+        auto_cleanup: config.memory.auto_cleanup,
+        first_decision,
+        adoptees,
+        config_hash: diff::hash(config),
+    });
+    (controller, defaults)
+}
+
+/// What workers that are taken back were known to hold of the host: available at
+/// start is less by that.
+fn held(adoptees: &[Adoptee]) -> Bytes {
+    let records = adoptees.iter().map(|adoptee| &adoptee.record);
+    let peaks = records.filter_map(|record| record.peak.get(&Domain::Host));
+    peaks.copied().sum()
+}

@@ -1,0 +1,193 @@
+//! The sockets that are listened on: bound here, or opened by the service
+//! manager or the residentd before this one.
+
+use std::ffi::OsStr;
+use std::net::SocketAddr;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+
+use rustix::net::SocketAddrUnix;
+use tokio::net::{TcpListener, UnixListener};
+use tracing::{debug, info};
+
+use super::AppError;
+use super::upgrade::Sent;
+use crate::config::Listen;
+
+/// A bound address.
+pub(super) enum Listener {
+    Tcp(TcpListener),
+    Unix(UnixListener),
+    /// Where the residentd that this one has replaced sends what still comes to it.
+    Handover(UnixListener),
+}
+
+/// A socket that is listened on.
+pub(super) struct Bound {
+    pub(super) address: Listen,
+    pub(super) listener: Listener,
+    /// What another residentd that takes over is told of it.
+    pub(super) sent: Sent,
+}
+
+/// Returns the files of Unix sockets that are not the service manager's.
+pub(super) fn own_paths(bound: &[Bound]) -> Vec<PathBuf> {
+    let ours = bound.iter().filter(|bound| bound.sent.configured.is_some());
+    ours.filter_map(|bound| match &bound.address {
+        Listen::Unix(path) => Some(path.clone()),
+        Listen::Tcp(_) => None,
+    })
+    .collect()
+}
+
+/// Returns another descriptor of each, with what is told of it.
+pub(super) fn share(bound: &[Bound]) -> Result<Vec<(Sent, OwnedFd)>, AppError> {
+    let shared = bound.iter().map(|each| {
+        let socket = each.listener.share().map_err(AppError::Passed)?;
+        Ok((each.sent.clone(), socket))
+    });
+    shared.collect()
+}
+
+/// What other processes have opened.
+#[derive(Debug, Default)]
+pub(super) struct Opened {
+    /// By the service manager.
+    pub(super) passed: Vec<OwnedFd>,
+    /// By the residentd before this one.
+    pub(super) inherited: Vec<(Sent, OwnedFd)>,
+}
+
+/// Returns a listener for each configured address. What the service manager has
+/// opened takes the place of all that is configured.
+pub(super) async fn open(configured: &[Listen], opened: Opened) -> Result<Vec<Bound>, AppError> {
+    let mut bound = Vec::new();
+    let by_manager = opened.passed.into_iter();
+    let by_manager = by_manager.map(|socket| (Sent { configured: None }, socket));
+    for (sent, socket) in by_manager.chain(opened.inherited) {
+        let text = sent.configured.as_deref();
+        let is_wanted = text.is_none_or(|text| configured.iter().any(|l| l.to_string() == text));
+        let (address, listener) = Listener::passed(socket)?;
+        if is_wanted {
+            bound.push(Bound {
+                address,
+                listener,
+                sent,
+            });
+        } else {
+            info!(%address, "not listened on any more");
+        }
+    }
+    if bound.iter().any(|bound| bound.sent.configured.is_none()) {
+        debug!("the service manager opened the sockets; server.listen is not used");
+        return Ok(bound);
+    }
+    for listen in configured {
+        let text = Some(listen.to_string());
+        if !bound.iter().any(|bound| bound.sent.configured == text) {
+            let (address, listener) = bind(listen).await?;
+            let sent = Sent { configured: text };
+            bound.push(Bound {
+                address,
+                listener,
+                sent,
+            });
+        }
+    }
+    Ok(bound)
+}
+
+impl Listener {
+    /// Returns another descriptor of it.
+    pub(super) fn share(&self) -> std::io::Result<OwnedFd> {
+        match self {
+            Self::Tcp(listener) => listener.as_fd().try_clone_to_owned(),
+            Self::Unix(listener) | Self::Handover(listener) => {
+                listener.as_fd().try_clone_to_owned()
+            }
+        }
+    }
+
+    /// Takes a socket that another process has opened, and its address.
+    pub(super) fn passed(socket: OwnedFd) -> Result<(Listen, Self), AppError> {
+        let taken = || {
+            let address = rustix::net::getsockname(&socket)?;
+            rustix::io::ioctl_fionbio(&socket, true)?;
+            if let Ok(address) = SocketAddr::try_from(address.clone()) {
+                let listener = TcpListener::from_std(socket.into())?;
+                return Ok((Listen::Tcp(address), Self::Tcp(listener)));
+            }
+            let address = SocketAddrUnix::try_from(address)?;
+            let path = address
+                .path_bytes()
+                .map(OsStr::from_bytes)
+                .unwrap_or_default();
+            let listener = UnixListener::from_std(socket.into())?;
+            Ok((Listen::Unix(path.into()), Self::Unix(listener)))
+        };
+        taken().map_err(AppError::Passed)
+    }
+
+    /// Listens at `path` for what comes to the residentd that is replaced.
+    pub(super) fn handover(path: &Path) -> Result<Self, AppError> {
+        let bound = || {
+            if path.exists() {
+                std::fs::remove_file(path)?;
+            }
+            UnixListener::bind(path)
+        };
+        let bound = bound().map_err(|source| AppError::Listen {
+            address: address_text(&Listen::Unix(path.to_owned())),
+            source,
+        });
+        bound.map(Self::Handover)
+    }
+}
+
+/// Binds an address; the one that comes back has the port that the system gave.
+pub(super) async fn bind(listen: &Listen) -> Result<(Listen, Listener), AppError> {
+    let failed = |source: std::io::Error| {
+        let address = address_text(listen);
+        match source.kind() {
+            std::io::ErrorKind::AddrInUse => AppError::Taken { address },
+            _ => AppError::Listen { address, source },
+        }
+    };
+    match listen {
+        Listen::Tcp(address) => {
+            let listener = TcpListener::bind(address).await.map_err(failed)?;
+            let bound = listener.local_addr().map_err(failed)?;
+            Ok((Listen::Tcp(bound), Listener::Tcp(listener)))
+        }
+        Listen::Unix(path) => {
+            remove_stale_socket(path).await.map_err(failed)?;
+            let listener = UnixListener::bind(path).map_err(failed)?;
+            Ok((Listen::Unix(path.clone()), Listener::Unix(listener)))
+        }
+    }
+}
+
+/// Shows an address as it is written in the configuration, `http://` before a
+/// TCP one.
+#[must_use]
+pub fn address_text(listen: &Listen) -> String {
+    match listen {
+        Listen::Tcp(address) => format!("http://{address}"),
+        Listen::Unix(path) => format!("unix:{}", path.display()),
+    }
+}
+
+/// Takes away a socket file that nobody listens on; one that answers stays.
+async fn remove_stale_socket(path: &PathBuf) -> std::io::Result<()> {
+    if !path.exists() {
+        return Ok(());
+    }
+    match tokio::net::UnixStream::connect(path).await {
+        Ok(_) => Err(std::io::ErrorKind::AddrInUse.into()),
+        Err(error) if error.kind() == std::io::ErrorKind::ConnectionRefused => {
+            std::fs::remove_file(path)
+        }
+        Err(error) => Err(error),
+    }
+}

@@ -1,0 +1,84 @@
+//! What remains to be done for the residentd that has taken over.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use rustix::process::Signal;
+use tracing::{info, warn};
+
+use super::channel::{Listening, Word};
+use crate::worker::{ExitStatus, Helper, ProcessSpawner};
+
+/// The residentd that has taken over, and those that follow it.
+#[derive(Debug)]
+pub struct Heir {
+    current: Mutex<Arc<Helper>>,
+    link: Listening,
+    is_told: bool,
+    spawner: Arc<ProcessSpawner>,
+}
+
+impl Heir {
+    pub(super) fn new(
+        helper: Helper,
+        link: Listening,
+        is_told: bool,
+        spawner: Arc<ProcessSpawner>,
+    ) -> Self {
+        Self {
+            current: Mutex::new(Arc::new(helper)),
+            link,
+            is_told,
+            spawner,
+        }
+    }
+
+    /// Returns whether somebody else watches over it, so that this process may
+    /// end.
+    #[must_use]
+    pub fn is_on_its_own(&self) -> bool {
+        self.is_told
+    }
+
+    /// Passes a signal on.
+    pub fn signal(&self, signal: Signal) {
+        self.current().signal(signal);
+    }
+
+    /// Waits until it has ended, and whoever took over from it. Called once.
+    pub async fn exited(&self) -> ExitStatus {
+        let mut heard = true;
+        loop {
+            let current = Arc::clone(&self.current());
+            tokio::select! {
+                // Said before it ends.
+                biased;
+                said = self.link.next(), if heard => match said {
+                    Some((Word::Successor { pid }, _)) => match self.spawner.find_helper(pid) {
+                        Ok(helper) => {
+                            info!(pid, "another residentd has taken over");
+                            *self.current() = Arc::new(helper);
+                        }
+                        Err(error) => warn!(pid, %error, "the residentd that took over is not there"),
+                    },
+                    Some(_) => {}
+                    None => heard = false,
+                },
+                status = current.exited() => return status,
+            }
+        }
+    }
+
+    /// Says that nothing of what came to this process is left.
+    pub fn is_done(&self) {
+        // It may have ended.
+        let _ = self.say(&Word::Done);
+    }
+
+    pub(super) fn say(&self, word: &Word) -> std::io::Result<()> {
+        self.link.channel.send(word, &[])
+    }
+
+    fn current(&self) -> MutexGuard<'_, Arc<Helper>> {
+        self.current.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

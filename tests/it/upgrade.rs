@@ -1,0 +1,227 @@
+//! Another residentd takes over while one runs: no connection is refused,
+//! streams are finished, workers go on; and one that cannot changes nothing.
+
+mod chain;
+mod failing;
+mod supervised;
+
+use std::io::Read;
+use std::net::TcpStream;
+use std::os::unix::fs::PermissionsExt;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use nix::sys::signal::Signal;
+use serde_json::json;
+
+use crate::support::http::send;
+use crate::support::residentd::{RESIDENTD, STUB, command};
+use crate::support::{Answer, Residentd, pause, request, runs, wait_until};
+
+/// Three models for which there is room, and one that takes a while to load.
+fn config() -> String {
+    let model = |name: &str, flags: &str| {
+        format!(
+            "[models.{name}]\ncommand = '{STUB} --port ${{PORT}} --name {name} {flags}'\nmemory = \"48MiB\"\n"
+        )
+    };
+    let plain = ["a", "b", "c"].map(|name| model(name, "--anon 24MiB"));
+    let slow = model("slow", "--ready-after 1500ms");
+    let models = plain.concat() + &slow;
+    format!("[memory]\nlimit = \"600MiB\"\nreserve = \"16MiB\"\n{models}")
+}
+
+/// A residentd of whose program there is a copy, so that another can take its
+/// place.
+fn start(config: &str, environment: &[(&str, &str)]) -> (Residentd, PathBuf) {
+    let folder = tempfile::tempdir().expect("a folder");
+    let program = folder.path().join("residentd");
+    std::fs::copy(RESIDENTD, &program).expect("it can be copied");
+    let file = crate::support::residentd::write_config(folder.path(), config);
+    let given = command(&file, environment);
+    let mut serve = std::process::Command::new(&program);
+    serve
+        .args(given.get_args())
+        .envs(environment.iter().copied())
+        .current_dir(folder.path());
+    (Residentd::launch(folder, serve), program)
+}
+
+/// Puts a script in the place of the program.
+fn replace(program: &PathBuf, script: &str) {
+    // A program that runs cannot be written to, but its name can be given away.
+    let new = program.with_extension("new");
+    std::fs::write(&new, script).expect("written");
+    std::fs::set_permissions(&new, std::fs::Permissions::from_mode(0o755)).expect("ours");
+    std::fs::rename(&new, program).expect("it has its place");
+}
+
+/// Has another take over and returns its pid.
+fn upgrade(residentd: &Residentd) -> u32 {
+    let answer = residentd.ask("POST", "/api/v1/upgrade", None);
+    assert_eq!(answer.status, 200, "{}", answer.text());
+    let pid = answer.json()["data"]["pid"].as_u64();
+    u32::try_from(pid.expect("a pid")).expect("a pid fits")
+}
+
+/// Begins a stream of so many events, 10 ms apart, and waits for its first.
+fn begin(residentd: &Residentd, model: &str, chunks: u32) -> (TcpStream, Vec<u8>) {
+    let body =
+        json!({"model": model, "prompt": "x", "stream": true, "x_chunks": chunks, "x_pace_ms": 10})
+            .to_string();
+    let address = residentd.address();
+    let mut stream = send(address, "POST", "/v1/completions", Some(&body)).expect("a connection");
+    let mut raw = vec![0_u8; 64];
+    let read = stream.read(&mut raw).expect("it begins");
+    raw.truncate(read);
+    (stream, raw)
+}
+
+fn finish((mut stream, mut raw): (TcpStream, Vec<u8>)) -> Answer {
+    // A stream that is cut ends with an error; whether it was whole is in it.
+    let _ = stream.read_to_end(&mut raw);
+    Answer::parse(&raw).expect("an answer")
+}
+
+/// Asks a model again and again, each time on a connection of its own, and
+/// returns how often it answered.
+fn ask_on(model: &'static str, address: String, stop: Arc<AtomicBool>) -> JoinHandle<u32> {
+    std::thread::spawn(move || {
+        let body = json!({"model": model, "prompt": "x"}).to_string();
+        let mut answered = 0;
+        while !stop.load(Ordering::Relaxed) {
+            let answer = request(&address, "POST", "/v1/completions", Some(&body));
+            let answer = answer.expect("no connection is refused");
+            assert_eq!(answer.status, 200, "{}", answer.text());
+            answered += 1;
+            pause(Duration::from_millis(2));
+        }
+        answered
+    })
+}
+
+#[test]
+fn another_takes_over_under_load_and_no_request_is_lost_and_no_model_loaded_again() {
+    let (mut residentd, _) = start(&config(), &[]);
+    let pids: Vec<_> = ["a", "b", "c"]
+        .map(|name| residentd.complete(name).worker_pid())
+        .into();
+    let streams: Vec<_> = ["a", "b", "c"]
+        .map(|name| begin(&residentd, name, 200))
+        .into();
+    let stop = Arc::new(AtomicBool::new(false));
+    let address = residentd.address().to_owned();
+    let clients: Vec<_> = ["a", "b", "c"]
+        .map(|name| ask_on(name, address.clone(), Arc::clone(&stop)))
+        .into();
+    let waits = {
+        let address = address.clone();
+        std::thread::spawn(move || {
+            let body = json!({"model": "slow", "prompt": "x"}).to_string();
+            request(&address, "POST", "/v1/completions", Some(&body)).expect("an answer")
+        })
+    };
+    let loading = wait_until("slow to be spawned", || residentd.worker_pid("slow"));
+    let new = upgrade(&residentd);
+    assert_ne!(new, residentd.pid());
+    for name in ["a", "b", "c"] {
+        let model = residentd.model(name);
+        assert_eq!(model["phase"], "ready", "{model}");
+    }
+    let busy = residentd.model("a")["in_flight"]
+        .as_u64()
+        .expect("a number");
+    assert!(
+        busy >= 1,
+        "the new one knows of the old one's stream: {busy}"
+    );
+    let waited = waits.join().expect("no panic");
+    assert_eq!(waited.status, 200, "{}", waited.text());
+    assert_eq!(
+        waited.worker_pid(),
+        loading.expect("it loads"),
+        "loaded once"
+    );
+    for stream in streams {
+        let answer = finish(stream);
+        assert_eq!(answer.status, 200);
+        assert!(
+            answer.text().contains("[DONE]"),
+            "it is whole: {}",
+            answer.text()
+        );
+    }
+    pause(Duration::from_millis(200));
+    stop.store(true, Ordering::Relaxed);
+    for client in clients {
+        let answered: u32 = client.join().expect("every request is answered");
+        assert!(answered > 20, "{answered}");
+    }
+    wait_until("the streams to be over over there", || {
+        (residentd.model("a")["in_flight"] == 0).then_some(())
+    });
+    for (name, pid) in ["a", "b", "c"].into_iter().zip(pids) {
+        assert_eq!(
+            residentd.complete(name).worker_pid(),
+            pid,
+            "{name} was kept"
+        );
+        assert_eq!(residentd.model(name)["loads"], 0, "not by the new one");
+    }
+    // The one that was started stays, as the parent, and ends as the new one does.
+    let old = residentd.pid();
+    assert!(runs(i64::from(old)) && runs(i64::from(new)));
+    residentd.signal(Signal::SIGTERM);
+    assert_eq!(residentd.wait().code(), Some(0));
+    assert!(!runs(i64::from(new)));
+    assert!(!runs(loading));
+}
+
+#[test]
+fn a_connection_that_was_open_before_is_answered_by_the_new_one_and_then_closed() {
+    use std::io::Write;
+    let (residentd, _) = start(&config(), &[]);
+    let pid = residentd.complete("a").worker_pid();
+    let connect = || TcpStream::connect(residentd.address()).expect("a connection");
+    let (mut inference, mut api) = (connect(), connect());
+    let body = json!({"model": "a", "prompt": "x"}).to_string();
+    let post = format!(
+        "POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {}\r\n\r\n{body}",
+        body.len()
+    );
+    let get = "GET /api/v1/memory/models HTTP/1.1\r\nhost: localhost\r\n\r\n";
+    // Both have been used, and so are held open.
+    for (connection, text) in [(&mut inference, post.as_str()), (&mut api, get)] {
+        connection.write_all(text.as_bytes()).expect("sent");
+        assert_eq!(read_one(connection).status, 200);
+    }
+    let new = upgrade(&residentd);
+    inference.write_all(post.as_bytes()).expect("sent");
+    let answer = finish((inference, Vec::new()));
+    assert_eq!((answer.status, answer.worker_pid()), (200, pid));
+    assert_eq!(answer.header("connection"), Some("close"));
+    api.write_all(get.as_bytes()).expect("sent");
+    let answer = finish((api, Vec::new()));
+    assert_eq!(answer.status, 200);
+    let models = answer.json()["data"]["models"].clone();
+    assert_eq!(models[0]["name"], "a");
+    assert_eq!(models[0]["loads"], 0, "it was the old one that loaded it");
+    assert!(runs(i64::from(new)));
+}
+
+/// Reads one answer on a connection that stays open.
+fn read_one(connection: &mut TcpStream) -> Answer {
+    let mut raw = Vec::new();
+    loop {
+        let mut piece = [0; 4096];
+        let read = connection.read(&mut piece).expect("it is open");
+        assert_ne!(read, 0, "closed after {:?}", String::from_utf8_lossy(&raw));
+        raw.extend_from_slice(&piece[..read]);
+        if let Some(answer) = Answer::parse(&raw).filter(|answer| answer.complete) {
+            return answer;
+        }
+    }
+}

@@ -1,0 +1,94 @@
+//! One upgrade after another, and who watches over whom.
+
+use super::*;
+use crate::support::kill;
+
+fn children(pid: u32) -> Vec<String> {
+    let list = format!("/proc/{pid}/task/{pid}/children");
+    let list = std::fs::read_to_string(list).unwrap_or_default();
+    list.split_whitespace().map(str::to_owned).collect()
+}
+
+#[test]
+fn of_three_the_one_in_the_middle_ends_and_the_parent_ends_as_the_last_does() {
+    let (mut residentd, _) = start(&config(), &[]);
+    let pid = residentd.complete("a").worker_pid();
+    let mut new: Vec<u32> = Vec::new();
+    for _ in 0..3 {
+        new.push(upgrade(&residentd));
+        assert_eq!(residentd.complete("a").worker_pid(), pid);
+    }
+    for gone in &new[..2] {
+        wait_until("the one in the middle to end", || {
+            (!runs(i64::from(*gone))).then_some(())
+        });
+    }
+    let last = new[2];
+    let first = residentd.pid();
+    wait_until("the last to be a child of the first", || {
+        children(first).contains(&last.to_string()).then_some(())
+    });
+    assert_eq!(residentd.complete("a").worker_pid(), pid);
+    assert_eq!(residentd.complete("b").status, 200);
+    // A signal to the first is one to the last.
+    let more = format!("[models.d]\ncommand = '{STUB} --port ${{PORT}}'\nmemory = \"1MiB\"\n");
+    residentd.configure(&(config() + &more));
+    residentd.signal(Signal::SIGHUP);
+    wait_until("the last to reload", || {
+        let models = residentd.memory("models");
+        (models["models"].as_array()?.len() == 5).then_some(())
+    });
+    residentd.signal(Signal::SIGTERM);
+    assert_eq!(residentd.wait().code(), Some(0));
+    assert!(!runs(i64::from(last)) && !runs(pid));
+}
+
+#[test]
+fn a_parent_ends_with_the_one_that_was_killed_and_the_next_takes_the_workers_back() {
+    let (mut residentd, _) = start(&config(), &[]);
+    let pid = residentd.complete("a").worker_pid();
+    let new = upgrade(&residentd);
+    residentd.wait_until_kept("a");
+    kill(i64::from(new), Signal::SIGKILL);
+    assert_eq!(
+        residentd.wait().code(),
+        Some(128 + 9),
+        "as a shell tells it"
+    );
+    assert!(runs(pid));
+    residentd.start_again(&[]);
+    assert_eq!(residentd.complete("a").worker_pid(), pid);
+}
+
+#[test]
+fn a_signal_has_another_take_over_and_a_stream_outlives_the_linger() {
+    let (residentd, _) = start(&config(), &[]);
+    let pid = residentd.complete("a").worker_pid();
+    // Longer than connections without a request are kept open.
+    let stream = begin(&residentd, "a", 800);
+    residentd.signal(Signal::SIGUSR2);
+    wait_until("another to have taken over", || {
+        (residentd.model("a")["loads"] == 0).then_some(())
+    });
+    let unload = residentd.ask("POST", "/api/v1/models/b/unload", None);
+    assert_eq!(unload.status, 200, "{}", unload.text());
+    let answer = finish(stream);
+    assert_eq!((answer.status, answer.worker_pid()), (200, pid));
+    assert!(answer.text().contains("[DONE]"), "it is whole");
+}
+
+#[test]
+fn the_end_of_the_new_one_waits_for_a_stream_of_the_old_one() {
+    let (mut residentd, _) = start(&config(), &[]);
+    residentd.complete("a");
+    let stream = begin(&residentd, "a", 200);
+    upgrade(&residentd);
+    residentd.signal(Signal::SIGTERM);
+    let answer = finish(stream);
+    assert!(
+        answer.text().contains("[DONE]"),
+        "within the grace: {}",
+        answer.text()
+    );
+    assert_eq!(residentd.wait().code(), Some(0));
+}
