@@ -107,7 +107,7 @@ fn a_watchdog_is_fed_while_the_controller_answers_and_workers_hear_nothing_of_it
 }
 
 #[test]
-fn sockets_of_the_service_manager_are_listened_on_and_outlive_an_upgrade_and_a_restart() {
+fn sockets_of_the_service_manager_are_listened_on_also_after_an_upgrade() {
     let folder = tempfile::tempdir().expect("a folder");
     let file = crate::support::residentd::write_config(folder.path(), &config());
     let unix = folder.path().join("passed.sock");
