@@ -39,14 +39,12 @@ pub use self::upgrade::{HandoverError, Heir, Inherited, Predecessor, Program};
 use crate::api::{self, ApiState};
 use crate::config::{Config, Listen, Sources};
 use crate::control::{Controller, ReloadOrigin, Reloader, Upgrader};
-use crate::memory;
 use crate::model::ModelName;
 use crate::proxy::{AccessLog, Proxy};
 pub use crate::store::Learned;
 use crate::store::{Store, StoreError};
-use crate::telemetry;
-use crate::worker;
 pub use crate::worker::ExitStatus;
+use crate::{memory, telemetry, worker};
 
 /// How long open connections may take to end after the last worker is gone.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);

@@ -5,6 +5,7 @@ use std::ffi::OsStr;
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 use rustix::net::SocketAddrUnix;
@@ -135,7 +136,11 @@ impl Listener {
             if path.exists() {
                 std::fs::remove_file(path)?;
             }
-            UnixListener::bind(path)
+            let listener = UnixListener::bind(path)?;
+            // What comes there is believed.
+            let ours = std::fs::Permissions::from_mode(0o600);
+            std::fs::set_permissions(path, ours)?;
+            Ok(listener)
         };
         let bound = bound().map_err(|source| AppError::Listen {
             address: address_text(&Listen::Unix(path.to_owned())),

@@ -12,10 +12,11 @@ use tracing::warn;
 use crate::control::Controller;
 use crate::telemetry;
 
-/// Returns whether there is a service manager that can be told of another main
-/// process.
-pub(super) fn is_there() -> bool {
-    std::env::var_os("NOTIFY_SOCKET").is_some()
+/// Returns whether there is a service manager that, told of another main process,
+/// watches that one. The first process of a container cannot be replaced: the
+/// container ends with it.
+pub(super) fn follows() -> bool {
+    std::env::var_os("NOTIFY_SOCKET").is_some() && std::process::id() != 1
 }
 
 /// Requests are served.

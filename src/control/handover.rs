@@ -19,7 +19,7 @@ use tracing::info;
 
 use super::command::Reply;
 use super::task::{Arrival, Pending, Task};
-use super::{Command, Lease, ReadyWorker, Refusal, Signal};
+use super::{COMMAND_QUEUE, Command, Lease, ReadyWorker, Refusal, Signal};
 use crate::gate::{Gate, Pulse};
 use crate::model::{ModelName, Upstream, WorkerId};
 use crate::policy::{Event, Phase, Ticket};
@@ -130,6 +130,12 @@ impl Task {
                 | Command::Ping { .. },
             )
             | Arrival::Abandoned => return Some(arrival),
+            Arrival::Command(Command::Acquire { reply, .. })
+                if held.commands.len() >= COMMAND_QUEUE =>
+            {
+                // Whoever asked may have left.
+                let _ = reply.send(Err(Refusal::Overloaded));
+            }
             Arrival::Command(command) => held.commands.push(command),
             Arrival::Signal(Signal::Cancel { ticket }) => {
                 self.waiting.remove(&ticket);
@@ -193,7 +199,8 @@ impl Task {
 
     pub(super) fn take_again(&mut self, reply: Reply<()>) {
         let Some(held) = self.held.take() else {
-            self.answers.put(reply, Err(Refusal::ShuttingDown));
+            // It was not even begun.
+            self.answers.put(reply, Ok(()));
             return;
         };
         info!("nobody has taken over: deciding again");

@@ -257,3 +257,30 @@ fn a43_as_the_first_process_of_a_pid_namespace_it_leaves_no_zombie_and_ends_with
     assert_eq!(residentd.wait().code(), Some(0));
     assert_eq!(processes_with(&mark), [] as [i64; 0]);
 }
+
+#[test]
+fn a43_as_the_first_process_it_stays_after_an_upgrade_and_goes_on_reaping() {
+    let mark = mark("a43-upgrade");
+    let worker = format!("(sleep 0.2 &) ; exec {STUB} --port ${{PORT}} --name {mark} --child");
+    let Some((mut residentd, first)) = first_process(&worker) else {
+        return;
+    };
+    let pid = residentd.complete("m").worker_pid();
+    for _ in 0..2 {
+        let upgraded = residentd.ask("POST", "/api/v1/upgrade", None);
+        assert_eq!(upgraded.status, 200, "{}", upgraded.text());
+        assert_eq!(residentd.complete("m").worker_pid(), pid);
+    }
+    // The worker is a child of the first, and known to the last alone.
+    let unloaded = residentd.ask("POST", "/api/v1/models/m/unload", None);
+    assert_eq!(unloaded.status, 200, "{}", unloaded.text());
+    wait_until("two residentds and no zombie", || {
+        let inside = namespace(first);
+        let zombies = inside.iter().any(|(_, state)| *state == 'Z');
+        (inside.len() == 1 && !zombies).then_some(())
+    });
+    assert_eq!(residentd.complete("m").status, 200);
+    kill(first, Signal::SIGTERM);
+    assert_eq!(residentd.wait().code(), Some(0));
+    assert_eq!(processes_with(&mark), [] as [i64; 0]);
+}

@@ -40,6 +40,8 @@ pub(super) enum Word {
     Take {
         listeners: Vec<Sent>,
         has_parent: bool,
+        /// The old one will be the parent.
+        stays: bool,
         workers: Vec<Answering>,
     },
     /// Of the new one: it serves, and takes what still comes to the old one here.
@@ -228,6 +230,7 @@ mod tests {
         let word = Word::Take {
             listeners: vec![Sent { configured: None }],
             has_parent: false,
+            stays: true,
             workers: workers.collect(),
         };
         ours.send(&word, &[file.as_fd()]).expect("it fits");

@@ -6,6 +6,7 @@ use rustix::process::Signal;
 use tracing::{info, warn};
 
 use super::channel::{Listening, Word};
+use crate::telemetry;
 use crate::worker::{ExitStatus, Helper, ProcessSpawner};
 
 /// The residentd that has taken over, and those that follow it.
@@ -57,6 +58,10 @@ impl Heir {
                         Ok(helper) => {
                             info!(pid, "another residentd has taken over");
                             *self.current() = Arc::new(helper);
+                            // It ends with its last stream.
+                            telemetry::spawn("replaced", async move {
+                                current.exited().await;
+                            });
                         }
                         Err(error) => warn!(pid, %error, "the residentd that took over is not there"),
                     },

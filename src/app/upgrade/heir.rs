@@ -83,6 +83,7 @@ impl Predecessor {
             Word::Take {
                 listeners,
                 has_parent,
+                stays,
                 workers,
             },
             mut sockets,
@@ -93,6 +94,7 @@ impl Predecessor {
         let parent = sockets.split_off(listeners.len().min(sockets.len()));
         Ok(Inherited {
             link: Some(self.0),
+            stays,
             parent: (has_parent.then_some(parent).into_iter().flatten().next()).map(Channel::new),
             listeners: listeners.into_iter().zip(sockets).collect(),
             workers: inside(&workers),
@@ -105,6 +107,7 @@ impl Predecessor {
 pub struct Inherited {
     link: Option<Channel>,
     parent: Option<Channel>,
+    stays: bool,
     pub(in crate::app) listeners: Vec<(Sent, OwnedFd)>,
     /// Workers that answer, and how many requests of the other one are inside.
     workers: BTreeMap<WorkerId, u32>,
@@ -139,8 +142,7 @@ impl Inherited {
         let attendant = Attendant::new(controller.clone(), self.workers);
         let parent = match self.parent {
             Some(parent) => Some(parent),
-            None if supervisor::is_there() => None,
-            // The other one stays.
+            None if !self.stays => None,
             None => Some(Channel::new(link.try_clone().map_err(AppError::Handover)?)),
         };
         let link = link.listen().map_err(AppError::Handover)?;

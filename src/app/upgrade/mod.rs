@@ -296,6 +296,7 @@ impl Upgrading {
                 .map(|(sent, _)| sent.clone())
                 .collect(),
             has_parent: self.parent.is_some(),
+            stays: self.parent.is_none() && !supervisor::follows(),
             workers: answering.collect(),
         };
         let sockets = self.listeners.iter().map(|(_, socket)| socket.as_fd());
@@ -323,11 +324,12 @@ impl Upgrading {
         self.doors.send_replace(Doors::Moved(socket.into()));
         self.listeners.clear();
         let pid = candidate.helper.pid();
-        let mut is_told = supervisor::is_there();
-        if is_told {
+        let is_told = match &self.parent {
+            Some(parent) => parent.send(&Word::Successor { pid }, &[]).is_ok(),
+            None => supervisor::follows(),
+        };
+        if self.parent.is_none() {
             supervisor::main_process(pid);
-        } else if let Some(parent) = &self.parent {
-            is_told = parent.send(&Word::Successor { pid }, &[]).is_ok();
         }
         if let Err(error) = candidate.link.channel.send(&Word::Yours, &[]) {
             warn!(%error, "the new residentd does not hear that it is the main process");
