@@ -225,6 +225,11 @@ impl Task {
             self.answers.put(reply, Err(Refusal::ShuttingDown));
             return;
         };
+        // Kept connections would hold up a worker with one thread.
+        for ready in self.workers.values().filter_map(|live| live.ready.as_ref()) {
+            ready.closing.cancel();
+            ready.opened.close();
+        }
         let mut heirs = BTreeMap::new();
         for route in self.routes.all() {
             let model = route.name().clone();

@@ -50,8 +50,14 @@ pub(super) enum Word {
     Failed { why: String },
     /// To the new one: from now on it is the main process.
     Yours,
-    /// To the new one: how many requests are inside of a worker over there.
-    Inside { worker: Named, inside: u32 },
+    /// To the new one: how many requests are inside of a worker over there, how many
+    /// of them wait for it, and whether any heard of it since this was last said.
+    Inside {
+        worker: Named,
+        inside: u32,
+        waiting: u32,
+        heard: bool,
+    },
     /// To the new one: nothing of what came to the old one is left.
     Done,
     /// To the parent: this process has taken over from the one that says it.

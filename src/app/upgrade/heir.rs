@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
 use std::time::Duration;
 
 use tokio_util::sync::CancellationToken;
@@ -14,6 +15,7 @@ use crate::app::sockets::Listener;
 use crate::app::{AppError, supervisor};
 use crate::config::Config;
 use crate::control::{Controller, Lease};
+use crate::gate::Visit;
 use crate::model::WorkerId;
 use crate::telemetry;
 
@@ -165,7 +167,15 @@ impl Inherited {
 struct Attendant {
     controller: Controller,
     wanted: BTreeMap<WorkerId, u32>,
-    leases: BTreeMap<WorkerId, Vec<Lease>>,
+    stays: BTreeMap<WorkerId, Vec<Stay>>,
+}
+
+/// One request that is inside over there: the gate counts it, and so does whoever
+/// judges the worker by what requests hear.
+#[derive(Debug)]
+struct Stay {
+    visit: Visit,
+    _lease: Lease,
 }
 
 impl Attendant {
@@ -173,7 +183,7 @@ impl Attendant {
         let mut attendant = Self {
             controller,
             wanted,
-            leases: BTreeMap::new(),
+            stays: BTreeMap::new(),
         };
         attendant.hold();
         attendant
@@ -183,18 +193,33 @@ impl Attendant {
     /// has them later, one that is gone never.
     fn hold(&mut self) {
         for (worker, wanted) in &self.wanted {
-            let leases = self.leases.entry(worker.clone()).or_default();
+            let stays = self.stays.entry(worker.clone()).or_default();
             let wanted = *wanted as usize;
-            leases.truncate(wanted);
-            while leases.len() < wanted {
+            stays.truncate(wanted);
+            while stays.len() < wanted {
                 let Some(lease) = self.controller.enter(worker) else {
                     break;
                 };
-                leases.push(lease);
+                stays.push(Stay {
+                    visit: Visit::begin(Arc::clone(&lease.worker().pulse)),
+                    _lease: lease,
+                });
             }
         }
         self.wanted.retain(|_, wanted| *wanted > 0);
-        self.leases.retain(|_, leases| !leases.is_empty());
+        self.stays.retain(|_, stays| !stays.is_empty());
+    }
+
+    /// Passes on what the requests over there hear of a worker.
+    fn hear(&self, worker: &WorkerId, waiting: u32, heard: bool) {
+        let stays = self.stays.get(worker).map_or(&[][..], Vec::as_slice);
+        let (wait, rest) = stays.split_at(stays.len().min(waiting as usize));
+        for stay in rest.iter().chain(wait.iter().filter(|_| heard)) {
+            stay.visit.hears();
+        }
+        for stay in wait {
+            stay.visit.waits();
+        }
     }
 
     /// Listens to the other one until it has finished, then says so to `gone`.
@@ -202,13 +227,15 @@ impl Attendant {
         let mut views = self.controller.watch();
         loop {
             let short = self.wanted.iter().any(|(worker, wanted)| {
-                self.leases.get(worker).map_or(0, Vec::len) < *wanted as usize
+                self.stays.get(worker).map_or(0, Vec::len) < *wanted as usize
             });
             tokio::select! {
                 said = link.next() => match said {
-                    Some((Word::Inside { worker, inside }, _)) => {
+                    Some((Word::Inside { worker, inside, waiting, heard }, _)) => {
                         if let Some(worker) = worker.id() {
-                            self.wanted.insert(worker, inside);
+                            self.wanted.insert(worker.clone(), inside);
+                            self.hold();
+                            self.hear(&worker, waiting, heard);
                         }
                     }
                     Some((Word::Yours, _)) => supervisor::ready(),

@@ -65,6 +65,8 @@ const SETTLE: Duration = Duration::from_secs(60);
 const LEAVE: Duration = Duration::from_secs(2);
 /// Between two looks at how many requests are inside.
 const LOOK: Duration = Duration::from_millis(20);
+/// After so many looks it is also said what requests hear.
+const LOOKS: u32 = 50;
 /// The flag that has `serve` take over.
 const FLAG: &str = "--take-over";
 
@@ -352,28 +354,37 @@ impl Upgrading {
         self.doors.send_replace(Doors::Open);
     }
 
-    /// Tells the new one how many requests are still inside of workers here.
+    /// Tells the new one how many requests are still inside of workers here, and
+    /// that they hear of them: a worker that is busy with these is not called dead.
     async fn look_after(self, workers: Vec<Arc<ReadyWorker>>) {
         let Some(heir) = self.heir.borrow().clone() else {
             return;
         };
         let mut known: Vec<_> = workers.into_iter().map(|worker| (worker, None)).collect();
+        let mut ticks = tokio::time::interval(LOOK);
+        let mut looks = 0_u32;
         while !known.is_empty() {
+            ticks.tick().await;
+            looks = looks.wrapping_add(1);
             known.retain_mut(|(worker, told)| {
-                let inside = worker.gate.read().inside;
-                if *told != Some(inside) {
+                let pulse = worker.pulse.read();
+                let now = (worker.gate.read().inside, pulse.waiting, pulse.heard);
+                let is_due = looks.is_multiple_of(LOOKS) && *told != Some(now);
+                let (inside, waiting, heard) = now;
+                if is_due || told.is_none_or(|(before, _, _)| before != inside) {
                     let word = Word::Inside {
                         worker: Named::from(&worker.id),
                         inside,
+                        waiting,
+                        heard: told.is_some_and(|(_, _, before)| before != heard),
                     };
                     // One that does not hear it now is told the next number.
                     if heir.say(&word).is_ok() {
-                        *told = Some(inside);
+                        *told = Some(now);
                     }
                 }
-                *told != Some(0)
+                told.is_none_or(|(inside, _, _)| inside > 0)
             });
-            tokio::time::sleep(LOOK).await;
         }
     }
 }

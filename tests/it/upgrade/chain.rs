@@ -92,3 +92,57 @@ fn the_end_of_the_new_one_waits_for_a_stream_of_the_old_one() {
     );
     assert_eq!(residentd.wait().code(), Some(0));
 }
+
+/// An engine with one thread: while it answers it hears no probe.
+const ENGINE: &str = r#"
+import http.server, os, sys, time
+class Handler(http.server.BaseHTTPRequestHandler):
+    protocol_version = 'HTTP/1.1'
+    def head(self, *more):
+        self.send_response(200)
+        self.send_header('x-stub-pid', str(os.getpid()))
+        for name, value in more:
+            self.send_header(name, value)
+        self.end_headers()
+    def do_GET(self):
+        self.head(('content-length', '0'))
+    def do_POST(self):
+        self.rfile.read(int(self.headers['content-length']))
+        self.head(('transfer-encoding', 'chunked'), ('content-type', 'text/event-stream'))
+        for number in range(60):
+            self.wfile.write(b'9\r\ndata: %d\n\n\r\n' % (number % 10))
+            time.sleep(0.1)
+        self.wfile.write(b'e\r\ndata: [DONE]\n\n\r\n0\r\n\r\n')
+http.server.HTTPServer(('127.0.0.1', int(sys.argv[1])), Handler).serve_forever()
+"#;
+
+#[test]
+fn a_worker_that_hears_no_probe_while_it_streams_for_the_old_one_is_left_alone() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let engine = folder.path().join("engine.py");
+    std::fs::write(&engine, ENGINE).expect("written");
+    let config = format!(
+        "[models.a]\ncommand = 'python3 {} ${{PORT}}'\nmemory = \"64MiB\"\nlive = {{ probe = \"500ms\", timeout = \"2s\", failures = 1 }}\n",
+        engine.display()
+    );
+    let (residentd, _) = start(&config, &[]);
+    let stream = begin(&residentd, "a", 0);
+    upgrade(&residentd);
+    let model = residentd.model("a");
+    assert_eq!(
+        (&model["phase"], &model["in_flight"]),
+        (&json!("ready"), &json!(1))
+    );
+    let answer = finish(stream);
+    assert!(
+        answer.text().contains("[DONE]"),
+        "it is whole: {}",
+        answer.text()
+    );
+    wait_until("nobody to be inside", || {
+        (residentd.model("a")["in_flight"] == 0).then_some(())
+    });
+    let after = residentd.complete("a");
+    assert_eq!(after.worker_pid(), answer.worker_pid());
+    assert_eq!(residentd.model("a")["loads"], 0);
+}
