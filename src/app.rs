@@ -160,7 +160,8 @@ impl App {
         };
         let bound = sockets::open(&config.server.listen, opened).await?;
         let addresses = bound.iter().map(|bound| bound.address.clone()).collect();
-        let own_paths = sockets::own_paths(&bound);
+        let mut own_paths = sockets::own_paths(&bound);
+        own_paths.extend(is_heir.then(|| config.server.state_dir.join(upgrade::SOCKET)));
         let core = Core::start(&config, owns_process, &inherited).await?;
         let (controller, store) = (core.controller.clone(), core.store.clone());
         let proxy = Proxy::new(controller.clone(), proxy_settings(&config))

@@ -163,7 +163,7 @@ async fn serve(sources: Sources, config: Config, options: Options) -> anyhow::Re
 async fn follow(app: &App, heir: &Heir, mut signals: Signals) -> anyhow::Result<ExitCode> {
     let finished = app.finish(heir);
     tokio::pin!(finished);
-    let mut streams = true;
+    let (mut streams, mut is_to_end) = (true, false);
     let ended = heir.exited();
     tokio::pin!(ended);
     loop {
@@ -181,11 +181,17 @@ async fn follow(app: &App, heir: &Heir, mut signals: Signals) -> anyhow::Result<
                     ExitStatus::Code(code) => u8::try_from(code).unwrap_or(1).into(),
                     // As a shell tells of a signal.
                     ExitStatus::Signal(signal) => u8::try_from(128 + signal).unwrap_or(1).into(),
+                    // The kernel tells its parent only, which may be another one that
+                    // still has a stream.
+                    ExitStatus::Unknown if is_to_end => ExitCode::SUCCESS,
                     ExitStatus::NotSpawned(_) | ExitStatus::Unknown => ExitCode::FAILURE,
                 });
             }
             heard = signals.next() => match heir.is_on_its_own() {
-                false => heir.signal(heard),
+                false => {
+                    is_to_end |= !matches!(heard, Signal::HUP | Signal::USR2);
+                    heir.signal(heard);
+                }
                 true if matches!(heard, Signal::HUP | Signal::USR2) => {}
                 true => {
                     info!("cutting what is left");

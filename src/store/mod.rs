@@ -12,6 +12,7 @@
 mod files;
 mod handover;
 mod open;
+mod scribe;
 mod workers;
 mod writer;
 

@@ -10,22 +10,17 @@ use std::path::PathBuf;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use redb::{Database, ReadableTableMetadata};
+use redb::Database;
 use tokio::sync::oneshot;
 use tracing::{error, info};
 
-use super::{DECISIONS, FILES, FOOTPRINTS, LIMITS, LOADS, RUNS, WORKERS};
+use super::scribe::{DECISIONS_KEPT, Scribe};
 use crate::clock::{Clock, Timestamp};
 use crate::model::Domain;
 use crate::telemetry;
 
 /// Between two tries while writing fails.
 const RETRY: Duration = Duration::from_secs(5);
-
-/// Decisions that are kept: as many as a run keeps in memory.
-const DECISIONS_KEPT: u64 = 1000;
-/// Runs of which it is kept where they began.
-const RUNS_KEPT: u64 = 32;
 
 /// What is written under one key replaces what was there.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -56,7 +51,7 @@ pub(super) enum Value {
     Nothing,
 }
 
-type Pending = BTreeMap<Key, Value>;
+pub(super) type Pending = BTreeMap<Key, Value>;
 
 /// The thread's desk. It ends when this is dropped, and what lies there then is
 /// written before.
@@ -311,105 +306,6 @@ impl Desk {
     }
 }
 
-/// Writes to a database, and opens it anew after a failure: it takes no more
-/// writes then.
-struct Scribe<F> {
-    database: Option<Database>,
-    open: F,
-}
-
-impl<F: FnMut() -> Result<Database, redb::DatabaseError>> Scribe<F> {
-    fn write(&mut self, pending: &Pending) -> Result<(), redb::Error> {
-        let database = match self.database.take() {
-            Some(database) => database,
-            None => (self.open)()?,
-        };
-        commit(&database, pending)?;
-        self.database = Some(database);
-        Ok(())
-    }
-}
-
-fn commit(database: &Database, pending: &Pending) -> Result<(), redb::Error> {
-    let transaction = database.begin_write()?;
-    {
-        let mut footprints = transaction.open_table(FOOTPRINTS)?;
-        let mut limits = transaction.open_table(LIMITS)?;
-        let mut loads = transaction.open_table(LOADS)?;
-        let mut files = transaction.open_table(FILES)?;
-        let mut workers = transaction.open_table(WORKERS)?;
-        let mut decisions = transaction.open_table(DECISIONS)?;
-        let mut runs = transaction.open_table(RUNS)?;
-        for (key, value) in pending {
-            match (key, value) {
-                (Key::Footprint(model), Value::Numbers(numbers)) => {
-                    replace(&mut footprints, model, of_numbers(numbers))?;
-                }
-                (Key::Load(model), Value::Numbers(numbers)) => {
-                    replace(&mut loads, model, of_numbers(numbers))?;
-                }
-                (Key::Files(model), Value::Texts(texts)) => {
-                    let texts = texts
-                        .iter()
-                        .map(|(key, text)| (key.as_str(), text.as_str()));
-                    replace(&mut files, model, texts)?;
-                }
-                (Key::Limit(_), Value::Numbers(numbers)) => {
-                    for (key, bytes) in numbers {
-                        limits.insert(key.as_str(), bytes)?;
-                    }
-                }
-                (Key::Worker(key), Value::Text(text)) => {
-                    workers.insert(key.as_str(), text.as_str())?;
-                }
-                (Key::Worker(key), _) => {
-                    workers.remove(key.as_str())?;
-                }
-                (Key::Decision(id), Value::Text(text)) => {
-                    decisions.insert(id, text.as_str())?;
-                    let oldest = id.saturating_sub(DECISIONS_KEPT);
-                    decisions.retain_in(..=oldest, |_, _| false)?;
-                }
-                (Key::Run(run), Value::Number(first)) => {
-                    runs.insert(run, first)?;
-                    while runs.len()? > RUNS_KEPT {
-                        runs.pop_first()?;
-                    }
-                }
-                // No key goes with any other value.
-                (
-                    Key::Footprint(_)
-                    | Key::Load(_)
-                    | Key::Files(_)
-                    | Key::Limit(_)
-                    | Key::Decision(_)
-                    | Key::Run(_),
-                    _,
-                ) => {}
-            }
-        }
-    }
-    transaction.commit()?;
-    Ok(())
-}
-
-fn of_numbers(numbers: &BTreeMap<String, u64>) -> impl Iterator<Item = (&str, u64)> {
-    numbers.iter().map(|(key, number)| (key.as_str(), *number))
-}
-
-/// Puts these entries in the place of all whose keys begin so.
-fn replace<'a, V: redb::Value + 'static>(
-    table: &mut redb::Table<'_, &'static str, V>,
-    beginning: &str,
-    entries: impl Iterator<Item = (&'a str, V::SelfType<'a>)>,
-) -> Result<(), redb::Error> {
-    table.retain(|key, _| !key.starts_with(beginning))?;
-    for (key, value) in entries {
-        table.insert(key, value)?;
-    }
-    Ok(())
-}
-
 #[cfg(test)]
 mod tests {
     use std::sync::atomic::{AtomicBool, Ordering};
@@ -417,6 +313,7 @@ mod tests {
     use redb::backends::InMemoryBackend;
     use redb::{ReadableDatabase, StorageBackend};
 
+    use super::super::WORKERS;
     use super::*;
 
     /// A disk that can be full, and keeps what is on it.

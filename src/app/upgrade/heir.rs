@@ -24,7 +24,7 @@ use crate::telemetry;
 const PATIENCE: Duration = Duration::from_secs(90);
 /// Name of the socket, in the state folder, on which requests arrive that still
 /// came to the other one.
-const SOCKET: &str = "handover.sock";
+pub(in crate::app) const SOCKET: &str = "handover.sock";
 
 /// Why nothing was taken over.
 #[derive(Debug, thiserror::Error)]

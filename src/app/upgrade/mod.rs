@@ -43,6 +43,7 @@ use tracing::{error, info, warn};
 use self::channel::{Answering, Listening, Named, Word};
 pub(super) use self::channel::{Channel, Sent};
 pub use self::follow::Heir;
+pub(super) use self::heir::SOCKET;
 pub use self::heir::{HandoverError, Inherited, Predecessor};
 pub(super) use self::pass::{PEER, pass};
 use super::core::Core;

@@ -93,6 +93,21 @@ fn the_end_of_the_new_one_waits_for_a_stream_of_the_old_one() {
     assert_eq!(residentd.wait().code(), Some(0));
 }
 
+#[test]
+fn an_end_right_after_two_upgrades_is_a_good_one_and_leaves_nothing() {
+    let (mut residentd, _) = start(&config(), &[]);
+    let pid = residentd.complete("a").worker_pid();
+    let new = [upgrade(&residentd), upgrade(&residentd)];
+    residentd.signal(Signal::SIGTERM);
+    assert_eq!(residentd.wait().code(), Some(0));
+    assert!(!runs(pid) && !runs(i64::from(new[1])));
+    wait_until("the one in the middle to end", || {
+        (!runs(i64::from(new[0]))).then_some(())
+    });
+    let state = residentd.folder().join("state");
+    assert!(!state.join("handover.sock").exists());
+}
+
 /// An engine with one thread: while it answers it hears no probe.
 const ENGINE: &str = r#"
 import http.server, os, sys, time
