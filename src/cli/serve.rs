@@ -187,13 +187,12 @@ async fn follow(app: &App, heir: &Heir, mut signals: Signals) -> anyhow::Result<
                     ExitStatus::NotSpawned(_) | ExitStatus::Unknown => ExitCode::FAILURE,
                 });
             }
-            heard = signals.next() => match heir.is_on_its_own() {
-                false => {
-                    is_to_end |= !matches!(heard, Signal::HUP | Signal::USR2);
+            heard = signals.next() => {
+                let ends = !matches!(heard, Signal::HUP | Signal::USR2);
+                if heir.gets_signals() {
+                    is_to_end |= ends;
                     heir.signal(heard);
-                }
-                true if matches!(heard, Signal::HUP | Signal::USR2) => {}
-                true => {
+                } else if ends {
                     info!("cutting what is left");
                     return Ok(ExitCode::SUCCESS);
                 }

@@ -27,6 +27,7 @@ mod listener;
 mod liveness;
 mod notify;
 mod opened;
+mod orders;
 mod output;
 mod park;
 mod port;

@@ -20,6 +20,7 @@ use super::listener::{self, Owner};
 use super::liveness::Watched;
 use super::notify::Notices;
 use super::opened::Opened;
+use super::orders::{killed, ordered, stopped};
 use super::output::Tail;
 use super::prefetch::Used;
 use super::{ExitStatus, Residence, Shared, SpawnOrder, Stop, WorkerEvent, park, probe};
@@ -456,32 +457,6 @@ async fn noticed(notices: Option<&Notices>, tree: &ProcessTree) {
     match notices {
         Some(notices) => notices.ready(tree).await,
         None => std::future::pending().await,
-    }
-}
-
-/// Waits until the worker is to stop.
-async fn stopped(stop: &mut watch::Receiver<Stop>) {
-    wait_for(stop, Stop::Graceful).await;
-}
-
-/// Waits until the worker is to be killed.
-async fn killed(stop: &mut watch::Receiver<Stop>) {
-    wait_for(stop, Stop::Kill).await;
-}
-
-/// Waits until the worker is ordered to park, or to be ready again.
-async fn ordered(residence: &mut watch::Receiver<Residence>) -> Residence {
-    if residence.changed().await.is_err() {
-        // Whoever could order it is gone: then nobody will.
-        std::future::pending::<()>().await;
-    }
-    *residence.borrow_and_update()
-}
-
-async fn wait_for(stop: &mut watch::Receiver<Stop>, least: Stop) {
-    if stop.wait_for(|how| *how >= least).await.is_err() {
-        // Whoever could order it is gone: then nobody will.
-        std::future::pending::<()>().await;
     }
 }
 

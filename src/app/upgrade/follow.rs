@@ -9,12 +9,23 @@ use super::channel::{Listening, Word};
 use crate::telemetry;
 use crate::worker::{ExitStatus, Helper, ProcessSpawner};
 
+/// Who watches over the residentd that has taken over.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum WatchedBy {
+    /// The service manager, which knows it.
+    Manager,
+    /// The parent, which was told of it.
+    Parent,
+    /// This process.
+    Us,
+}
+
 /// The residentd that has taken over, and those that follow it.
 #[derive(Debug)]
 pub struct Heir {
     current: Mutex<Arc<Helper>>,
     link: Listening,
-    is_told: bool,
+    watched_by: WatchedBy,
     spawner: Arc<ProcessSpawner>,
 }
 
@@ -22,13 +33,13 @@ impl Heir {
     pub(super) fn new(
         helper: Helper,
         link: Listening,
-        is_told: bool,
+        watched_by: WatchedBy,
         spawner: Arc<ProcessSpawner>,
     ) -> Self {
         Self {
             current: Mutex::new(Arc::new(helper)),
             link,
-            is_told,
+            watched_by,
             spawner,
         }
     }
@@ -37,7 +48,14 @@ impl Heir {
     /// end.
     #[must_use]
     pub fn is_on_its_own(&self) -> bool {
-        self.is_told
+        self.watched_by != WatchedBy::Us
+    }
+
+    /// Returns whether signals to this process are meant for it: whoever watches over
+    /// it may not have heard of it yet.
+    #[must_use]
+    pub fn gets_signals(&self) -> bool {
+        self.watched_by != WatchedBy::Manager
     }
 
     /// Passes a signal on.

@@ -43,6 +43,7 @@ use tracing::{error, info, warn};
 use self::channel::{Answering, Listening, Named, Word};
 pub(super) use self::channel::{Channel, Sent};
 pub use self::follow::Heir;
+use self::follow::WatchedBy;
 pub(super) use self::heir::SOCKET;
 pub use self::heir::{HandoverError, Inherited, Predecessor};
 pub(super) use self::pass::{PEER, pass};
@@ -327,18 +328,23 @@ impl Upgrading {
         self.doors.send_replace(Doors::Moved(socket.into()));
         self.listeners.clear();
         let pid = candidate.helper.pid();
-        let is_told = match &self.parent {
-            Some(parent) => parent.send(&Word::Successor { pid }, &[]).is_ok(),
-            None => supervisor::follows(),
+        let watched_by = match &self.parent {
+            Some(parent) => match parent.send(&Word::Successor { pid }, &[]) {
+                Ok(()) => WatchedBy::Parent,
+                // It is gone, and nobody else is there.
+                Err(_) => WatchedBy::Us,
+            },
+            None if supervisor::follows() => {
+                supervisor::main_process(pid);
+                WatchedBy::Manager
+            }
+            None => WatchedBy::Us,
         };
-        if self.parent.is_none() {
-            supervisor::main_process(pid);
-        }
         if let Err(error) = candidate.link.channel.send(&Word::Yours, &[]) {
             warn!(%error, "the new residentd does not hear that it is the main process");
         }
         let Candidate { helper, link } = candidate;
-        let heir = Heir::new(helper, link, is_told, Arc::clone(&self.spawner));
+        let heir = Heir::new(helper, link, watched_by, Arc::clone(&self.spawner));
         self.heir.send_replace(Some(Arc::new(heir)));
     }
 
