@@ -3,7 +3,9 @@
 
 use std::fs::File;
 use std::io::Write;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 use std::sync::Arc;
 
 use residentd::clock::Clock;
@@ -17,7 +19,7 @@ use crate::support::residentd::STUB;
 use crate::support::{Residentd, now, request};
 use crate::{median, millis, print};
 
-const SPAWNS: usize = 31;
+const SPAWNS: usize = 21;
 const ROUNDS: usize = 5;
 /// Size of the file that workers map.
 const FILE: usize = 1 << 30;
@@ -25,27 +27,46 @@ const FILE: usize = 1 << 30;
 const BALLAST: usize = 1 << 30;
 
 /// S12: from the order to spawn until the worker is told to run, log, mark and
-/// all, by a process that has grown to 1 GiB; the goal as base. A fork would
-/// copy its page tables, so the same from a small process stands beside it.
+/// all, by a process that has grown to 1 GiB; the goal as base. Beside it, in
+/// turns: the bare call that spawns the same program, and the whole again from a
+/// small process, since a fork would copy page tables.
 pub(crate) fn spawn() {
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()
         .expect("a runtime");
     let folder = tempfile::tempdir().expect("a folder");
-    let small = runtime.block_on(spawns(folder.path()));
-    let mut ballast = vec![0_u8; BALLAST];
-    for page in ballast.chunks_mut(4096) {
-        page[0] = 1;
+    let (mut small, mut large, mut bare) = (Vec::new(), Vec::new(), Vec::new());
+    for _ in 0..ROUNDS {
+        small.extend(runtime.block_on(spawns(folder.path())));
+        let mut ballast = vec![0_u8; BALLAST];
+        for page in ballast.chunks_mut(4096) {
+            page[0] = 1;
+        }
+        large.extend(runtime.block_on(spawns(folder.path())));
+        bare.extend((0..SPAWNS).map(|_| bare_spawn()));
+        std::hint::black_box(&ballast);
     }
-    let large = runtime.block_on(spawns(folder.path()));
-    std::hint::black_box(&ballast);
+    let large = median(large);
     print("S12-spawn-1GiB", large, 1.0, "ms");
-    print("S12-spawn-1GiB-beside-small", large, small, "ms");
+    print("S12-spawn-1GiB-beside-bare", large, median(bare), "ms");
+    print("S12-spawn-1GiB-beside-small", large, median(small), "ms");
 }
 
-/// Median time of a spawn.
-async fn spawns(folder: &Path) -> f64 {
+/// Time of the call alone, in ms.
+fn bare_spawn() -> f64 {
+    let mut command = Command::new("sleep");
+    command.arg("60").stdin(Stdio::null()).process_group(0);
+    let began = now();
+    let mut child = command.spawn().expect("sleep can be spawned");
+    let took = millis(began.elapsed());
+    child.kill().expect("it runs");
+    child.wait().expect("it is our child");
+    took
+}
+
+/// Times of spawns, in ms.
+async fn spawns(folder: &Path) -> Vec<f64> {
     let clock = Clock::start();
     let owner = Owner::this_process("bench".into());
     let spawner = ProcessSpawner::new(WorkerSettings::new(clock, folder.to_owned(), owner));
@@ -80,7 +101,7 @@ async fn spawns(folder: &Path) -> f64 {
         handle.stop(Stop::Kill);
         while told.recv().await.is_some() {}
     }
-    median(took)
+    took
 }
 
 /// S14: a worker that maps a file of 1 GiB and touches all of it, evicted and

@@ -139,7 +139,7 @@ impl Life {
         if *self.stop.borrow() != Stop::Run {
             return Some(ExitStatus::NotSpawned("it was stopped before".into()));
         }
-        let body = match self.spawn(hold_port).await {
+        let body = match self.spawn(hold_port) {
             Ok(body) => body,
             Err(why) => {
                 self.tail.push(format!("not spawned: {why}"));
@@ -207,15 +207,13 @@ impl Life {
         Past { status, started }
     }
 
-    async fn spawn(&self, hold_port: bool) -> Result<Body, String> {
-        let shared = Arc::clone(&self.shared);
-        let (worker, spec) = (self.worker.clone(), Arc::clone(&self.spec));
-        let gpus = Arc::clone(&self.gpus);
+    fn spawn(&self, hold_port: bool) -> Result<Body, String> {
         // Opening files and the spawn itself wait for the disk.
-        let spawned = tokio::task::spawn_blocking(move || {
-            Body::spawn(&shared, &worker, (&spec, &gpus), hold_port)
+        let spawned = telemetry::in_place(|| {
+            let placed = (&*self.spec, &*self.gpus);
+            Body::spawn(&self.shared, &self.worker, placed, hold_port)
         });
-        let (pid, mut body) = spawned.await.map_err(|error| error.to_string())??;
+        let (pid, mut body) = spawned?;
         body.record.origin.clone_from(&self.origin);
         debug!(worker = %self.worker, pid, "spawned");
         Ok(body)
@@ -259,7 +257,10 @@ impl Life {
             }
             let gap = PROBE_GAP.saturating_sub(clock.now().since(probed));
             let asked = async {
-                tokio::time::sleep(gap).await;
+                // Timers count in milliseconds: even the shortest sleep is one.
+                if !gap.is_zero() {
+                    tokio::time::sleep(gap).await;
+                }
                 probe::passes(&self.spec.ready, &body.record.upstream).await
             };
             let passes = tokio::select! {
