@@ -14,6 +14,7 @@
 //! ```
 
 mod attribution;
+mod births;
 mod cgroup;
 mod drm;
 mod host;

@@ -212,6 +212,14 @@ impl Log {
     /// out, so that its file stays bounded.
     pub(super) async fn drain(&mut self, tail: &Tail) -> Vec<String> {
         let mut lines = Vec::new();
+        if self
+            .reader
+            .metadata()
+            .is_ok_and(|m| m.len() == self.position)
+        {
+            self.behind = false;
+            return lines;
+        }
         let mut piece = vec![0_u8; PIECE];
         self.behind = true;
         for _ in 0..PIECES {

@@ -23,14 +23,11 @@ use super::opened::Opened;
 use super::output::Tail;
 use super::prefetch::Used;
 use super::{ExitStatus, Residence, Shared, SpawnOrder, Stop, WorkerEvent, park, probe};
-use crate::clock::Timestamp;
 use crate::gate::Pulse;
 use crate::model::{ModelSpec, PlacedGpu, ReadyCheck, WorkerId};
 use crate::procfs::ProcessTree;
 use crate::telemetry;
 
-/// At most one probe in this time, however many lines a worker prints.
-const PROBE_GAP: Duration = Duration::from_millis(2);
 /// The net under the log lines: polls come after 2 % of the time waited,
 /// within these bounds.
 const POLL: (Duration, Duration) = (Duration::from_millis(10), Duration::from_millis(250));
@@ -226,7 +223,7 @@ impl Life {
         let since = clock.now();
         let deadline = clock.instant(since + patience);
         let mut warned = false;
-        let mut probed = Timestamp::START;
+        let mut turns = probe::Turns::default();
         let tree = Arc::clone(&body.process.tree);
         loop {
             let waited = clock.now().since(since);
@@ -255,12 +252,8 @@ impl Life {
             if body.notices.is_some() {
                 continue;
             }
-            let gap = PROBE_GAP.saturating_sub(clock.now().since(probed));
             let asked = async {
-                // Timers count in milliseconds: even the shortest sleep is one.
-                if !gap.is_zero() {
-                    tokio::time::sleep(gap).await;
-                }
+                turns.next(clock).await;
                 probe::passes(&self.spec.ready, &body.record.upstream).await
             };
             let passes = tokio::select! {
@@ -269,7 +262,6 @@ impl Life {
                 () = stopped(&mut self.stop) => return End::Asked,
                 () = tokio::time::sleep_until(deadline) => return End::NeverReady,
             };
-            probed = clock.now();
             if let Some(opened) = passes
                 && self.answers_for(body, &mut warned)
             {
