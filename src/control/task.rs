@@ -340,8 +340,6 @@ impl Task {
                 let verdict = (status.as_str(), !out_of_memory.is_empty());
                 self.tell_exit(&worker, &exit, verdict);
                 self.bury(&worker);
-                self.files.look_again();
-                self.memory.forget(&worker);
                 self.store.forget_worker(&worker);
                 let from = last_lines.len().saturating_sub(ERROR_LINES);
                 last_lines.drain(..from);
@@ -351,9 +349,10 @@ impl Task {
                     out_of_memory,
                     last_lines,
                 });
-                self.tell_backoff(&worker);
                 // Only a reading later than the step above shows bytes back.
-                self.memory.sample_now();
+                self.memory.forget(&worker);
+                self.tell_backoff(&worker);
+                self.files.look_again();
             }
         }
     }
@@ -400,12 +399,12 @@ impl Task {
             self.tell(worker, What::Ready { took, reload });
             self.keep_ready(worker);
         }
-        self.memory.loaded(worker);
-        self.files.look_again();
-        self.memory.sample_now();
         self.feed(Event::Ready {
             worker: worker.clone(),
         });
+        // Whoever waited goes first: this wakes threads that take their time.
+        self.memory.loaded(worker);
+        self.files.look_again();
     }
 
     /// Steps the policy and carries out what it says, until nothing follows.

@@ -14,6 +14,7 @@
 //! ```
 
 mod attribution;
+mod births;
 mod cgroup;
 mod drm;
 mod host;
@@ -56,7 +57,8 @@ pub trait MemorySource: fmt::Debug + Send + Sync + 'static {
     /// The worker's memory moves, because it is parked or unparked: it is looked
     /// at as one that loads until it is `loaded` again.
     fn moves(&self, worker: &WorkerId);
-    /// Stops measuring it.
+    /// Stops measuring it, since it is gone, and asks for a reading at once that
+    /// shows what came back; it is taken after this call.
     fn forget(&self, worker: &WorkerId);
     /// Asks for the proportional share of a worker, which is not read by itself
     /// once it is known: reading it stalls the worker.

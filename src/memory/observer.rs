@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use rustix::process::{Resource, getrlimit};
 
 use super::attribution::{Attribution, Claim};
+use super::births::Births;
 use super::drm::Drm;
 use super::host::Host;
 use super::nvml::{Gpus, Sweep};
@@ -50,6 +51,7 @@ pub(super) struct Observer {
     sharing: Sharing,
     attribution: Attribution,
     host_proc: Option<PathBuf>,
+    births: Births,
     /// What the newest look at `/proc` showed.
     table: ProcessTable,
     trees: BTreeMap<WorkerId, Tree>,
@@ -118,6 +120,7 @@ impl Observer {
             sharing: Sharing::default(),
             attribution: Attribution::default(),
             host_proc,
+            births: Births::new(),
             table: ProcessTable::default(),
             trees: BTreeMap::new(),
             most_files: most_files(),
@@ -284,12 +287,17 @@ impl Observer {
             return;
         }
         let table = match depth {
-            Depth::Full => ProcessTable::scan(),
-            Depth::Host | Depth::Sizes | Depth::Parts => self.table.rescan(),
+            Depth::Full => Some(ProcessTable::scan()),
+            Depth::Host | Depth::Sizes | Depth::Parts => {
+                let due = self.births.are_due(self.clock.now());
+                due.then(|| self.table.rescan())
+            }
         };
         match table {
-            Ok(table) => self.table = table,
-            Err(error) => {
+            // Nobody is new, and who is gone shows when it is read.
+            None => {}
+            Some(Ok(table)) => self.table = table,
+            Some(Err(error)) => {
                 if !self.proc_failed {
                     tracing::error!(%error, "cannot list processes; keeping the last figures");
                 }

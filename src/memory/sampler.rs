@@ -7,6 +7,9 @@
 //! | new descendants, all parts of processes that changed or load | every 5 s, and when a size moved much | likewise | every 100 ms |
 //! | full check: all parts of each process, our cgroup's place, who maps what | each `check_interval` | likewise | likewise |
 //!
+//! A worker that is gone gets a pass over sizes at once: the next one may wait for
+//! its bytes, and that is all it waits for.
+//!
 //! A `check_interval` below 5 s makes the second row as frequent, one below a
 //! second the first. A pass that takes long is followed by a rest of four times
 //! as long, so measuring never takes more than a fifth of one core.
@@ -91,6 +94,9 @@ struct Orders {
     pace: Pace,
     /// A pass over all parts is wanted at once.
     now: bool,
+    /// A worker is gone: a pass over sizes is wanted at once, since the next one
+    /// may wait for its bytes.
+    gone: bool,
     /// The walker found something: a pass over sizes is wanted.
     found: bool,
     /// The kernel says that memory is tight: the host is wanted at once.
@@ -170,6 +176,7 @@ impl MemorySource for Sampler {
     fn forget(&self, worker: &WorkerId) {
         self.desk.order(|orders| {
             Arc::make_mut(&mut orders.followed).remove(worker);
+            orders.gone = true;
         });
     }
 
@@ -233,6 +240,7 @@ impl Desk {
             let now = clock.now();
             if let Some(depth) = rounds.due(now, &orders) {
                 orders.now = false;
+                orders.gone = false;
                 orders.found = false;
                 orders.pressed = false;
                 let weigh = mem::take(&mut orders.weigh);
@@ -322,12 +330,15 @@ impl Rounds {
 
     /// Returns how deep the pass is to be that is due now.
     fn due(&self, now: Timestamp, orders: &Orders) -> Option<Depth> {
-        let asked = orders.now || (orders.found && now >= self.rested);
-        if !asked && !orders.pressed && now < self.next(orders.pace) {
+        let asked = orders.now || orders.gone || (orders.found && now >= self.rested);
+        let in_turn = now >= self.next(orders.pace);
+        if !asked && !orders.pressed && !in_turn {
             return None;
         }
         let parts_every = PARTS_EVERY.min(self.check_interval);
-        let depth = if now.since(self.full) >= self.check_interval {
+        let depth = if orders.gone && !orders.now && !in_turn {
+            Depth::Sizes
+        } else if now.since(self.full) >= self.check_interval {
             Depth::Full
         } else if orders.now || orders.pace == Pace::Busy || now.since(self.parts) >= parts_every {
             Depth::Parts
@@ -416,6 +427,21 @@ mod tests {
         assert_eq!(due(&rounds, 1_250, &calm), Some(Depth::Sizes));
         calm.now = true;
         assert_eq!(due(&rounds, 1_051, &calm), Some(Depth::Parts));
+    }
+
+    #[test]
+    fn a_worker_that_is_gone_gets_a_look_at_sizes_at_once_which_puts_nothing_else_off() {
+        let rounds = rounds_after(Depth::Full, 1_000, 50);
+        let mut busy = orders(Pace::Busy);
+        busy.gone = true;
+        assert_eq!(due(&rounds, 1_051, &busy), Some(Depth::Sizes));
+        assert_eq!(due(&rounds, 1_250, &busy), Some(Depth::Parts));
+        busy.now = true;
+        assert_eq!(due(&rounds, 1_051, &busy), Some(Depth::Parts));
+        let mut calm = orders(Pace::Calm);
+        calm.gone = true;
+        assert_eq!(due(&rounds, 60_500, &calm), Some(Depth::Parts));
+        assert_eq!(due(&rounds, 61_000, &calm), Some(Depth::Full));
     }
 
     #[test]

@@ -7,6 +7,7 @@ use std::future::Future;
 use std::io::IsTerminal;
 use std::sync::OnceLock;
 
+use tokio::runtime::{Handle, RuntimeFlavor};
 use tracing::Instrument;
 use tracing_subscriber::{EnvFilter, reload};
 
@@ -111,6 +112,16 @@ where
         reason = "this is the wrapper that names the task"
     )]
     tokio::spawn(task.instrument(tracing::info_span!(parent: None, "task", name)))
+}
+
+/// Does in a task what may wait for the disk, on the thread that the task is on:
+/// other tasks go on elsewhere, and nobody has to be woken to begin or to go on.
+/// In a runtime of one thread, as in tests, they wait.
+pub fn in_place<T>(work: impl FnOnce() -> T) -> T {
+    match Handle::current().runtime_flavor() {
+        RuntimeFlavor::MultiThread => tokio::task::block_in_place(work),
+        _ => work(),
+    }
 }
 
 #[cfg(test)]

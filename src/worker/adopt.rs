@@ -9,7 +9,7 @@
 
 use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
@@ -109,7 +109,7 @@ pub fn inspect(
     }
     let mut inspected = Inspected::default();
     for record in records {
-        let found = find(record, &home).and_then(|found| {
+        let found = find(record, home).and_then(|found| {
             let spec = models.get(&record.worker.model);
             let spec = spec.ok_or(Unfit::NotConfigured)?;
             if newest.get(&record.worker.model) != Some(&record.worker.generation) {
@@ -204,11 +204,14 @@ fn find(record: &WorkerRecord, home: &str) -> Result<(OwnedFd, ProcessStat), Unf
 }
 
 /// Returns where pids mean what they mean here: the boot, `proc_sys_kernel(5)`,
-/// and the pid namespace, `namespaces(7)`.
-pub(super) fn home() -> String {
-    let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
-    let namespace = std::fs::read_link("/proc/self/ns/pid").unwrap_or_default();
-    format!("{} {}", boot.trim(), namespace.display())
+/// and the pid namespace, `namespaces(7)`. Neither changes while we run.
+pub(super) fn home() -> &'static str {
+    static HOME: OnceLock<String> = OnceLock::new();
+    HOME.get_or_init(|| {
+        let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+        let namespace = std::fs::read_link("/proc/self/ns/pid").unwrap_or_default();
+        format!("{} {}", boot.trim(), namespace.display())
+    })
 }
 
 fn age(stat: &ProcessStat) -> Duration {
@@ -248,7 +251,7 @@ mod tests {
             },
             pid,
             start_time: stat.key.start_time,
-            home: home(),
+            home: home().to_owned(),
             mark: MARK.into(),
             stamp: None,
             origin: origin(&spec("sleep"), ""),

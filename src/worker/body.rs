@@ -100,7 +100,7 @@ impl Body {
             worker: worker.clone(),
             pid,
             start_time: process.tree.leader().start_time,
-            home: adopt::home(),
+            home: adopt::home().to_owned(),
             mark: mark.as_str().to_owned(),
             stamp: stamp.ok(),
             origin: String::new(),

@@ -7,7 +7,7 @@
 //! about to be full: the last lines are in memory anyway.
 
 use std::collections::VecDeque;
-use std::fs::{File, OpenOptions};
+use std::fs::{File, Metadata, OpenOptions};
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
@@ -84,6 +84,8 @@ impl Tail {
 #[derive(Debug)]
 pub(super) struct Log {
     path: PathBuf,
+    /// Appends; kept, since opening it anew costs more than writing a line.
+    writer: File,
     reader: File,
     position: u64,
     partial: Vec<u8>,
@@ -103,12 +105,12 @@ impl Log {
         let logs = folder.join("logs");
         std::fs::create_dir_all(&logs)?;
         let path = logs.join(format!("{}.log", file_name(model)));
-        let mut file = OpenOptions::new().append(true).create(true).open(&path)?;
-        let position = file.seek(SeekFrom::End(0))?;
+        let writer = OpenOptions::new().append(true).create(true).open(&path)?;
         let reader = File::open(&path)?;
-        let watch = watch(&path).ok();
+        let position = reader.metadata()?.len();
         Ok(Self {
             path,
+            writer,
             reader,
             position,
             partial: Vec::new(),
@@ -116,7 +118,7 @@ impl Log {
             begins_within_a_line: false,
             cap,
             told_full: false,
-            watch,
+            watch: None,
         })
     }
 
@@ -128,6 +130,7 @@ impl Log {
         (from, last_only): (u64, bool),
     ) -> io::Result<Self> {
         let mut log = Self::open(folder, model, cap)?;
+        log.watch = watch(&log.path).ok();
         let length = log.position;
         // Somebody cut the file back: all of it is newer.
         log.position = if from > length { 0 } else { from };
@@ -144,6 +147,7 @@ impl Log {
     pub(super) fn nowhere() -> io::Result<Self> {
         let path = PathBuf::from("/dev/null");
         Ok(Self {
+            writer: OpenOptions::new().append(true).open(&path)?,
             reader: File::open(&path)?,
             path,
             position: 0,
@@ -163,17 +167,21 @@ impl Log {
 
     /// Returns a handle the worker writes to.
     pub(super) fn writer(&self) -> io::Result<File> {
-        OpenOptions::new().append(true).open(&self.path)
+        self.writer.try_clone()
     }
 
     /// Writes a line of our own.
     pub(super) fn note(&self, text: &str) -> io::Result<()> {
-        self.writer()?.write_all(format!("{text}\n").as_bytes())
+        (&self.writer).write_all(format!("{text}\n").as_bytes())
     }
 
-    /// Leaves out what is in the file now. Returns how much that is.
+    /// Leaves out what is in the file now, our own lines among it, and watches
+    /// what comes. Returns how much is left out.
     pub(super) fn skip(&mut self) -> u64 {
-        self.position = self.reader.metadata().map_or(self.position, |m| m.len());
+        let file = self.reader.metadata().ok().filter(Metadata::is_file);
+        // Everybody writes to `/dev/null`.
+        self.watch = file.as_ref().and_then(|_| watch(&self.path).ok());
+        self.position = file.map_or(self.position, |file| file.len());
         self.position
     }
 
@@ -204,6 +212,14 @@ impl Log {
     /// out, so that its file stays bounded.
     pub(super) async fn drain(&mut self, tail: &Tail) -> Vec<String> {
         let mut lines = Vec::new();
+        if self
+            .reader
+            .metadata()
+            .is_ok_and(|m| m.len() == self.position)
+        {
+            self.behind = false;
+            return lines;
+        }
         let mut piece = vec![0_u8; PIECE];
         self.behind = true;
         for _ in 0..PIECES {

@@ -10,11 +10,15 @@ use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
 use super::opened::Stream;
+use crate::clock::{Clock, Timestamp};
 use crate::model::{ReadyCheck, Upstream};
 
 /// While a worker starts, one that accepts and does not answer is asked again
 /// after this.
 const TIMEOUT: Duration = Duration::from_secs(1);
+/// So many probes in this time, however many lines a worker prints. Some may come
+/// at once: the line that tells is mostly one of several.
+const TURNS: (u32, Duration) = (8, Duration::from_millis(16));
 /// The end of an answer is waited for so long; what it says is known before.
 const REST: Duration = Duration::from_millis(2);
 /// The answer to a probe is shorter than this, or its connection is not kept.
@@ -31,6 +35,31 @@ pub(super) enum Answer {
     Refused,
     /// Nothing in time, or nothing that is HTTP.
     Nothing,
+}
+
+/// Spaces out the probes of a worker that starts.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Turns {
+    /// When all probes so far would have been made, one after the other.
+    even: Timestamp,
+}
+
+impl Turns {
+    /// Waits until the next probe may be made.
+    pub(super) async fn next(&mut self, clock: Clock) {
+        let wait = self.take(clock.now());
+        // Timers count in milliseconds: even the shortest sleep takes one.
+        if !wait.is_zero() {
+            tokio::time::sleep(wait).await;
+        }
+    }
+
+    /// Takes the next turn, and returns how long it is until then.
+    fn take(&mut self, now: Timestamp) -> Duration {
+        let (most, within) = TURNS;
+        self.even = self.even.max(now) + within / most;
+        self.even.since(now).saturating_sub(within)
+    }
 }
 
 /// A check that was passed, and its connection if it can be used again.
@@ -194,6 +223,20 @@ mod tests {
     use tokio::net::TcpListener;
 
     use super::*;
+
+    #[test]
+    fn probes_come_at_once_until_there_are_too_many() {
+        let mut turns = Turns::default();
+        let mut now = Timestamp::from_millis(1000);
+        let at_once = (0..100).take_while(|_| turns.take(now).is_zero()).count();
+        assert_eq!(at_once, 8);
+        // From then on as many as there is time for.
+        for _ in 0..100 {
+            now = now + turns.take(now);
+        }
+        assert_eq!(now, Timestamp::from_millis(1000 + 2 * 100 + 2));
+        assert!(turns.take(now + Duration::from_millis(4)).is_zero());
+    }
 
     #[test]
     fn only_an_answer_whose_end_is_known_leaves_a_connection() {

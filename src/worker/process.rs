@@ -38,6 +38,8 @@ pub(super) struct Process {
     leader: AsyncFd<OwnedFd>,
     pub(super) tree: Arc<ProcessTree>,
     ended: Option<ExitStatus>,
+    /// Nothing is left of the tree. Looked for once: nothing comes after that.
+    gone: bool,
     /// It was spawned by an earlier residentd, so somebody else reaps it.
     adopted: bool,
     /// How long it has been waited for to be reaped.
@@ -59,6 +61,7 @@ impl Process {
             leader,
             tree: Arc::new(ProcessTree::marked(stat.key, mark, marks)),
             ended: None,
+            gone: false,
             adopted: false,
             unreaped: Duration::ZERO,
         })
@@ -79,6 +82,7 @@ impl Process {
             leader: readable(leader)?,
             tree: Arc::new(tree),
             ended: None,
+            gone: false,
             adopted: true,
             unreaped: Duration::ZERO,
         })
@@ -160,9 +164,11 @@ impl Process {
     /// Returns whether the leader is reaped and nothing is left of its tree.
     /// Mostly so, and then there is no need to look at every process of the
     /// machine; false when in doubt.
-    pub(super) fn left_nothing(&self, leaders: &Leaders) -> bool {
+    pub(super) fn left_nothing(&mut self, leaders: &Leaders) -> bool {
         // What an adopted leader leaves does not become our child.
-        self.ended.is_some() && !self.adopted && leaders.have_orphans() == Some(false)
+        let may_tell = self.ended.is_some() && !self.adopted;
+        self.gone = self.gone || may_tell && leaders.have_orphans() == Some(false);
+        self.gone
     }
 
     /// Ends every member by SIGKILL and returns when all are gone and the

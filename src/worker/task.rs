@@ -24,14 +24,11 @@ use super::orders::{killed, ordered, stopped};
 use super::output::Tail;
 use super::prefetch::Used;
 use super::{ExitStatus, Residence, Shared, SpawnOrder, Stop, WorkerEvent, park, probe};
-use crate::clock::Timestamp;
 use crate::gate::Pulse;
 use crate::model::{ModelSpec, PlacedGpu, ReadyCheck, WorkerId};
 use crate::procfs::ProcessTree;
 use crate::telemetry;
 
-/// At most one probe in this time, however many lines a worker prints.
-const PROBE_GAP: Duration = Duration::from_millis(2);
 /// The net under the log lines: polls come after 2 % of the time waited,
 /// within these bounds.
 const POLL: (Duration, Duration) = (Duration::from_millis(10), Duration::from_millis(250));
@@ -141,7 +138,7 @@ impl Life {
         if *self.stop.borrow() != Stop::Run || self.is_let_go() {
             return Some(ExitStatus::NotSpawned("it was stopped before".into()));
         }
-        let body = match self.spawn(hold_port).await {
+        let body = match self.spawn(hold_port) {
             Ok(body) => body,
             Err(why) => {
                 self.tail.push(format!("not spawned: {why}"));
@@ -218,15 +215,13 @@ impl Life {
         Past { status, started }
     }
 
-    async fn spawn(&self, hold_port: bool) -> Result<Body, String> {
-        let shared = Arc::clone(&self.shared);
-        let (worker, spec) = (self.worker.clone(), Arc::clone(&self.spec));
-        let gpus = Arc::clone(&self.gpus);
+    fn spawn(&self, hold_port: bool) -> Result<Body, String> {
         // Opening files and the spawn itself wait for the disk.
-        let spawned = tokio::task::spawn_blocking(move || {
-            Body::spawn(&shared, &worker, (&spec, &gpus), hold_port)
+        let spawned = telemetry::in_place(|| {
+            let placed = (&*self.spec, &*self.gpus);
+            Body::spawn(&self.shared, &self.worker, placed, hold_port)
         });
-        let (pid, mut body) = spawned.await.map_err(|error| error.to_string())??;
+        let (pid, mut body) = spawned?;
         body.record.origin.clone_from(&self.origin);
         debug!(worker = %self.worker, pid, "spawned");
         Ok(body)
@@ -239,7 +234,7 @@ impl Life {
         let since = clock.now();
         let deadline = clock.instant(since + patience);
         let mut warned = false;
-        let mut probed = Timestamp::START;
+        let mut turns = probe::Turns::default();
         let tree = Arc::clone(&body.process.tree);
         loop {
             let waited = clock.now().since(since);
@@ -268,9 +263,8 @@ impl Life {
             if body.notices.is_some() {
                 continue;
             }
-            let gap = PROBE_GAP.saturating_sub(clock.now().since(probed));
             let asked = async {
-                tokio::time::sleep(gap).await;
+                turns.next(clock).await;
                 probe::passes(&self.spec.ready, &body.record.upstream).await
             };
             let passes = tokio::select! {
@@ -279,7 +273,6 @@ impl Life {
                 () = stopped(&mut self.stop) => return End::Asked,
                 () = tokio::time::sleep_until(deadline) => return End::NeverReady,
             };
-            probed = clock.now();
             if let Some(opened) = passes
                 && self.answers_for(body, &mut warned)
             {
