@@ -379,6 +379,7 @@ impl Task {
             closing: CancellationToken::new(),
             serial: self.next_serial,
             since: now,
+            leader: live.tree.as_ref().map(|tree| tree.leader()),
         });
         live.ready = Some(Arc::clone(&ready));
         if let Some(route) = self.routes.get(worker.model.as_str()) {

@@ -128,6 +128,8 @@ impl Proxy {
             }
         }
         match pool.connect().await {
+            // Whoever it is that listens there now.
+            Ok(_) if !lease.worker().runs() => Tried::Unsent("it has ended".into()),
             Ok(sender) => self.send(sender, lease, passage).await,
             Err(error) => {
                 if matches!(error.kind(), ConnectionRefused | NotFound) {

@@ -250,6 +250,7 @@ fn gemma() -> ModelView {
             closing: CancellationToken::new(),
             serial: 1,
             since: at(10),
+            leader: None,
         })),
         queued: 2,
         usage: Some(Usage {
