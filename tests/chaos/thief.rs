@@ -24,7 +24,7 @@ pub(crate) fn steal(model: &'static str, residentd: i64, time: Duration) -> Join
         while start.elapsed() < time {
             let workers = children(residentd).into_iter();
             let mut ports = workers.filter(|w| w.serves(model)).filter_map(|w| w.port());
-            if let Some(stolen) = ports.find_map(|port| listen(port).ok()) {
+            if let Some(stolen) = ports.find_map(|port| listen(port, true).ok()) {
                 serve(&stolen, time.saturating_sub(start.elapsed()));
                 return;
             }
@@ -33,12 +33,13 @@ pub(crate) fn steal(model: &'static str, residentd: i64, time: Duration) -> Join
     })
 }
 
-/// Listens on a port that a worker has just left.
+/// Listens on a port that a worker has just left, as soon as any other program
+/// could.
 pub(crate) fn inherit(port: u16, time: Duration) -> JoinHandle<()> {
     std::thread::spawn(move || {
         let start = now();
         while start.elapsed() < TRIES {
-            if let Ok(inherited) = listen(port) {
+            if let Ok(inherited) = listen(port, false) {
                 serve(&inherited, time);
                 return;
             }
@@ -47,11 +48,13 @@ pub(crate) fn inherit(port: u16, time: Duration) -> JoinHandle<()> {
     })
 }
 
-/// Listens beside whoever is bound there and does not listen yet.
-fn listen(port: u16) -> std::io::Result<TcpListener> {
+/// Listens on this port; `beside` whoever of the same user is bound there and
+/// does not listen, who allowed for that.
+fn listen(port: u16, beside: bool) -> std::io::Result<TcpListener> {
     let socket = Socket::new(Domain::IPV4, Type::STREAM, None)?;
+    // As most servers do: with that alone nobody listens beside another.
     socket.set_reuse_address(true)?;
-    socket.set_reuse_port(true)?;
+    socket.set_reuse_port(beside)?;
     socket.bind(&SocketAddr::from((Ipv4Addr::LOCALHOST, port)).into())?;
     socket.listen(64)?;
     socket.set_nonblocking(true)?;

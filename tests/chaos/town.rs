@@ -210,6 +210,13 @@ fn model(folder: &Path, name: &str, changes: u32) -> String {
     words.extend(["--journal".to_owned(), journal]);
     let mut text = format!("[models.{name}]\ncommand = {words:?}\n{keys}\n");
     let _ = writeln!(text, "env = {{ CHANGES = \"{changes}\" }}");
+    // Not the other files that it names, which change all the time.
+    let weights: Vec<_> = flags
+        .contains("SHARED")
+        .then_some(shared)
+        .into_iter()
+        .collect();
+    let _ = writeln!(text, "weights = {weights:?}");
     text
 }
 

@@ -23,6 +23,10 @@ const PROMPT: Duration = Duration::from_secs(4);
 /// Decisions of residentd's last moments may be lost with it.
 const UNWRITTEN: Duration = Duration::from_millis(1500);
 
+/// What workers share counts once, and is taken off what they are charged; when
+/// one of them goes, the others' charges are more by what it shared with them.
+const SHARED: f64 = 16.0 * 1024.0 * 1024.0;
+
 /// What was seen so far.
 #[derive(Debug, Default)]
 struct Seen {
@@ -93,17 +97,21 @@ fn look_at_api(site: &Site) {
         let line = page.lines().find_map(|line| line.strip_prefix(series));
         line.and_then(|line| line.trim().parse::<f64>().ok())
     };
+    let used = number("residentd_memory_usage_bytes{domain=\"host\"}");
     let charged = number("residentd_memory_charged_bytes{domain=\"host\"}");
     let limit = number("residentd_memory_limit_bytes{domain=\"host\"}");
-    let (Some(charged), Some(limit)) = (charged, limit) else {
+    let (Some(used), Some(charged), Some(limit)) = (used, charged, limit) else {
         site.fault(format!(
             "no charge or no limit on the page of metrics: {page}"
         ));
         return;
     };
     let time = (from.saturating_sub(LOOK), from);
-    if charged > limit && !site.struck(None, &[Blow::Limit, Blow::Memory], time) {
-        site.fault(format!("workers are charged {charged} bytes of {limit}"));
+    let over = used > limit || charged > limit + SHARED;
+    if over && !site.struck(None, &[Blow::Limit, Blow::Memory], time) {
+        site.fault(format!(
+            "workers hold {used} bytes, are charged {charged}, and may have {limit}"
+        ));
     }
 }
 
