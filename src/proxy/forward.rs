@@ -152,7 +152,7 @@ impl Proxy {
                 return Tried::Refused(Fault::BadRequest(why));
             }
         };
-        match sender.try_send_request(request).await {
+        match sender.send(request).await {
             Ok(response) => {
                 if let Some(visit) = &visit {
                     visit.answered(response.status().as_u16());
@@ -160,12 +160,13 @@ impl Proxy {
                 Tried::Answered(response, sender, visit)
             }
             Err(failed) => {
-                let unsent = failed.message().is_some();
-                let error = failed.into_error();
+                let Some(error) = failed.error else {
+                    return Tried::Unsent("the connection has ended".into());
+                };
                 let cause = telemetry::chain(&error).to_string();
                 match fault_of_body(&error) {
                     Some(fault) => Tried::Refused(fault),
-                    None if unsent => Tried::Unsent(cause),
+                    None if failed.unsent => Tried::Unsent(cause),
                     None => Tried::Broke(cause),
                 }
             }

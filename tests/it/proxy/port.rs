@@ -9,7 +9,7 @@ use nix::sys::signal::Signal;
 use serde_json::json;
 
 use super::rig::one;
-use crate::support::{Residentd, kill, now, request};
+use crate::support::{Residentd, kill, now, request, wait_until};
 
 const ROUNDS: usize = 30;
 /// How long the stranger listens, and clients ask.
@@ -53,11 +53,15 @@ fn whoever_listens_on_the_port_of_a_dead_worker_answers_nobody() {
     let residentd = one("");
     let address = residentd.address();
     let body = json!({"model": "m", "prompt": "x"}).to_string();
+    let mut killed = None;
     for round in 0..ROUNDS {
-        // It forgives the last round, too.
-        let loaded = residentd.ask("POST", "/api/v1/models/m/load", None);
-        assert_eq!(loaded.status, 200, "{}", loaded.text());
-        let pid = residentd.worker_pid("m").expect("it is loaded");
+        let pid = wait_until("the next worker", || {
+            // It forgives the last round, too.
+            let loaded = residentd.ask("POST", "/api/v1/models/m/load", None);
+            assert_eq!(loaded.status, 200, "{}", loaded.text());
+            residentd.worker_pid("m").filter(|pid| killed != Some(*pid))
+        });
+        killed = Some(pid);
         let port = port(&residentd);
         let over = AtomicBool::new(false);
         std::thread::scope(|scope| {
