@@ -196,13 +196,15 @@ pub(crate) fn end(site: &Site, town: &mut Town, ports: &[u16]) {
     if !left.is_empty() {
         site.fault(format!("processes are left: {left:?}"));
     }
-    let listening = processes::listening();
-    let open: Vec<_> = ports
-        .iter()
-        .filter(|port| listening.contains(port))
-        .collect();
-    if !open.is_empty() {
-        site.fault(format!("somebody listens on {open:?}"));
+    for (port, inode) in processes::listening() {
+        let holders = processes::holders(inode);
+        // No process of the run is left, so whoever is known to listen there is a
+        // stranger who came later.
+        if ports.contains(&port) && holders.is_empty() {
+            site.fault(format!("nobody that is known listens on {port}"));
+        } else if ports.contains(&port) {
+            site.note(format!("{holders:?} listens on {port}, where a worker did"));
+        }
     }
     check_folder(site);
 }

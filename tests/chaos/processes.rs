@@ -137,14 +137,28 @@ pub(crate) fn open_files(pid: i64) -> usize {
     fs::read_dir(format!("/proc/{pid}/fd")).map_or(0, Iterator::count)
 }
 
-/// Returns the TCP ports on which anybody listens.
-pub(crate) fn listening() -> Vec<u16> {
+/// Returns the TCP ports on which anybody listens, with the inodes of the sockets.
+pub(crate) fn listening() -> Vec<(u16, u64)> {
     let table = fs::read_to_string("/proc/net/tcp").unwrap_or_default();
     let port = |line: &str| {
         let words: Vec<&str> = line.split_whitespace().collect();
         let (_, port) = words.get(1)?.split_once(':')?;
         let listens = *words.get(3)? == "0A";
-        u16::from_str_radix(port, 16).ok().filter(|_| listens)
+        let port = u16::from_str_radix(port, 16).ok().filter(|_| listens)?;
+        Some((port, words.get(9)?.parse().ok()?))
     };
     table.lines().filter_map(port).collect()
+}
+
+/// Returns the processes that have this socket open.
+pub(crate) fn holders(inode: u64) -> Vec<i64> {
+    let link = format!("socket:[{inode}]");
+    let holds = |pid: &i64| {
+        let files = fs::read_dir(format!("/proc/{pid}/fd"))
+            .into_iter()
+            .flatten();
+        let mut links = files.filter_map(|file| fs::read_link(file.ok()?.path()).ok());
+        links.any(|target| target.as_os_str() == link.as_str())
+    };
+    pids().into_iter().filter(holds).collect()
 }
