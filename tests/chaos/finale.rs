@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 
 use crate::plan::{LATE, SHARES};
 use crate::processes::{self, Process, marked};
-use crate::site::Site;
+use crate::site::{Blow, Site};
 use crate::support::{Residentd, now, pause};
 use crate::town::{LIMIT, Town};
 
@@ -44,6 +44,7 @@ fn await_or_fault<T>(
 pub(crate) fn recover(site: &Site) {
     let limit = LIMIT;
     let limit = f64::from(u32::try_from(limit).expect("a small number")) / 1024.0;
+    site.strike(None, Blow::Limit, REST);
     site.ask(
         "POST",
         &format!("/api/v1/memory/limit?limit_gb={limit}"),
