@@ -1,5 +1,5 @@
 # What each target does is in README.md. None but `vm` needs anything but a Rust toolchain and Python 3.
-.PHONY: run test real demo bench laws accept gpu vm
+.PHONY: run test real demo bench laws chaos accept gpu vm
 
 RESIDENTD := target/release/residentd
 
@@ -26,6 +26,10 @@ bench:
 # A long search for events that break a law of the policy; CASES=1000000 searches longer.
 laws:
 	@scripts/laws
+
+# Everything goes wrong at random, under load, for ten minutes; SECONDS=60 is shorter, SEED=7 repeats a run.
+chaos:
+	@scripts/chaos "$(SECONDS)" "$(SEED)"
 
 # What only a real NVIDIA GPU can show.
 gpu:

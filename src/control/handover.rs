@@ -286,6 +286,7 @@ impl Task {
             serial: self.next_serial,
             since: now,
             is_heir: true,
+            leader: None,
         })
     }
 }

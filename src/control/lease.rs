@@ -12,6 +12,7 @@ use super::Signal;
 use crate::clock::{Clock, Timestamp};
 use crate::gate::{Gate, Left, Pulse};
 use crate::model::{ModelName, ModelSpec, Upstream, WorkerId};
+use crate::procfs::ProcessKey;
 use crate::worker::Opened;
 
 /// Every model there is, by name and alias. A reload replaces the whole table
@@ -178,6 +179,18 @@ pub struct ReadyWorker {
     /// It is no worker but the residentd that has taken over: requests go there
     /// as they came.
     pub is_heir: bool,
+    /// The process that was spawned, where it is known.
+    pub leader: Option<ProcessKey>,
+}
+
+impl ReadyWorker {
+    /// Returns whether its process runs still. Asked after a connection was
+    /// made: until its end is noticed, which takes milliseconds, somebody else
+    /// may listen on its port already.
+    #[must_use]
+    pub fn runs(&self) -> bool {
+        self.leader.is_none_or(ProcessKey::runs)
+    }
 }
 
 /// One request's hold on a ready worker. Dropping it gives the hold back.

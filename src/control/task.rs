@@ -389,6 +389,7 @@ impl Task {
             serial: self.next_serial,
             since: now,
             is_heir: false,
+            leader: live.tree.as_ref().map(|tree| tree.leader()),
         });
         live.ready = Some(Arc::clone(&ready));
         if let Some(route) = self.routes.get(worker.model.as_str()) {

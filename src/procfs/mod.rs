@@ -22,6 +22,10 @@ pub use tree::ProcessTree;
 /// 52 numbers of at most 20 digits, and a name of at most 64 bytes.
 const LONGEST_STAT: usize = 2048;
 
+/// `PF_EXITING` of the kernel's `sched.h`: the process ends, and its files are
+/// closed or about to be.
+const EXITING: u32 = 4;
+
 /// A process, told apart from a later one with the same pid by its start.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct ProcessKey {
@@ -46,6 +50,23 @@ pub struct ProcessStat {
     pub session: i32,
     /// Resident pages, file and shared ones included.
     pub rss_pages: u64,
+}
+
+impl ProcessKey {
+    /// Returns whether this very process runs and has not begun to end, which
+    /// comes before its files are closed: it holds all it held, sockets too.
+    #[must_use]
+    pub fn runs(self) -> bool {
+        let mut line = [0_u8; LONGEST_STAT];
+        let read = read_stat(Path::new("/proc"), self.pid, &mut line);
+        let text = String::from_utf8_lossy(&line[..read.unwrap_or(0)]);
+        // Fields 9 and 22; what is after the name begins with field 3.
+        let after = text.rfind(')').and_then(|end| text.get(end + 1..));
+        let mut fields = after.unwrap_or_default().split_ascii_whitespace();
+        let flags = fields.nth(6).and_then(|flags| flags.parse::<u32>().ok());
+        let start_time = fields.nth(12).and_then(|time| time.parse().ok());
+        start_time == Some(self.start_time) && flags.is_some_and(|flags| flags & EXITING == 0)
+    }
 }
 
 impl ProcessStat {
@@ -233,7 +254,32 @@ impl ProcessTable {
 
 #[cfg(test)]
 mod tests {
+    use rustix::process::{Pid, WaitId, WaitIdOptions, waitid};
+
     use super::*;
+
+    #[test]
+    fn a_process_runs_until_it_begins_to_end_and_not_as_another_one() {
+        let mut child = std::process::Command::new("sleep")
+            .arg("60")
+            .spawn()
+            .expect("it runs");
+        let pid = i32::try_from(child.id()).expect("a pid fits");
+        let key = ProcessStat::read(pid).expect("it runs").key;
+        assert!(key.runs());
+        let later = ProcessKey {
+            start_time: key.start_time + 1,
+            ..key
+        };
+        assert!(!later.runs());
+        child.kill().expect("it is ours");
+        let ended = WaitId::Pid(Pid::from_raw(pid).expect("a pid"));
+        // It is left as it is.
+        waitid(ended, WaitIdOptions::EXITED | WaitIdOptions::NOWAIT).expect("it ends");
+        assert!(!key.runs(), "it is a zombie");
+        child.wait().expect("it is reaped");
+        assert!(!key.runs());
+    }
 
     #[test]
     fn a_command_name_with_parentheses_and_spaces_is_parsed() {

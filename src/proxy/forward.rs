@@ -42,8 +42,10 @@ pub(super) struct Passage {
 /// What became of one try.
 enum Tried {
     Answered(Response<Incoming>, Sender, Option<Visit>),
-    /// Nothing came back.
+    /// Nothing came back; the worker may have got the request.
     Broke(String),
+    /// The connection was closed before the request was written to it.
+    Unsent(String),
     /// The client's own body was at fault.
     Refused(Fault),
 }
@@ -61,7 +63,9 @@ impl Proxy {
         loop {
             let leased = self.controller.clock().now();
             let pool = self.pools.of(lease.worker());
-            let tried = self.try_once(&pool, &lease, &mut passage, client.is_some());
+            // What is sent the second time goes where nothing can have closed.
+            let fresh = retried || client.is_some();
+            let tried = self.try_once(&pool, &lease, &mut passage, fresh);
             let cause = match tried.await {
                 Tried::Answered(response, sender, visit) => {
                     let account = self.account(&passage, &lease, leased, response.status());
@@ -74,7 +78,7 @@ impl Proxy {
                     return Err(passage.broke("it left HTTP unasked".into()));
                 }
                 Tried::Refused(fault) => return Err(fault),
-                Tried::Broke(cause) => cause,
+                Tried::Broke(cause) | Tried::Unsent(cause) => cause,
             };
             debug!(worker = %lease.worker().id, cause, "a worker broke before it answered");
             if retried || !passage.held.can_be_sent() {
@@ -102,28 +106,31 @@ impl Proxy {
         account.logged(self.access.clone().filter(|_| !lease.worker().is_heir))
     }
 
-    /// Sends on a kept connection if there is one. One that the worker closed
-    /// meanwhile is no fault the client sees: a fresh one is used then. A body
-    /// that could not be sent again goes on a fresh one at once.
+    /// Sends on a kept connection if there is one and it need not be a fresh one.
+    /// One that the worker had closed is no try: a fresh one is used then. One
+    /// that broke later is: the worker may have begun. A body that could not be
+    /// sent again goes on a fresh one at once.
     async fn try_once(
         &self,
         pool: &Arc<Pool>,
         lease: &Lease,
         passage: &mut Passage,
-        upgrade: bool,
+        fresh: bool,
     ) -> Tried {
-        if !upgrade
+        if !fresh
             && passage.held.is_whole()
             && let Some(sender) = pool.kept().await
         {
             match self.send(sender, lease, passage).await {
-                Tried::Broke(cause) => {
-                    debug!(worker = %lease.worker().id, cause, "a kept connection broke");
+                Tried::Unsent(cause) => {
+                    debug!(worker = %lease.worker().id, cause, "a kept connection was closed");
                 }
-                done @ (Tried::Answered(..) | Tried::Refused(_)) => return done,
+                done @ (Tried::Answered(..) | Tried::Broke(_) | Tried::Refused(_)) => return done,
             }
         }
         match pool.connect().await {
+            // Whoever it is that listens there now.
+            Ok(_) if !lease.worker().runs() => Tried::Unsent("it has ended".into()),
             Ok(sender) => self.send(sender, lease, passage).await,
             Err(error) => {
                 if matches!(error.kind(), ConnectionRefused | NotFound) {
@@ -146,17 +153,24 @@ impl Proxy {
                 return Tried::Refused(Fault::BadRequest(why));
             }
         };
-        match sender.send_request(request).await {
+        match sender.send(request).await {
             Ok(response) => {
                 if let Some(visit) = &visit {
                     visit.answered(response.status().as_u16());
                 }
                 Tried::Answered(response, sender, visit)
             }
-            Err(error) => match fault_of_body(&error) {
-                Some(fault) => Tried::Refused(fault),
-                None => Tried::Broke(telemetry::chain(&error).to_string()),
-            },
+            Err(failed) => {
+                let Some(error) = failed.error else {
+                    return Tried::Unsent("the connection has ended".into());
+                };
+                let cause = telemetry::chain(&error).to_string();
+                match fault_of_body(&error) {
+                    Some(fault) => Tried::Refused(fault),
+                    None if failed.unsent => Tried::Unsent(cause),
+                    None => Tried::Broke(cause),
+                }
+            }
         }
     }
 

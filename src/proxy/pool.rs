@@ -6,9 +6,13 @@
 
 use std::collections::HashMap;
 use std::io;
+use std::pin::pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
+use futures_util::FutureExt;
+use hyper::body::Incoming;
 use hyper::client::conn::http1::{self, SendRequest};
+use hyper::{Request, Response};
 use hyper_util::rt::TokioIo;
 use tokio_util::sync::CancellationToken;
 use tracing::debug;
@@ -23,7 +27,62 @@ use crate::telemetry;
 const MOST_IDLE: usize = 64;
 
 /// A connection to a worker, for one request at a time.
-pub(super) type Sender = SendRequest<RequestBody>;
+#[derive(Debug)]
+pub(super) struct Sender {
+    requests: SendRequest<RequestBody>,
+    /// Cancelled when the connection has ended, and after all that hyper says of
+    /// the requests it took.
+    ended: CancellationToken,
+}
+
+/// Why a request has no answer.
+#[derive(Debug)]
+pub(super) struct Unanswered {
+    /// Whether nothing of it was written.
+    pub(super) unsent: bool,
+    /// What hyper says; nothing of a request that it forgot.
+    pub(super) error: Option<hyper::Error>,
+}
+
+impl Sender {
+    /// Sends a request and waits for the head of its answer.
+    ///
+    /// A request that is handed over in the very moment in which the connection
+    /// ends may stay where nobody looks any more, in hyper's channel to it: some
+    /// in 100,000 that meet such an end do. So it is not waited for beyond that.
+    pub(super) async fn send(
+        &mut self,
+        request: Request<RequestBody>,
+    ) -> Result<Response<Incoming>, Unanswered> {
+        let mut answer = pin!(self.requests.try_send_request(request));
+        let answered = tokio::select! {
+            biased;
+            answered = &mut answer => Some(answered),
+            // What hyper had to say it has said by now.
+            () = self.ended.cancelled() => (&mut answer).now_or_never(),
+        };
+        let forgotten = Unanswered {
+            unsent: true,
+            error: None,
+        };
+        answered.ok_or(forgotten)?.map_err(|failed| Unanswered {
+            unsent: failed.message().is_some(),
+            error: Some(failed.into_error()),
+        })
+    }
+
+    fn is_ready(&self) -> bool {
+        self.requests.is_ready()
+    }
+
+    fn is_closed(&self) -> bool {
+        self.requests.is_closed()
+    }
+
+    async fn ready(&mut self) -> Result<(), hyper::Error> {
+        self.requests.ready().await
+    }
+}
 
 /// The pools of all workers, by the worker's serial.
 #[derive(Debug, Default)]
@@ -163,13 +222,49 @@ where
     TokioIo<I>: hyper::rt::Read + hyper::rt::Write + Unpin + Send + 'static,
     I: Send + 'static,
 {
-    let (sender, connection) = http1::handshake(Hearing(io))
+    let (requests, connection) = http1::handshake(Hearing(io))
         .await
         .map_err(io::Error::other)?;
+    let ended = CancellationToken::new();
+    let end = ended.clone().drop_guard();
     telemetry::spawn("upstream", async move {
+        // Goes after the connection, however that ends.
+        let _end = end;
         if let Err(error) = connection.with_upgrades().await {
             debug!(%error, "a connection to a worker ended early");
         }
     });
-    Ok(sender)
+    Ok(Sender { requests, ended })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::VecDeque;
+    use std::time::Duration;
+
+    use super::*;
+    use crate::model::Bytes;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_request_that_hyper_forgot_is_not_waited_for() {
+        // Chaos found it: a client waited for ever.
+        let (ours, _theirs) = tokio::io::duplex(1 << 10);
+        let (requests, connection) = http1::handshake(TokioIo::new(ours))
+            .await
+            .expect("a connection");
+        let ended = CancellationToken::new();
+        let mut sender = Sender {
+            requests,
+            ended: ended.clone(),
+        };
+        // Never polled and never dropped: so it is with one that came too late.
+        let _connection = connection;
+        let body = RequestBody::new(VecDeque::new(), None, Bytes::mib(1), None);
+        let mut sent = pin!(sender.send(Request::new(body)));
+        let soon = tokio::time::timeout(Duration::from_secs(60), &mut sent);
+        assert!(soon.await.is_err(), "it may be answered yet");
+        ended.cancel();
+        let failed = sent.await.expect_err("there is no answer");
+        assert!(failed.unsent && failed.error.is_none(), "{failed:?}");
+    }
 }

@@ -163,6 +163,13 @@ pub(crate) struct Args {
     /// Answer this many requests, then take connections and never answer.
     #[arg(long)]
     pub(crate) mute_after_requests: Option<u64>,
+    /// A file of words that are looked at at the start, at each request and at SIGTERM, as long
+    /// as they stand there: crash, never-ready, hang, ignore-term, grow=SIZE; pid=N: only there.
+    #[arg(long)]
+    pub(crate) orders: Option<PathBuf>,
+    /// Add a line to this file for each completion or chat that has an `x_id`.
+    #[arg(long)]
+    pub(crate) journal: Option<PathBuf>,
     /// Print this many lines while loading.
     #[arg(long, default_value_t = 0)]
     pub(crate) spam_lines: u64,

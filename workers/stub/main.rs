@@ -13,6 +13,7 @@ mod family;
 mod knobs;
 mod memory;
 mod openai;
+mod orders;
 mod routes;
 mod serve;
 #[path = "../size.rs"]
@@ -32,13 +33,14 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::time::{Instant, sleep, sleep_until};
 
 use crate::args::{Args, Listen};
+use crate::orders::Orders;
 use crate::serve::Listener;
 use crate::state::{LAST_WORDS, Stub};
 
 fn main() -> ExitCode {
     let started = Instant::now();
     let args = Args::parse();
-    let ended = if args.crash_on_start {
+    let ended = if args.crash_on_start || Orders::read(&args).crash {
         crash(&args)
     } else if args.daemonize {
         family::daemonize(&args).map(|()| 0)
@@ -128,7 +130,7 @@ async fn load(stub: &Arc<Stub>, started: Instant) -> io::Result<()> {
         let loading = tokio::task::spawn_blocking(move || take_memory(&stub));
         loading.await.map_err(io::Error::other)??;
     }
-    if args.never_ready {
+    if args.never_ready || Orders::read(args).never_ready {
         std::future::pending::<()>().await;
     }
     sleep_until(started + args.ready_after).await;
@@ -196,7 +198,7 @@ fn say(stub: &Stub, text: &str) {
 /// Waits for the SIGTERM that ends the worker. Returns the exit code.
 async fn terminated(stub: &Stub, term: &mut Signal) -> u8 {
     term.recv().await;
-    if stub.args.ignore_term {
+    if stub.args.ignore_term || Orders::read(&stub.args).ignore_term {
         loop {
             say(stub, "terminate ignored");
             term.recv().await;

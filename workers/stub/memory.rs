@@ -66,6 +66,12 @@ impl Memory {
         }
     }
 
+    /// Takes as much as is missing to `most` for all growth.
+    pub(crate) fn grow_to(&self, most: u64) {
+        let missing = most.saturating_sub(self.grown());
+        self.grow(missing, most);
+    }
+
     /// Returns the bytes taken by [`Memory::grow`].
     pub(crate) fn grown(&self) -> u64 {
         self.lock().grown

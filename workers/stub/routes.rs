@@ -19,6 +19,7 @@ use crate::checksum::Checksum;
 use crate::clock;
 use crate::knobs::Knobs;
 use crate::openai::{Shape, Voice, embeddings};
+use crate::orders::{self, Orders};
 use crate::sleep::{self, Call};
 use crate::state::{InFlight, Stub};
 
@@ -105,6 +106,12 @@ async fn complete(
         in_flight.finish();
         return Ok(failure(StatusCode::BAD_REQUEST, "the body is not JSON"));
     };
+    orders::enter(&stub.args, asked["x_id"].as_u64());
+    let orders = Orders::read(&stub.args);
+    stub.memory.grow_to(orders.grow);
+    if orders.hang {
+        std::future::pending::<Infallible>().await;
+    }
     let knobs = Knobs::read(&asked, head.uri.query());
     if knobs.exit_after == Some(0) {
         kill_self();

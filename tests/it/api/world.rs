@@ -251,6 +251,7 @@ fn gemma() -> ModelView {
             serial: 1,
             since: at(10),
             is_heir: false,
+            leader: None,
         })),
         queued: 2,
         usage: Some(Usage {

@@ -95,6 +95,24 @@ fn a_kept_connection_that_closes_under_the_request_is_no_error() {
 }
 
 #[test]
+fn a_request_that_broke_on_a_kept_connection_is_sent_once_more_and_not_again() {
+    // Chaos found requests that a worker got four times.
+    let played = Played::start();
+    let (mut client, mut worker) = kept(&played);
+    client.ask("POST /v1/x", "", "{\"model\":\"m\"}");
+    let head = worker.head();
+    worker.body(&head);
+    drop(worker);
+    let mut worker = played.worker();
+    let head = worker.head();
+    worker.body(&head);
+    drop(worker);
+    let (head, text) = client.answer();
+    assert_eq!(head.status(), 502, "{text}");
+    assert!(played.try_worker().is_none());
+}
+
+#[test]
 fn a_body_too_large_to_be_sent_again_goes_on_a_fresh_connection() {
     let played = Played::start();
     let (mut client, kept) = kept(&played);

@@ -11,6 +11,7 @@ mod hostile;
 mod http2;
 mod kept;
 mod naming;
+mod port;
 mod refusals;
 mod rig;
 mod upgrade;

@@ -61,7 +61,14 @@ impl Residentd {
         let file = self.folder.path().join("residentd.toml");
         let mut command = command(&file, &[]);
         command.current_dir(self.folder.path()).args(arguments);
-        (self.child, self.address) = serve(command, self.folder.path());
+        self.launch_again(command)
+            .unwrap_or_else(|why| panic!("{why}"));
+    }
+
+    /// Starts another by `command`, when it has ended; why not, if it ends at once.
+    pub(crate) fn launch_again(&mut self, command: Command) -> Result<(), String> {
+        (self.child, self.address) = try_serve(command, self.folder.path())?;
+        Ok(())
     }
 
     /// Writes other lines of configuration for the next start.
@@ -207,7 +214,12 @@ pub(crate) fn command(file: &Path, environment: &[(&str, &str)]) -> Command {
 
 /// Starts the binary, its log in `folder`, and returns it with the address it
 /// listens on.
-fn serve(mut command: Command, folder: &Path) -> (Child, String) {
+fn serve(command: Command, folder: &Path) -> (Child, String) {
+    try_serve(command, folder).unwrap_or_else(|why| panic!("{why}"))
+}
+
+/// As [`serve`], or says why it did not start, with its log.
+fn try_serve(mut command: Command, folder: &Path) -> Result<(Child, String), String> {
     let log = std::fs::File::options()
         .append(true)
         .create(true)
@@ -228,9 +240,9 @@ fn serve(mut command: Command, folder: &Path) -> (Child, String) {
     let Some(address) = address else {
         let status = child.wait();
         let log = std::fs::read_to_string(folder.join("log")).unwrap_or_default();
-        panic!("residentd did not start ({status:?}):\n{log}");
+        return Err(format!("residentd did not start ({status:?}):\n{log}"));
     };
-    (child, address)
+    Ok((child, address))
 }
 
 impl Drop for Residentd {
