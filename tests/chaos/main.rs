@@ -67,13 +67,25 @@ fn a45_under_chaos_every_request_has_one_answer_and_nothing_is_left() {
     report(&site, seconds);
 }
 
+/// Ends whoever looks at this when it is dropped.
+struct Ends<'a>(&'a AtomicBool);
+
+impl Drop for Ends<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
 /// Lets everything happen, and checks what must be true afterwards.
 fn run(site: &Site, town: &mut Town, length: Duration, files_before: usize) {
     let steps = plan::deeds(site.seed, length);
     let (next, quiet) = (AtomicU64::new(0), AtomicBool::new(false));
     let ports = std::thread::scope(|scope| {
+        let _end = Ends(&quiet);
         let watching = scope.spawn(|| watch::watch(site, || quiet.load(Ordering::Relaxed)));
         std::thread::scope(|clients| {
+            // A panic must not leave everybody waiting.
+            let _end = Ends(&site.over);
             load::start(clients, site, &next);
             Doer::new(site, town).work(&steps, length);
             site.over.store(true, Ordering::Relaxed);

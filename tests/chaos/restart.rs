@@ -13,9 +13,9 @@ use crate::support::{pause, runs};
 
 /// How long before the end nothing may have happened to a worker that must be
 /// taken back.
-const CALM: Duration = Duration::from_secs(8);
+const CALM: Duration = Duration::from_secs(1);
 /// Workers younger than this may not have been written down.
-const YOUNG: f64 = 2.0;
+const YOUNG: f64 = 1.0;
 /// What was lost with residentd shows so long after the next one is there.
 const SHOWS: Duration = Duration::from_millis(500);
 

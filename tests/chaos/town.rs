@@ -9,9 +9,9 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use crate::plan::SHARES;
-use crate::support::Residentd;
 use crate::support::cgroup::MemoryCgroup;
 use crate::support::residentd::{STUB, command};
+use crate::support::{Residentd, wait_until};
 
 const MIB: u64 = 1 << 20;
 /// What everything may use together, where that can be bounded: enough that only
@@ -257,14 +257,18 @@ impl Disk {
 
     /// Lets no file be made, or any number.
     pub(crate) fn allow_files(&self, any: bool) {
-        let used = rustix::fs::statvfs(&self.place)
-            .map_or(0, |found| found.f_files.saturating_sub(found.f_ffree));
-        let most = if any { 10_000 } else { used };
-        let done = Command::new("mount")
-            .args(["-o", &format!("remount,{SIZE},nr_inodes={most}")])
-            .arg(&self.place)
-            .status();
-        assert!(done.is_ok_and(|status| status.success()), "remounted");
+        // A file that is made in between makes it too few, which is refused.
+        wait_until("the disk to be mounted anew", || {
+            let used = rustix::fs::statvfs(&self.place)
+                .map_or(0, |found| found.f_files.saturating_sub(found.f_ffree));
+            let most = if any { 10_000 } else { used };
+            let done = Command::new("mount")
+                .args(["-o", &format!("remount,{SIZE},nr_inodes={most}")])
+                .arg(&self.place)
+                .stderr(std::process::Stdio::null())
+                .status();
+            done.is_ok_and(|status| status.success()).then_some(())
+        });
     }
 
     fn filler(&self) -> PathBuf {
