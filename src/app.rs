@@ -117,7 +117,7 @@ pub struct App {
     core: Core,
     owns_process: bool,
     addresses: Vec<Listen>,
-    /// Unix sockets that were bound here, and so are taken away at the end.
+    /// Unix sockets that are not the service manager's; they are taken away at the end.
     own_paths: Vec<PathBuf>,
     doors: states::Receiver<Doors>,
     reloader: Reloader,
@@ -161,7 +161,8 @@ impl App {
         let bound = sockets::open(&config.server.listen, opened).await?;
         let addresses = bound.iter().map(|bound| bound.address.clone()).collect();
         let mut own_paths = sockets::own_paths(&bound);
-        own_paths.extend(is_heir.then(|| config.server.state_dir.join(upgrade::SOCKET)));
+        // One that was killed may have left it.
+        own_paths.push(config.server.state_dir.join(upgrade::SOCKET));
         let core = Core::start(&config, owns_process, &inherited).await?;
         let (controller, store) = (core.controller.clone(), core.store.clone());
         let proxy = Proxy::new(controller.clone(), proxy_settings(&config))
@@ -283,7 +284,10 @@ impl App {
 
     /// Waits until everything has ended that came here before `heir` took over.
     pub async fn finish(&self, heir: &Heir) {
-        tokio::time::sleep(LINGER).await;
+        tokio::select! {
+            () = tokio::time::sleep(LINGER) => {}
+            () = heir.gone() => {}
+        }
         self.closing.cancel();
         self.connections.close();
         self.connections.wait().await;

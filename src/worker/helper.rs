@@ -71,14 +71,20 @@ impl Helper {
         let _ = pidfd_send_signal(self.pidfd.get_ref(), signal);
     }
 
-    /// Waits for its end and reaps it.
-    pub async fn exited(&self) -> ExitStatus {
-        // An error is as good as its end: it is looked for below.
+    /// Waits for its end.
+    pub async fn ended(&self) {
+        // A pidfd is readable from the end of the process on, and so stays. An error
+        // is as good as its end: whoever reaps it looks.
         let _ = self
             .pidfd
             .readable()
             .await
-            .map(|mut ready| ready.clear_ready());
+            .map(|mut ready| ready.retain_ready());
+    }
+
+    /// Waits for its end and reaps it.
+    pub async fn exited(&self) -> ExitStatus {
+        self.ended().await;
         let status = waitid(
             WaitId::PidFd(self.pidfd.get_ref().as_fd()),
             WaitIdOptions::EXITED | WaitIdOptions::NOHANG,

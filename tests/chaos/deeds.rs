@@ -158,6 +158,7 @@ impl<'a> Doer<'a> {
             }
             Deed::KillResidentd(down) => restart::kill(self, down),
             Deed::EndResidentd => restart::end(self),
+            Deed::UpgradeResidentd => restart::upgrade(self),
             Deed::PauseResidentd(time) => self.pause_residentd(time),
         }
     }

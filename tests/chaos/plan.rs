@@ -117,6 +117,8 @@ pub(crate) enum Deed {
     Cleanup,
     KillResidentd(Duration),
     EndResidentd,
+    /// Another one takes over while it runs.
+    UpgradeResidentd,
     PauseResidentd(Duration),
 }
 
@@ -141,7 +143,10 @@ pub(crate) fn deeds(seed: u64, length: Duration) -> Vec<Step> {
     let mut at = draw.millis(500, 1500);
     while at < length {
         let deed = deed(&mut draw);
-        let restarts = matches!(deed, Deed::KillResidentd(_) | Deed::EndResidentd);
+        let restarts = matches!(
+            deed,
+            Deed::KillResidentd(_) | Deed::EndResidentd | Deed::UpgradeResidentd
+        );
         if !restarts || at < length * 3 / 4 {
             steps.push(Step { at, deed });
         }
@@ -169,7 +174,7 @@ fn deed(draw: &mut Draw) -> Deed {
         (Kind::Machine, 10),
         (Kind::Reload, 10),
         (Kind::Operator, 16),
-        (Kind::Residentd, 8),
+        (Kind::Residentd, 12),
     ];
     match draw.by_share(&kinds) {
         Kind::Worker => to_worker(draw),
@@ -178,9 +183,10 @@ fn deed(draw: &mut Draw) -> Deed {
         Kind::Machine => to_machine(draw),
         Kind::Reload => reload(draw),
         Kind::Operator => operator(draw),
-        Kind::Residentd => match draw.between(0, 10) {
+        Kind::Residentd => match draw.between(0, 15) {
             0..5 => Deed::KillResidentd(draw.millis(0, 1500)),
             5 | 6 => Deed::EndResidentd,
+            7..12 => Deed::UpgradeResidentd,
             _ => Deed::PauseResidentd(draw.millis(100, 1500)),
         },
     }

@@ -28,20 +28,18 @@ pub(crate) fn kill(doer: &mut Doer<'_>, down: Duration) {
     doer.town.residentd.signal(Signal::SIGKILL);
     doer.town.residentd.wait();
     pause(down);
-    let all = doer.processes();
-    let lived: Vec<_> = before
-        .into_iter()
-        .filter(|(model, pid)| {
-            let process = all.iter().find(|process| process.pid == *pid);
-            process.is_some_and(|process| is_well(site, model, process, from))
-        })
-        .collect();
+    let lived = well(doer, before, from);
     if down < Duration::from_millis(300) {
         // Some may be on their way out still.
         start(doer);
         return;
     }
     start(doer);
+    check_taken(site, lived);
+}
+
+/// Checks that all of these were taken back.
+fn check_taken(site: &Site, lived: Vec<(String, i64)>) {
     let taken = adopted(site);
     for (model, pid) in lived {
         site.count("workers that outlived residentd");
@@ -54,6 +52,35 @@ pub(crate) fn kill(doer: &mut Doer<'_>, down: Duration) {
                 if runs(pid) { "runs" } else { "is gone" }
             ));
         }
+    }
+}
+
+/// Has another residentd take over. Nobody notices: there is no blow that would
+/// excuse anything.
+pub(crate) fn upgrade(doer: &mut Doer<'_>) {
+    let site = doer.site;
+    // One that is not valid would be refused, rightly.
+    doer.mend_config();
+    let from = site.time();
+    let before = ready(site);
+    let answer = site.ask("POST", "/api/v1/upgrade", None);
+    let Some((status, answer)) = answer else {
+        site.fault("an upgrade is not answered");
+        return;
+    };
+    let pid = answer["data"]["pid"].as_u64();
+    match (status, pid.and_then(|pid| u32::try_from(pid).ok())) {
+        (200, Some(pid)) => {
+            site.count("upgrades");
+            doer.town.residentd.taken_over_by(pid);
+            site.lives.fetch_add(1, Ordering::Relaxed);
+            check_taken(site, well(doer, before, from));
+            site.note(format!("residentd is {pid}"));
+        }
+        (409, _) if site.struck(None, &[Blow::Disk], (from, site.time())) => {
+            site.count("upgrades refused for the disk");
+        }
+        _ => site.fault(format!("an upgrade is answered {status}: {answer}")),
     }
 }
 
@@ -106,6 +133,16 @@ fn ready(site: &Site) -> Vec<(String, i64)> {
     ready
         .filter_map(|model| Some((model["name"].as_str()?.to_owned(), model["pid"].as_i64()?)))
         .collect()
+}
+
+/// Returns those against which nothing speaks, since before this time.
+fn well(doer: &Doer<'_>, workers: Vec<(String, i64)>, since: Duration) -> Vec<(String, i64)> {
+    let all = doer.processes();
+    let is_well = |(model, pid): &(String, i64)| {
+        let process = all.iter().find(|process| process.pid == *pid);
+        process.is_some_and(|process| is_well(doer.site, model, process, since))
+    };
+    workers.into_iter().filter(is_well).collect()
 }
 
 /// Whether nothing speaks against taking it back.

@@ -91,6 +91,12 @@ impl Heir {
         }
     }
 
+    /// Waits until it has ended, whoever took over from it.
+    pub async fn gone(&self) {
+        let current = Arc::clone(&self.current());
+        current.ended().await;
+    }
+
     /// Says that nothing of what came to this process is left.
     pub fn is_done(&self) {
         // It may have ended.

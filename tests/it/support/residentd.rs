@@ -17,7 +17,10 @@ pub(crate) const STUB: &str = env!("CARGO_BIN_EXE_stub-worker");
 /// A residentd that runs.
 #[derive(Debug)]
 pub(crate) struct Residentd {
+    /// What was started; after an upgrade, the parent of what serves.
     child: Child,
+    /// The pid of what serves.
+    main: u32,
     address: String,
     folder: tempfile::TempDir,
 }
@@ -42,6 +45,7 @@ impl Residentd {
     pub(crate) fn launch(folder: tempfile::TempDir, command: Command) -> Self {
         let (child, address) = serve(command, folder.path());
         Self {
+            main: child.id(),
             child,
             address,
             folder,
@@ -68,6 +72,7 @@ impl Residentd {
     /// Starts another by `command`, when it has ended; why not, if it ends at once.
     pub(crate) fn launch_again(&mut self, command: Command) -> Result<(), String> {
         (self.child, self.address) = try_serve(command, self.folder.path())?;
+        self.main = self.child.id();
         Ok(())
     }
 
@@ -83,14 +88,20 @@ impl Residentd {
 
     /// Returns its own pid.
     pub(crate) fn pid(&self) -> u32 {
-        self.child.id()
+        self.main
+    }
+
+    /// Notes that another one has taken over, which the one that was started waits
+    /// for.
+    pub(crate) fn taken_over_by(&mut self, pid: u32) {
+        self.main = pid;
     }
 
     /// Returns a number of bytes out of `/proc/<pid>/status` of residentd
     /// itself, such as `VmRSS` or `VmHWM`.
     pub(crate) fn status_bytes(&self, field: &str) -> u64 {
-        let status = std::fs::read_to_string(format!("/proc/{}/status", self.child.id()))
-            .expect("residentd runs");
+        let status =
+            std::fs::read_to_string(format!("/proc/{}/status", self.main)).expect("residentd runs");
         let line = status.lines().find(|line| line.starts_with(field));
         let kib = line.and_then(|line| line.split_whitespace().nth(1)?.parse::<u64>().ok());
         kib.expect("a known field of kilobytes") << 10
@@ -173,7 +184,7 @@ impl Residentd {
 
     /// Sends a signal to residentd itself.
     pub(crate) fn signal(&self, signal: nix::sys::signal::Signal) {
-        let pid = nix::unistd::Pid::from_raw(i32::try_from(self.child.id()).expect("a pid fits"));
+        let pid = nix::unistd::Pid::from_raw(i32::try_from(self.main).expect("a pid fits"));
         nix::sys::signal::kill(pid, signal).expect("residentd runs");
     }
 
@@ -248,6 +259,8 @@ fn try_serve(mut command: Command, folder: &Path) -> Result<(Child, String), Str
 impl Drop for Residentd {
     fn drop(&mut self) {
         if matches!(self.child.try_wait(), Ok(None)) {
+            // What was started passes it on, if it is not what serves.
+            self.main = self.child.id();
             self.signal(nix::sys::signal::Signal::SIGTERM);
             let start = now();
             while matches!(self.child.try_wait(), Ok(None)) && start.elapsed() < PATIENCE {

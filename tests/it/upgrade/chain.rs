@@ -1,7 +1,6 @@
 //! One upgrade after another, and who watches over whom.
 
 use super::*;
-use crate::support::kill;
 
 fn children(pid: u32) -> Vec<String> {
     let list = format!("/proc/{pid}/task/{pid}/children");
@@ -49,7 +48,8 @@ fn a_parent_ends_with_the_one_that_was_killed_and_the_next_takes_the_workers_bac
     let pid = residentd.complete("a").worker_pid();
     let new = upgrade(&residentd);
     residentd.wait_until_kept("a");
-    kill(i64::from(new), Signal::SIGKILL);
+    residentd.taken_over_by(new);
+    residentd.signal(Signal::SIGKILL);
     assert_eq!(
         residentd.wait().code(),
         Some(128 + 9),
