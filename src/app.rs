@@ -187,7 +187,7 @@ impl App {
             let watch = watch::watch(Arc::clone(&sources), asks, server.closing.clone());
             telemetry::spawn("watch", watch);
         }
-        let parent = inherited.take_over(&config, &controller, &server)?;
+        let parent = inherited.take_over(&config, &controller, &server).await?;
         if let Some(program) = options.program {
             let listeners = sockets::share(&bound)?;
             let said = (doors, heir);

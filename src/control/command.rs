@@ -1,12 +1,11 @@
 //! What can be asked of the controller.
 
-use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::oneshot;
 
 use super::{
-    CleanupReport, Explanation, Lease, ReadyWorker, Reconfiguration, Refusal, ReloadOrigin,
+    CleanupReport, Explanation, HandedOver, Lease, Reconfiguration, Refusal, ReloadOrigin,
     ReloadProblem,
 };
 use crate::clock::Timestamp;
@@ -81,7 +80,7 @@ pub enum Command {
     /// See [`super::Controller::answers`].
     Ping { reply: Reply<()> },
     /// See [`super::Controller::hand_over`].
-    HandOver { reply: Reply<Vec<Arc<ReadyWorker>>> },
+    HandOver { reply: Reply<HandedOver> },
     /// See [`super::Controller::take_again`].
     TakeAgain { reply: Reply<()> },
     /// See [`super::Controller::leave_to`].

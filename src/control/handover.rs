@@ -21,9 +21,20 @@ use super::command::Reply;
 use super::task::{Arrival, Pending, Task};
 use super::{COMMAND_QUEUE, Command, Lease, ReadyWorker, Refusal, Signal};
 use crate::gate::{Gate, Pulse};
-use crate::model::{ModelName, Upstream, WorkerId};
+use crate::model::{Bytes, Domain, ModelName, Upstream, WorkerId};
 use crate::policy::{Event, Phase, Ticket};
 use crate::worker::{Opened, WorkerEvent};
+
+/// What is handed over beside the store.
+#[derive(Debug)]
+pub struct HandedOver {
+    /// Workers that answer. Requests inside of them go on.
+    pub workers: Vec<Arc<ReadyWorker>>,
+    /// Models that an operator pinned or unpinned until the next restart.
+    pub pins: Vec<(ModelName, bool)>,
+    /// Limits that an operator set until the next restart.
+    pub limits: Vec<(Domain, Bytes)>,
+}
 
 /// The residentd that has taken over.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -92,7 +103,7 @@ impl Upgrader {
 #[derive(Debug, Default)]
 pub(super) struct Held {
     /// Who is told when everything that had begun has got there.
-    settling: Option<Reply<Vec<Arc<ReadyWorker>>>>,
+    settling: Option<Reply<HandedOver>>,
     commands: Vec<Command>,
     left: Vec<Ticket>,
     events: Vec<WorkerEvent>,
@@ -103,7 +114,7 @@ pub(super) struct Held {
 }
 
 impl Task {
-    pub(super) fn hand_over(&mut self, reply: Reply<Vec<Arc<ReadyWorker>>>) {
+    pub(super) fn hand_over(&mut self, reply: Reply<HandedOver>) {
         if self.held.is_some() || !self.finishing.is_empty() {
             self.answers.put(reply, Err(Refusal::ShuttingDown));
             return;
@@ -194,7 +205,16 @@ impl Task {
         for worker in held.closed.clone() {
             self.withdraw(&worker);
         }
-        self.answers.put(reply, Ok(answering));
+        let models = self.policy.models().iter();
+        let pinned = models.filter(|(_, model)| model.pinned != model.spec.pinned);
+        let handed_over = HandedOver {
+            workers: answering,
+            pins: pinned
+                .map(|(name, model)| (name.clone(), model.pinned))
+                .collect(),
+            limits: self.limits_set.clone().into_iter().collect(),
+        };
+        self.answers.put(reply, Ok(handed_over));
     }
 
     pub(super) fn take_again(&mut self, reply: Reply<()>) {

@@ -31,7 +31,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 pub use command::{CleanupRequest, Command, LimitReport, LimitRequest, LogTail, Reply, Signal};
 pub use decision::{Decision, End, Kind, LoadFailure, LoadReason, What};
 pub use decisions::{Decisions, Found, KEPT, Recorder, Wanted, record};
-pub use handover::{UpgradeError, UpgradeRequest, Upgraded, Upgrader};
+pub use handover::{HandedOver, UpgradeError, UpgradeRequest, Upgraded, Upgrader};
 pub use lease::{Lease, ModelRoute, ReadyWorker, Routes};
 pub use reload::{
     Reconfiguration, ReloadError, ReloadOrigin, ReloadProblem, ReloadReport, ReloadRequest,
@@ -240,13 +240,13 @@ impl Controller {
 
     /// Decides nothing any more, so that another residentd can take over: lets
     /// workers that are being spawned or ended get there, then closes every gate.
-    /// Whoever asks for something from now on waits. Returns the workers that
-    /// answer; requests inside of them go on, and no others can enter.
+    /// Whoever asks for something from now on waits, and no request can enter a
+    /// worker. Returns what the other one has to know and the store does not.
     /// [`Controller::take_again`] or [`Controller::leave_to`] has to follow.
     ///
     /// # Errors
     /// That residentd ends, is handing over already, or the controller is gone.
-    pub async fn hand_over(&self) -> Result<Vec<Arc<ReadyWorker>>, Refusal> {
+    pub async fn hand_over(&self) -> Result<HandedOver, Refusal> {
         self.ask(|_, reply| Command::HandOver { reply }).await
     }
 

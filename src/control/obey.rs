@@ -200,6 +200,7 @@ impl Task {
             if request.persist {
                 self.store.keep_limit(domain, limit);
             }
+            self.limits_set.insert(domain, limit);
             self.feed(Event::Limit { domain, limit });
         }
         let books = self

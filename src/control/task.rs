@@ -21,7 +21,7 @@ use super::{
 use crate::clock::{Clock, Timestamp};
 use crate::gate::Gate;
 use crate::memory::{MemorySource, OomWatch, Pace, Reading};
-use crate::model::{ModelName, Upstream, WorkerId, WorkerRecord};
+use crate::model::{Bytes, Domain, ModelName, Upstream, WorkerId, WorkerRecord};
 use crate::policy::{Event, Phase, Policy, Ticket};
 use crate::procfs::ProcessTree;
 use crate::store::Store;
@@ -96,6 +96,7 @@ pub fn start(parts: Parts) -> Controller {
         reading,
         pace: Pace::Calm,
         limit_source: parts.limit_source,
+        limits_set: BTreeMap::new(),
         auto_cleanup: parts.auto_cleanup,
         counters: Counters {
             config: Reloads {
@@ -265,6 +266,8 @@ pub(super) struct Task {
     pub(super) reading: Arc<Reading>,
     pace: Pace,
     pub(super) limit_source: LimitSource,
+    /// By an operator, since the start.
+    pub(super) limits_set: BTreeMap<Domain, Bytes>,
     pub(super) auto_cleanup: bool,
     pub(super) counters: Counters,
     pub(super) oom: OomWatch,

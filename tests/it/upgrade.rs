@@ -208,6 +208,22 @@ fn a_connection_that_was_open_before_is_answered_by_the_new_one_and_then_closed(
     assert!(runs(i64::from(new)));
 }
 
+#[test]
+fn what_an_operator_set_until_the_next_restart_outlives_an_upgrade() {
+    let (residentd, _) = start(&config(), &[]);
+    residentd.complete("a");
+    let pin = residentd.ask("POST", "/api/v1/models/a/pin", None);
+    assert_eq!(pin.status, 200, "{}", pin.text());
+    let limit = residentd.ask("POST", "/api/v1/memory/limit?limit_gb=0.25", None);
+    assert_eq!(limit.status, 200, "{}", limit.text());
+    upgrade(&residentd);
+    upgrade(&residentd);
+    assert_eq!(residentd.model("a")["pinned"], true);
+    let stats = residentd.memory("stats");
+    assert_eq!(stats["memory_limit"], 256 << 20, "{stats}");
+    assert_eq!(stats["limit_source"], "api");
+}
+
 /// Reads one answer on a connection that stays open.
 fn read_one(connection: &mut TcpStream) -> Answer {
     let mut raw = Vec::new();

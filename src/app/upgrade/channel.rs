@@ -43,6 +43,7 @@ pub(super) enum Word {
         /// The old one will be the parent.
         stays: bool,
         workers: Vec<Answering>,
+        wishes: Wishes,
     },
     /// Of the new one: it serves, and takes what still comes to the old one here.
     Serving { socket: PathBuf },
@@ -62,6 +63,14 @@ pub(super) enum Word {
     Done,
     /// To the parent: this process has taken over from the one that says it.
     Successor { pid: i32 },
+}
+
+/// What an operator has set until the next restart, which this is none.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Wishes {
+    pub(super) pins: Vec<(String, bool)>,
+    /// Domains and bytes.
+    pub(super) limits: Vec<(String, u64)>,
 }
 
 /// A listener that is sent along.
@@ -238,6 +247,7 @@ mod tests {
             has_parent: false,
             stays: true,
             workers: workers.collect(),
+            wishes: Wishes::default(),
         };
         ours.send(&word, &[file.as_fd()]).expect("it fits");
         ours.send(&Word::Yours, &[]).expect("it fits");

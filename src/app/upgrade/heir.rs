@@ -9,14 +9,14 @@ use std::time::Duration;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, info};
 
-use super::channel::{Channel, Listening, Sent, Word, inside};
+use super::channel::{Channel, Listening, Sent, Wishes, Word, inside};
 use crate::app::listen::{Server, listen};
 use crate::app::sockets::Listener;
 use crate::app::{AppError, supervisor};
 use crate::config::Config;
-use crate::control::{Controller, Lease};
+use crate::control::{Controller, Lease, LimitRequest};
 use crate::gate::Visit;
-use crate::model::WorkerId;
+use crate::model::{Bytes, ModelName, WorkerId};
 use crate::telemetry;
 
 /// Longest wait until the other one has finished what it had begun: it waits for
@@ -87,6 +87,7 @@ impl Predecessor {
                 has_parent,
                 stays,
                 workers,
+                wishes,
             },
             mut sockets,
         )) = taken
@@ -97,6 +98,7 @@ impl Predecessor {
         Ok(Inherited {
             link: Some(self.0),
             stays,
+            wishes,
             parent: (has_parent.then_some(parent).into_iter().flatten().next()).map(Channel::new),
             listeners: listeners.into_iter().zip(sockets).collect(),
             workers: inside(&workers),
@@ -110,6 +112,7 @@ pub struct Inherited {
     link: Option<Channel>,
     parent: Option<Channel>,
     stays: bool,
+    wishes: Wishes,
     pub(in crate::app) listeners: Vec<(Sent, OwnedFd)>,
     /// Workers that answer, and how many requests of the other one are inside.
     workers: BTreeMap<WorkerId, u32>,
@@ -130,7 +133,7 @@ impl Inherited {
     /// Says that this one serves, holds the workers that are busy for the other
     /// one, and takes what still comes to it. Returns the channel to the process
     /// that watches over all of them, if there is one.
-    pub(in crate::app) fn take_over(
+    pub(in crate::app) async fn take_over(
         self,
         config: &Config,
         controller: &Controller,
@@ -139,6 +142,7 @@ impl Inherited {
         let Some(link) = self.link else {
             return Ok(None);
         };
+        wish_again(controller, self.wishes).await;
         let socket = config.server.state_dir.join(SOCKET);
         let listener = Listener::handover(&socket)?;
         let attendant = Attendant::new(controller.clone(), self.workers);
@@ -158,6 +162,30 @@ impl Inherited {
             gone.run_until_cancelled(listen(listener, server)).await;
         });
         Ok(parent)
+    }
+}
+
+/// Sets again what an operator had set.
+async fn wish_again(controller: &Controller, wishes: Wishes) {
+    for (model, pinned) in wishes.pins {
+        let Ok(model) = ModelName::new(&model) else {
+            continue;
+        };
+        if let Err(why) = controller.pin(&model, pinned).await {
+            info!(%model, pinned, %why, "it was pinned or unpinned by hand");
+        }
+    }
+    for (domain, limit) in wishes.limits {
+        let Ok(domain) = domain.parse() else { continue };
+        let request = LimitRequest {
+            domain,
+            limit: Some(Bytes(limit)),
+            // What was to be kept is kept.
+            persist: false,
+        };
+        if let Err(why) = controller.limit(request).await {
+            info!(%domain, %why, "its limit was set by hand");
+        }
     }
 }
 

@@ -40,7 +40,7 @@ use rustix::process::Signal;
 use tokio::sync::{mpsc, watch};
 use tracing::{error, info, warn};
 
-use self::channel::{Answering, Listening, Named, Word};
+use self::channel::{Answering, Listening, Named, Wishes, Word};
 pub(super) use self::channel::{Channel, Sent};
 pub use self::follow::Heir;
 use self::follow::WatchedBy;
@@ -276,7 +276,7 @@ impl Upgrading {
         &self,
         candidate: &Candidate,
     ) -> Result<(PathBuf, Vec<Arc<ReadyWorker>>), String> {
-        let workers = tokio::select! {
+        let handed = tokio::select! {
             settled = self.controller.hand_over() => settled.map_err(|why| why.to_string())?,
             () = tokio::time::sleep(SETTLE) => {
                 return Err(format!("workers did not finish to start or to end within {SETTLE:?}"));
@@ -289,7 +289,7 @@ impl Upgrading {
         let let_go = tokio::task::spawn_blocking(move || store.let_go()).await;
         let let_go = let_go.map_err(|error| error.to_string())?;
         let_go.map_err(|why| format!("the state cannot be written down for it: {why}"))?;
-        let answering = workers.iter().map(|worker| Answering {
+        let answering = handed.workers.iter().map(|worker| Answering {
             worker: Named::from(&worker.id),
             inside: worker.gate.read().inside,
         });
@@ -302,13 +302,25 @@ impl Upgrading {
             has_parent: self.parent.is_some(),
             stays: self.parent.is_none() && !supervisor::follows(),
             workers: answering.collect(),
+            wishes: Wishes {
+                pins: handed
+                    .pins
+                    .iter()
+                    .map(|(model, pinned)| (model.as_str().to_owned(), *pinned))
+                    .collect(),
+                limits: handed
+                    .limits
+                    .iter()
+                    .map(|(domain, limit)| (domain.to_string(), limit.get()))
+                    .collect(),
+            },
         };
         let sockets = self.listeners.iter().map(|(_, socket)| socket.as_fd());
         let sockets: Vec<_> = sockets.chain(self.parent.iter().map(AsFd::as_fd)).collect();
         let sent = candidate.link.channel.send(&take, &sockets);
         sent.map_err(|error| format!("it does not listen: {error}"))?;
         match tokio::time::timeout(START, candidate.link.next()).await {
-            Ok(Some((Word::Serving { socket }, _))) => Ok((socket, workers)),
+            Ok(Some((Word::Serving { socket }, _))) => Ok((socket, handed.workers)),
             Ok(Some((Word::Failed { why }, _))) => Err(why),
             Ok(Some((word, _))) => Err(format!("it says {word:?}, which makes no sense")),
             Ok(None) => Err("it ended before it served; its log says why".into()),
