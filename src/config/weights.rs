@@ -7,10 +7,12 @@ use std::path::{Path, PathBuf};
 
 use crate::model::Bytes;
 
-/// Endings of files that commands name beside their weights.
-const NOT_WEIGHTS: [&str; 18] = [
+/// Endings of files that commands name beside their weights. One that the worker
+/// writes would tell each life from the last, and none would be taken back.
+const NOT_WEIGHTS: [&str; 26] = [
     "py", "sh", "js", "mjs", "rb", "pl", "lua", "json", "yaml", "yml", "toml", "ini", "cfg",
-    "conf", "txt", "jinja", "log", "md",
+    "conf", "txt", "jinja", "log", "md", "out", "err", "pid", "jsonl", "csv", "db", "sqlite",
+    "pem",
 ];
 
 /// Digits of a shard's number, as in `model-00001-of-00005.gguf`.
