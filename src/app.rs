@@ -34,8 +34,8 @@ pub use self::sockets::address_text;
 use self::sockets::{Bound, Opened};
 pub use self::supervisor::{PassedError, passed_sockets};
 pub use self::survivors::keep_guard;
-use self::upgrade::Upgrading;
 pub use self::upgrade::{HandoverError, Heir, Inherited, Predecessor, Program};
+use self::upgrade::{Succession, Upgrading};
 use crate::api::{self, ApiState};
 use crate::config::{Config, Listen, Sources};
 use crate::control::{Controller, ReloadOrigin, Reloader, Upgrader};
@@ -71,6 +71,11 @@ pub enum AppError {
     /// A socket that another process has opened cannot be used.
     #[error("use a socket that another process has opened")]
     Passed(#[source] std::io::Error),
+    /// The residentd that was to be replaced goes on, or has ended.
+    #[error(
+        "the residentd that was to be replaced did not leave; this one ends and leaves workers alone"
+    )]
+    CalledOff,
     /// Nothing can be heard from the residentd that hands over.
     #[error("listen to the residentd that hands over")]
     Handover(#[source] std::io::Error),
@@ -120,6 +125,7 @@ pub struct App {
     /// Unix sockets that are not the service manager's; they are taken away at the end.
     own_paths: Vec<PathBuf>,
     doors: states::Receiver<Doors>,
+    abandoned: CancellationToken,
     reloader: Reloader,
     upgrader: Upgrader,
     heir: states::Receiver<Option<Arc<Heir>>>,
@@ -151,18 +157,18 @@ impl App {
 
     async fn begin(sources: Sources, config: Config, options: Options) -> Result<Self, AppError> {
         let owns_process = options.owns_process;
-        // One that takes over says that it is ready when it is the main process.
-        let is_heir = options.inherited.is_some();
         let mut inherited = options.inherited.unwrap_or_default();
         let opened = Opened {
             passed: options.sockets,
             inherited: std::mem::take(&mut inherited.listeners),
         };
-        let bound = sockets::open(&config.server.listen, opened).await?;
+        let (bound, dropped) = sockets::open(&config.server.listen, opened).await?;
         let addresses = bound.iter().map(|bound| bound.address.clone()).collect();
         let mut own_paths = sockets::own_paths(&bound);
+        own_paths.extend(dropped);
         // One that was killed may have left it.
         own_paths.push(config.server.state_dir.join(upgrade::SOCKET));
+        let handover = inherited.listener(&config)?;
         let core = Core::start(&config, owns_process, &inherited).await?;
         let (controller, store) = (core.controller.clone(), core.store.clone());
         let proxy = Proxy::new(controller.clone(), proxy_settings(&config))
@@ -187,7 +193,8 @@ impl App {
             let watch = watch::watch(Arc::clone(&sources), asks, server.closing.clone());
             telemetry::spawn("watch", watch);
         }
-        let parent = inherited.take_over(&config, &controller, &server).await?;
+        let succession = inherited.take_over(&config, &core, (&server, handover));
+        let Succession { parent, abandoned } = succession.await?;
         if let Some(program) = options.program {
             let listeners = sockets::share(&bound)?;
             let said = (doors, heir);
@@ -211,6 +218,7 @@ impl App {
             addresses,
             own_paths,
             doors: seen,
+            abandoned,
             reloader,
             upgrader,
             heir: heirs,
@@ -224,9 +232,7 @@ impl App {
         if owns_process {
             stay();
             supervisor::watch(app.core.controller.clone());
-            if !is_heir {
-                supervisor::ready();
-            }
+            supervisor::ready();
         }
         Ok(app)
     }
@@ -280,6 +286,12 @@ impl App {
             // Nobody can take over any more.
             _ => std::future::pending().await,
         }
+    }
+
+    /// Waits until the process has ended that watched over this one. Whoever watched
+    /// that starts another one, which takes the workers back.
+    pub async fn abandoned(&self) {
+        self.abandoned.cancelled().await;
     }
 
     /// Waits until everything has ended that came here before `heir` took over.

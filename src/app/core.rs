@@ -2,6 +2,7 @@
 //! instruments, policy, controller.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use tracing::info;
 
@@ -11,17 +12,21 @@ use super::upgrade::Inherited;
 use super::{AppError, survivors};
 use crate::clock::Clock;
 use crate::config::{Config, diff};
-use crate::control::{self, Controller, Routes};
+use crate::control::{self, Controller, Inheritance, Routes};
 use crate::memory::{MemorySource, Sampler, SamplerSettings};
-use crate::model::{Bytes, Domain};
+use crate::model::{Bytes, Domain, ModelName};
 use crate::policy::{Policy, Setup};
 use crate::procfs::mark::Owner;
 use crate::proxy::AccessLog;
-use crate::store::Store;
+use crate::store::{Store, StoreError};
 use crate::worker::{self, Adoptee, Guard, ProcessSpawner, WorkerSettings};
 
 /// The access log is this long at most, and one as long is kept beside it.
 const ACCESS_LOG: u64 = 64 << 20;
+
+/// How long the state of a residentd that ends is waited for, and between two tries.
+const HELD: Duration = Duration::from_secs(2);
+const AGAIN: Duration = Duration::from_millis(20);
 
 /// What the listeners stand on.
 #[derive(Debug)]
@@ -34,6 +39,8 @@ pub(super) struct Core {
     pub(super) controller: Controller,
     pub(super) defaults: Defaults,
     pub(super) keeper: Arc<Keeper>,
+    /// Models whose workers are taken back and had answered before.
+    pub(super) ready: Vec<ModelName>,
 }
 
 impl Core {
@@ -44,7 +51,7 @@ impl Core {
         inherited: &Inherited,
     ) -> Result<Self, AppError> {
         let clock = Clock::start();
-        let store = Store::open(&config.server.state_dir, &config.models)?;
+        let store = open_store(config, clock).await?;
         let access = access_log(config)?;
         let owner = Owner::this_process(store.name().to_owned());
         let mut adoptees = survivors::find(config, &store, &owner, clock).await;
@@ -57,9 +64,13 @@ impl Core {
             true => Some(survivors::start_guard(&spawner, config, &owner)?),
             false => None,
         };
-        let (controller, defaults) =
-            start_controller(config, store.clone(), Arc::clone(&spawner), clock, adoptees);
-        survivors::settle(&controller, ready).await;
+        let inheritance = inherited.inheritance();
+        let is_first = inheritance.is_none();
+        let parts = (store.clone(), Arc::clone(&spawner), inheritance);
+        let (controller, defaults) = start_controller(config, parts, clock, adoptees);
+        if is_first {
+            survivors::settle(&controller, &ready).await;
+        }
         let keeper = Keeper::start(&controller, store.clone());
         Ok(Self {
             clock,
@@ -70,7 +81,22 @@ impl Core {
             controller,
             defaults,
             keeper,
+            ready,
         })
+    }
+}
+
+/// Opens the state. One that has just ended, or is about to since whoever watched
+/// over it has, may hold it for a moment.
+async fn open_store(config: &Config, clock: Clock) -> Result<Store, StoreError> {
+    let deadline = clock.now() + HELD;
+    loop {
+        match Store::open(&config.server.state_dir, &config.models) {
+            Err(StoreError::Held { .. }) if clock.now() < deadline => {
+                tokio::time::sleep(AGAIN).await;
+            }
+            opened => return opened,
+        }
     }
 }
 
@@ -95,8 +121,7 @@ fn spawner(config: &Config, owner: Owner, clock: Clock, reap_all: bool) -> Proce
 
 fn start_controller(
     config: &Config,
-    store: Store,
-    spawner: Arc<ProcessSpawner>,
+    (store, spawner, inherited): (Store, Arc<ProcessSpawner>, Option<Inheritance>),
     clock: Clock,
     adoptees: Vec<Adoptee>,
 ) -> (Controller, Defaults) {
@@ -132,6 +157,7 @@ fn start_controller(
         first_decision,
         adoptees,
         config_hash: diff::hash(config),
+        inherited,
     });
     (controller, defaults)
 }

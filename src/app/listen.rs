@@ -5,11 +5,12 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use axum::body::Body as ApiBody;
 use http_body_util::Either;
 use hyper::body::Incoming;
 use hyper::header::{CONNECTION, HeaderMap, HeaderValue, UPGRADE};
 use hyper::service::service_fn;
-use hyper::{Request, Response, Version};
+use hyper::{Method, Request, Response, StatusCode, Version};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto;
 use tokio::sync::watch;
@@ -18,15 +19,20 @@ use tower::ServiceExt;
 use tracing::{debug, warn};
 
 use super::sockets::Listener;
-use super::upgrade::{PEER, pass};
+use super::upgrade::{named_peer, pass};
 use crate::api::PeerAddr;
+use crate::model::Bytes;
 use crate::proxy::{Proxy, ProxyBody};
+use crate::reply::Fault;
 use crate::telemetry;
 
 /// Longest time for a client to send a request's head.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(30);
 /// Wait after an accept that failed, as it does when descriptors run out.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// The body of a call of the API is this long at most.
+const LONGEST_CALL: usize = 1 << 20;
 
 /// Whether connections are taken.
 #[derive(Clone, Debug)]
@@ -48,16 +54,26 @@ pub(super) struct Server {
     pub(super) doors: watch::Receiver<Doors>,
 }
 
+impl Doors {
+    fn moved(&self) -> Option<Arc<Path>> {
+        match self {
+            Self::Moved(socket) => Some(Arc::clone(socket)),
+            Self::Open | Self::Shut => None,
+        }
+    }
+}
+
 /// Takes connections until the server is closing or another residentd has taken
 /// over, and none while one is about to.
 pub(super) async fn listen(listener: Listener, server: Server) {
     let mut doors = server.doors.clone();
     loop {
         let state = doors.borrow_and_update().clone();
-        let accepted = match state {
-            Doors::Moved(_) => return,
-            Doors::Shut => None,
-            Doors::Open => Some(accept(&listener)),
+        let accepted = match (state, &listener) {
+            // What comes to the one before this is passed on as long as it comes.
+            (Doors::Open, _) | (Doors::Moved(_), Listener::Handover(_)) => Some(accept(&listener)),
+            (Doors::Moved(_), _) => return,
+            (Doors::Shut, _) => None,
         };
         let accepted = async {
             match accepted {
@@ -98,10 +114,7 @@ impl Origin {
     fn peer(self, headers: &HeaderMap) -> PeerAddr {
         match self {
             Self::Client(peer) => peer,
-            Self::Handover => {
-                let peer = headers.get(PEER).and_then(|peer| peer.to_str().ok());
-                PeerAddr(peer.and_then(|peer| peer.parse().ok()))
-            }
+            Self::Handover => named_peer(headers),
         }
     }
 }
@@ -124,7 +137,7 @@ async fn accept(listener: &Listener) -> std::io::Result<(Stream, Origin)> {
     }
 }
 
-type Body = Either<ProxyBody, axum::body::Body>;
+type Body = Either<ProxyBody, ApiBody>;
 
 impl Server {
     fn serve<I>(&self, io: TokioIo<I>, origin: Origin)
@@ -179,17 +192,40 @@ impl Server {
     }
 
     /// Answers a call of the API: here, or by the residentd that has taken over.
-    async fn call(
-        &self,
-        mut request: Request<Incoming>,
-        peer: PeerAddr,
-    ) -> Response<axum::body::Body> {
+    async fn call(&self, request: Request<Incoming>, peer: PeerAddr) -> Response<ApiBody> {
         let mut doors = self.doors.clone();
         let open = doors.wait_for(|doors| !matches!(doors, Doors::Shut)).await;
-        let open = open.map(|doors| doors.clone());
-        if let Ok(Doors::Moved(socket)) = open {
-            return pass(request, peer, &socket).await;
+        if let Some(socket) = open.ok().and_then(|doors| doors.moved()) {
+            return pass(request.map(ApiBody::new), peer, &socket).await;
         }
+        if request.method() != Method::POST {
+            return self.answer_call(request.map(ApiBody::new), peer).await;
+        }
+        // Kept for the one who may take over while it waits.
+        let (head, body) = request.into_parts();
+        let body = axum::body::to_bytes(ApiBody::new(body), LONGEST_CALL).await;
+        let Ok(body) = body else {
+            let limit = u64::try_from(LONGEST_CALL).unwrap_or(u64::MAX);
+            return Fault::BodyTooLarge(Bytes(limit)).response(ApiBody::from);
+        };
+        let again = Request::from_parts(head.clone(), ApiBody::from(body.clone()));
+        let request = Request::from_parts(head, ApiBody::from(body));
+        let answer = self.answer_call(request, peer).await;
+        if answer.status() != StatusCode::SERVICE_UNAVAILABLE {
+            return answer;
+        }
+        let open = doors.wait_for(|doors| !matches!(doors, Doors::Shut)).await;
+        match open.ok().and_then(|doors| doors.moved()) {
+            Some(socket) => pass(again, peer, &socket).await,
+            None => answer,
+        }
+    }
+
+    async fn answer_call(
+        &self,
+        mut request: Request<ApiBody>,
+        peer: PeerAddr,
+    ) -> Response<ApiBody> {
         request.extensions_mut().insert(peer);
         let answer = self.api.clone().oneshot(request).await;
         answer.unwrap_or_else(|never| match never {})
@@ -198,7 +234,7 @@ impl Server {
     /// Has a client open another connection for its next request when another
     /// residentd has taken over.
     fn part(&self, version: Version, headers: &mut HeaderMap) {
-        let has_moved = matches!(*self.doors.borrow(), Doors::Moved(_));
+        let has_moved = self.doors.borrow().moved().is_some();
         if has_moved && version < Version::HTTP_2 && !headers.contains_key(UPGRADE) {
             headers.insert(CONNECTION, HeaderValue::from_static("close"));
         }

@@ -60,10 +60,14 @@ pub(super) struct Opened {
     pub(super) inherited: Vec<(Sent, OwnedFd)>,
 }
 
-/// Returns a listener for each configured address. What the service manager has
-/// opened takes the place of all that is configured.
-pub(super) async fn open(configured: &[Listen], opened: Opened) -> Result<Vec<Bound>, AppError> {
-    let mut bound = Vec::new();
+/// Returns a listener for each configured address, and the files of Unix sockets on
+/// which nobody listens any more. What the service manager has opened takes the
+/// place of all that is configured.
+pub(super) async fn open(
+    configured: &[Listen],
+    opened: Opened,
+) -> Result<(Vec<Bound>, Vec<PathBuf>), AppError> {
+    let (mut bound, mut dropped) = (Vec::new(), Vec::new());
     let by_manager = opened.passed.into_iter();
     let by_manager = by_manager.map(|socket| (Sent { configured: None }, socket));
     for (sent, socket) in by_manager.chain(opened.inherited) {
@@ -78,11 +82,14 @@ pub(super) async fn open(configured: &[Listen], opened: Opened) -> Result<Vec<Bo
             });
         } else {
             info!(%address, "not listened on any more");
+            if let Listen::Unix(path) = address {
+                dropped.push(path);
+            }
         }
     }
     if bound.iter().any(|bound| bound.sent.configured.is_none()) {
         debug!("the service manager opened the sockets; server.listen is not used");
-        return Ok(bound);
+        return Ok((bound, dropped));
     }
     for listen in configured {
         let text = Some(listen.to_string());
@@ -96,7 +103,7 @@ pub(super) async fn open(configured: &[Listen], opened: Opened) -> Result<Vec<Bo
             });
         }
     }
-    Ok(bound)
+    Ok((bound, dropped))
 }
 
 impl Listener {
@@ -132,14 +139,16 @@ impl Listener {
 
     /// Listens at `path` for what comes to the residentd that is replaced.
     pub(super) fn handover(path: &Path) -> Result<Self, AppError> {
+        // What comes there is believed: nobody else can connect at any moment.
+        let private = path.with_extension("new");
         let bound = || {
-            if path.exists() {
-                std::fs::remove_file(path)?;
+            if private.exists() {
+                std::fs::remove_file(&private)?;
             }
-            let listener = UnixListener::bind(path)?;
-            // What comes there is believed.
+            let listener = UnixListener::bind(&private)?;
             let ours = std::fs::Permissions::from_mode(0o600);
-            std::fs::set_permissions(path, ours)?;
+            std::fs::set_permissions(&private, ours)?;
+            std::fs::rename(&private, path)?;
             Ok(listener)
         };
         let bound = bound().map_err(|source| AppError::Listen {

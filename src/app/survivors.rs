@@ -57,7 +57,7 @@ pub(super) fn ready(adoptees: &[Adoptee]) -> Vec<ModelName> {
 
 /// Waits until those that had answered before do so again and are measured, so
 /// that from the first answer on everything is as it was.
-pub(super) async fn settle(controller: &Controller, ready: Vec<ModelName>) {
+pub(super) async fn settle(controller: &Controller, ready: &[ModelName]) {
     if ready.is_empty() {
         return;
     }

@@ -15,6 +15,9 @@ use crate::telemetry::{self, LogFormat};
 
 /// Exit code of wrong use and of a configuration with errors.
 pub(super) const WRONG_CONFIG: u8 = 2;
+/// How long answers that are complete may take to reach their clients when nobody
+/// serves any more.
+const LAST_PIECES: Duration = Duration::from_secs(2);
 /// Threads of the data path at most; more gain nothing on one box.
 const MOST_THREADS: usize = 4;
 
@@ -122,6 +125,11 @@ async fn serve(sources: Sources, config: Config, options: Options) -> anyhow::Re
         let heard = tokio::select! {
             heard = signals.next() => heard,
             heir = app.handed_over() => return follow(&app, &heir, signals).await,
+            () = app.abandoned() => {
+                warn!("the process that watched over this one has ended; this one ends too, and leaves workers to the next");
+                app.close().await;
+                return Ok(ExitCode::FAILURE);
+            }
         };
         match heard {
             Signal::HUP => {
@@ -138,19 +146,25 @@ async fn serve(sources: Sources, config: Config, options: Options) -> anyhow::Re
     info!("draining");
     let graceful = app.shutdown(app.grace());
     tokio::pin!(graceful);
+    let mut at_once = false;
+    let shortened = async |at_once: bool| match at_once {
+        true => app.shutdown(Duration::ZERO).await,
+        false => std::future::pending().await,
+    };
     loop {
         tokio::select! {
             () = &mut graceful => break,
+            () = shortened(at_once) => break,
             heir = app.handed_over() => {
                 heir.signal(Signal::TERM);
+                if at_once {
+                    heir.signal(Signal::TERM);
+                }
                 return follow(&app, &heir, signals).await;
             }
             heard = signals.next() => match heard {
                 Signal::HUP | Signal::USR2 => info!("residentd ends: no reload and no upgrade"),
-                _ => {
-                    app.shutdown(Duration::ZERO).await;
-                    break;
-                }
+                _ => at_once = true,
             }
         }
     }
@@ -163,7 +177,7 @@ async fn serve(sources: Sources, config: Config, options: Options) -> anyhow::Re
 async fn follow(app: &App, heir: &Heir, mut signals: Signals) -> anyhow::Result<ExitCode> {
     let finished = app.finish(heir);
     tokio::pin!(finished);
-    let (mut streams, mut is_to_end) = (true, false);
+    let (mut streams, mut runs, mut is_to_end) = (true, true, false);
     let ended = heir.exited();
     tokio::pin!(ended);
     loop {
@@ -175,8 +189,16 @@ async fn follow(app: &App, heir: &Heir, mut signals: Signals) -> anyhow::Result<
                     return Ok(ExitCode::SUCCESS);
                 }
             }
-            status = &mut ended, if !heir.is_on_its_own() => {
+            status = &mut ended, if runs => {
                 info!(%status, "the residentd that took over has ended");
+                runs = false;
+                if heir.is_on_its_own() {
+                    continue;
+                }
+                if streams {
+                    // The last pieces are on their way.
+                    let _ = tokio::time::timeout(LAST_PIECES, &mut finished).await;
+                }
                 return Ok(match status {
                     ExitStatus::Code(code) => u8::try_from(code).unwrap_or(1).into(),
                     // As a shell tells of a signal.

@@ -84,7 +84,7 @@ pub enum Command {
     /// See [`super::Controller::take_again`].
     TakeAgain { reply: Reply<()> },
     /// See [`super::Controller::leave_to`].
-    LeaveTo { heir: Upstream, reply: Reply<()> },
+    LeaveTo { heir: Upstream, reply: Reply<bool> },
     /// See [`super::Controller::shutdown`].
     Shutdown { grace: Duration, reply: Reply<()> },
 }

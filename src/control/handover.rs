@@ -10,7 +10,7 @@
 //! written down; everything else that arrives is kept until it is known who
 //! decides about it.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use tokio::sync::{mpsc, oneshot};
@@ -19,7 +19,7 @@ use tracing::info;
 
 use super::command::Reply;
 use super::task::{Arrival, Pending, Task};
-use super::{COMMAND_QUEUE, Command, Lease, ReadyWorker, Refusal, Signal};
+use super::{COMMAND_QUEUE, Command, Guests, Lease, LimitRequest, ReadyWorker, Refusal, Signal};
 use crate::gate::{Gate, Pulse};
 use crate::model::{Bytes, Domain, ModelName, Upstream, WorkerId};
 use crate::policy::{Event, Phase, Ticket};
@@ -30,9 +30,23 @@ use crate::worker::{Opened, WorkerEvent};
 pub struct HandedOver {
     /// Workers that answer. Requests inside of them go on.
     pub workers: Vec<Arc<ReadyWorker>>,
+    /// Workers that said meanwhile that they answer.
+    pub ready: Vec<WorkerId>,
     /// Models that an operator pinned or unpinned until the next restart.
     pub pins: Vec<(ModelName, bool)>,
     /// Limits that an operator set until the next restart.
+    pub limits: Vec<(Domain, Bytes)>,
+}
+
+/// What was handed over by another residentd: nothing is decided before
+/// [`super::Controller::take_again`].
+#[derive(Clone, Debug, Default)]
+pub struct Inheritance {
+    /// Requests inside of workers over there.
+    pub guests: Guests,
+    /// See [`HandedOver::pins`].
+    pub pins: Vec<(ModelName, bool)>,
+    /// See [`HandedOver::limits`].
     pub limits: Vec<(Domain, Bytes)>,
 }
 
@@ -111,6 +125,18 @@ pub(super) struct Held {
     gone: BTreeSet<WorkerId>,
     /// Gates that were open.
     closed: Vec<WorkerId>,
+    /// What an operator had set over there.
+    inherited: Inheritance,
+}
+
+impl Held {
+    /// Holds everything back until the other residentd has left.
+    pub(super) fn inherited(inherited: Inheritance) -> Self {
+        Self {
+            inherited,
+            ..Self::default()
+        }
+    }
 }
 
 impl Task {
@@ -139,8 +165,9 @@ impl Task {
                 | Command::LeaveTo { .. }
                 | Command::HandOver { .. }
                 | Command::Ping { .. },
-            )
-            | Arrival::Abandoned => return Some(arrival),
+            ) => return Some(arrival),
+            // Workers are the other one's.
+            Arrival::Abandoned => self.finished = true,
             Arrival::Command(Command::Acquire { reply, .. })
                 if held.commands.len() >= COMMAND_QUEUE =>
             {
@@ -202,6 +229,11 @@ impl Task {
             ready.gate.close();
             answering.push(Arc::clone(ready));
         }
+        let said = held.events.iter().filter_map(|event| match event {
+            WorkerEvent::Ready { worker, .. } => Some(worker.clone()),
+            _ => None,
+        });
+        let ready = said.filter(|worker| !held.gone.contains(worker)).collect();
         for worker in held.closed.clone() {
             self.withdraw(&worker);
         }
@@ -209,6 +241,7 @@ impl Task {
         let pinned = models.filter(|(_, model)| model.pinned != model.spec.pinned);
         let handed_over = HandedOver {
             workers: answering,
+            ready,
             pins: pinned
                 .map(|(name, model)| (name.clone(), model.pinned))
                 .collect(),
@@ -223,7 +256,23 @@ impl Task {
             self.answers.put(reply, Ok(()));
             return;
         };
-        info!("nobody has taken over: deciding again");
+        info!("deciding");
+        for (model, pinned) in held.inherited.pins {
+            if self.pin(model.clone(), pinned).is_err() {
+                info!(%model, pinned, "it was pinned or unpinned by hand, and is not configured");
+            }
+        }
+        for (domain, limit) in held.inherited.limits {
+            let wish = LimitRequest {
+                domain,
+                limit: Some(limit),
+                // What was to be kept is kept.
+                persist: false,
+            };
+            if self.set_limit(wish).is_err() {
+                info!(%domain, %limit, "its limit was set by hand, and it is not there");
+            }
+        }
         for worker in held.closed {
             self.admit_again(&worker);
         }
@@ -240,7 +289,7 @@ impl Task {
         self.answers.put(reply, Ok(()));
     }
 
-    pub(super) fn leave_to(&mut self, heir: &Upstream, reply: Reply<()>) {
+    pub(super) fn leave_to(&mut self, heir: &Upstream, reply: Reply<bool>) {
         let Some(held) = self.held.take() else {
             self.answers.put(reply, Err(Refusal::ShuttingDown));
             return;
@@ -250,12 +299,9 @@ impl Task {
             ready.closing.cancel();
             ready.opened.close();
         }
-        let mut heirs = BTreeMap::new();
         for route in self.routes.all() {
-            let model = route.name().clone();
-            let ready = self.heir(&model, heir);
-            route.set_ready(Some(Arc::clone(&ready)));
-            heirs.insert(model, ready);
+            let ready = self.heir(route.name(), heir);
+            route.set_ready(Some(ready));
         }
         let mut waiting = Vec::new();
         for (name, model) in self.policy.models() {
@@ -267,23 +313,31 @@ impl Task {
                 continue;
             }
             if let Some(Pending::Lease { reply, .. }) = self.waiting.remove(&ticket) {
-                self.send_on(heirs.get(&model), reply);
+                self.send_on(&model, reply);
             }
         }
+        let is_reload = |command: &Command| matches!(command, Command::Reload { .. });
+        let reload = held.commands.iter().any(is_reload);
         for command in held.commands {
-            // All others hear, when this is dropped, that residentd ends.
-            if let Command::Acquire { model, reply, .. } = command {
-                self.send_on(heirs.get(&model), reply);
-            }
+            self.pass_on(command);
         }
         self.finished = true;
-        self.answers.put(reply, Ok(()));
+        self.answers.put(reply, Ok(reload));
     }
 
-    fn send_on(&self, heir: Option<&Arc<ReadyWorker>>, reply: Reply<Lease>) {
-        let lease = heir.and_then(|heir| {
+    /// Leaves a command to the one who has taken over. Whoever asks for anything
+    /// but a lease hears, when this is dropped, that residentd ends.
+    pub(super) fn pass_on(&self, command: Command) {
+        if let Command::Acquire { model, reply, .. } = command {
+            self.send_on(&model, reply);
+        }
+    }
+
+    fn send_on(&self, model: &ModelName, reply: Reply<Lease>) {
+        let heir = self.routes.get(model.as_str()).and_then(|r| r.ready());
+        let lease = heir.filter(|heir| heir.is_heir).and_then(|heir| {
             let signals = self.signals.clone();
-            Lease::enter(Arc::clone(heir), self.clock, signals)
+            Lease::enter(heir, self.clock, signals)
         });
         // Whoever asked may have left.
         let _ = reply.send(lease.ok_or(Refusal::ShuttingDown));

@@ -14,6 +14,7 @@ mod decisions;
 mod deeds;
 mod files;
 mod gates;
+mod guests;
 mod handover;
 mod lease;
 mod obey;
@@ -31,7 +32,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 pub use command::{CleanupRequest, Command, LimitReport, LimitRequest, LogTail, Reply, Signal};
 pub use decision::{Decision, End, Kind, LoadFailure, LoadReason, What};
 pub use decisions::{Decisions, Found, KEPT, Recorder, Wanted, record};
-pub use handover::{HandedOver, UpgradeError, UpgradeRequest, Upgraded, Upgrader};
+pub use guests::Guests;
+pub use handover::{HandedOver, Inheritance, UpgradeError, UpgradeRequest, Upgraded, Upgrader};
 pub use lease::{Lease, ModelRoute, ReadyWorker, Routes};
 pub use reload::{
     Reconfiguration, ReloadError, ReloadOrigin, ReloadProblem, ReloadReport, ReloadRequest,
@@ -44,7 +46,7 @@ pub use task::{Parts, start};
 use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::clock::{Clock, Timestamp};
-use crate::model::{ModelName, Upstream, WorkerId};
+use crate::model::{ModelName, Upstream};
 pub use crate::policy::{
     CleanupReport, EvictReason, Expectation, Expected, ExpectedSource, Explanation, Holder,
     Outlook, ParkFault, Phase, PressureLevel, Protection, Refusal, Shortage, Skip, Skipped, Why,
@@ -122,15 +124,13 @@ impl Controller {
         if matches!(answer, Err(Refusal::Overloaded)) {
             self.routes.count_overload();
         }
+        if matches!(answer, Err(Refusal::ShuttingDown))
+            && let Some(lease) = route.try_lease(self.clock, &self.signals)
+        {
+            // Meanwhile it was left to the residentd that has taken over.
+            return Ok(lease);
+        }
         answer
-    }
-
-    /// Takes a lease on this very worker, if it is ready and its gate is open.
-    #[must_use]
-    pub fn enter(&self, worker: &WorkerId) -> Option<Lease> {
-        let ready = self.routes.get(worker.model.as_str())?.ready()?;
-        let is_same = ready.id == *worker;
-        is_same.then(|| Lease::enter(ready, self.clock, self.signals.clone()))?
     }
 
     /// Makes the model ready, waiting for it until `deadline`.
@@ -250,8 +250,9 @@ impl Controller {
         self.ask(|_, reply| Command::HandOver { reply }).await
     }
 
-    /// Decides again, after the other residentd did not get on; first about what
-    /// came meanwhile.
+    /// Decides again, after the other residentd did not get on; or for the first
+    /// time, after it has left everything to this one. First about what came
+    /// meanwhile.
     ///
     /// # Errors
     /// That the controller is gone.
@@ -261,11 +262,12 @@ impl Controller {
 
     /// Leaves everything to the residentd that answers at `heir`: requests that
     /// wait here, and those that still come, are sent there, and workers are left
-    /// alone. Nothing can be asked of this controller after that.
+    /// alone. Nothing can be asked of this controller after that. Returns whether a
+    /// configuration waited to be taken in, which the other one has to read.
     ///
     /// # Errors
     /// That nothing was handed over, or the controller is gone.
-    pub async fn leave_to(&self, heir: Upstream) -> Result<(), Refusal> {
+    pub async fn leave_to(&self, heir: Upstream) -> Result<bool, Refusal> {
         self.ask(|_, reply| Command::LeaveTo { heir, reply }).await
     }
 

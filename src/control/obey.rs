@@ -138,7 +138,7 @@ impl Task {
         Ok(())
     }
 
-    fn pin(&mut self, model: ModelName, pinned: bool) -> Result<(), Refusal> {
+    pub(super) fn pin(&mut self, model: ModelName, pinned: bool) -> Result<(), Refusal> {
         if !self.policy.models().contains_key(&model) {
             return Err(Refusal::UnknownModel(model));
         }
@@ -187,7 +187,7 @@ impl Task {
         }
     }
 
-    fn set_limit(&mut self, request: LimitRequest) -> Result<LimitReport, Refusal> {
+    pub(super) fn set_limit(&mut self, request: LimitRequest) -> Result<LimitReport, Refusal> {
         let domain = request.domain;
         if !self.policy.domains().contains_key(&domain) {
             return Err(Refusal::UnknownDomain(domain));

@@ -12,10 +12,10 @@ use super::adopt::Adoption;
 use super::answers::Answers;
 use super::command::Reply;
 use super::files::Files;
-use super::handover::Held;
+use super::handover::{Held, Inheritance};
 use super::tell::Told;
 use super::{
-    CleanupReport, Command, Controller, Counters, Lease, LimitSource, LogTail, ReadyWorker,
+    CleanupReport, Command, Controller, Counters, Guests, Lease, LimitSource, LogTail, ReadyWorker,
     Recorder, Refusal, Reloads, Routes, Signal, Snapshot, What,
 };
 use crate::clock::{Clock, Timestamp};
@@ -57,6 +57,8 @@ pub struct Parts {
     pub adoptees: Vec<Adoptee>,
     /// Tells the configuration from others.
     pub config_hash: String,
+    /// What another residentd hands over.
+    pub inherited: Option<Inheritance>,
 }
 
 /// Starts the controller task and returns the handle to it.
@@ -92,7 +94,8 @@ pub fn start(parts: Parts) -> Controller {
         answers: Answers::default(),
         finishing: Vec::new(),
         finished: false,
-        held: None,
+        guests: parts.inherited.as_ref().map(|i| i.guests.clone()),
+        held: parts.inherited.map(Held::inherited),
         reading,
         pace: Pace::Calm,
         limit_source: parts.limit_source,
@@ -114,7 +117,9 @@ pub fn start(parts: Parts) -> Controller {
     task.files
         .look_at(task.policy.models().values().map(|m| &m.spec));
     task.take_back(parts.adoptees);
-    task.take_reading();
+    if task.held.is_none() {
+        task.take_reading();
+    }
     let (publish, snapshots) = watch::channel(Arc::new(task.snapshot()));
     let handle = Controller::from_parts(
         parts.routes,
@@ -182,7 +187,9 @@ impl Arrivals {
 }
 
 async fn run(mut task: Task, mut arrivals: Arrivals, publish: watch::Sender<Arc<Snapshot>>) {
-    task.feed(Event::Tick);
+    if task.held.is_none() {
+        task.feed(Event::Tick);
+    }
     loop {
         publish.send_replace(Arc::new(task.snapshot()));
         task.answers.give();
@@ -200,11 +207,16 @@ async fn run(mut task: Task, mut arrivals: Arrivals, publish: watch::Sender<Arc<
                 task.reading = arrivals.readings.borrow_and_update().clone();
             }
             task.handle(next);
-            arrival = arrivals.ready_now();
+            // Nothing is ours to handle then.
+            arrival = (!task.finished).then(|| arrivals.ready_now()).flatten();
         }
         if let Some(rest) = arrival {
             task.handle(rest);
         }
+    }
+    arrivals.commands.close();
+    while let Ok(command) = arrivals.commands.try_recv() {
+        task.pass_on(command);
     }
     task.answer_the_rest();
     task.answers.give();
@@ -261,8 +273,10 @@ pub(super) struct Task {
     pub(super) answers: Answers,
     pub(super) finishing: Vec<Reply<()>>,
     pub(super) finished: bool,
-    /// What waits while another residentd takes over.
+    /// What waits while one residentd takes over from another.
     pub(super) held: Option<Held>,
+    /// Requests inside of workers in the residentd before this one.
+    guests: Option<Guests>,
     pub(super) reading: Arc<Reading>,
     pace: Pace,
     pub(super) limit_source: LimitSource,
@@ -394,6 +408,9 @@ impl Task {
             is_heir: false,
             leader: live.tree.as_ref().map(|tree| tree.leader()),
         });
+        if let Some(guests) = &self.guests {
+            guests.enter(&ready, self.clock, &self.signals);
+        }
         live.ready = Some(Arc::clone(&ready));
         if let Some(route) = self.routes.get(worker.model.as_str()) {
             route.set_ready(Some(ready));

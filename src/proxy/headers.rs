@@ -11,10 +11,14 @@ use hyper::http::request;
 
 use crate::model::Upstream;
 
+/// Names a client between a residentd and the one that has taken over from it.
+/// Whoever else sends it means nothing by it.
+pub const PEER: HeaderName = HeaderName::from_static("x-residentd-peer");
 /// Headers of one connection, never passed on (RFC 9110, 7.6.1; the two about
 /// authentication are for the proxy they reach).
-const HOP_BY_HOP: [HeaderName; 9] = [
+const HOP_BY_HOP: [HeaderName; 10] = [
     CONNECTION,
+    PEER,
     HeaderName::from_static("keep-alive"),
     HeaderName::from_static("proxy-authenticate"),
     HeaderName::from_static("proxy-authorization"),

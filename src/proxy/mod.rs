@@ -31,6 +31,7 @@ pub use self::access::AccessLog;
 use self::access::Unanswered;
 pub use self::body::{ProxyBody, Streamed};
 use self::forward::Passage;
+pub use self::headers::PEER;
 use self::held::Held;
 use self::pool::Pools;
 use self::resolve::ByPath;

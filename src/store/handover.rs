@@ -19,7 +19,7 @@ impl Store {
     }
 
     /// Takes the folder again, when the other residentd did not get on with it,
-    /// and writes what was kept meanwhile.
+    /// and writes what was kept meanwhile. Blocks while the disk does.
     ///
     /// # Errors
     /// When somebody has it, or no thread can be started.

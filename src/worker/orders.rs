@@ -29,3 +29,9 @@ async fn wait_for(stop: &mut watch::Receiver<Stop>, least: Stop) {
         std::future::pending::<()>().await;
     }
 }
+
+/// Waits until nobody is left who could order anything: another residentd has
+/// taken over.
+pub(super) async fn let_go(stop: &mut watch::Receiver<Stop>) {
+    while stop.changed().await.is_ok() {}
+}

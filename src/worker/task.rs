@@ -20,7 +20,7 @@ use super::listener::{self, Owner};
 use super::liveness::Watched;
 use super::notify::Notices;
 use super::opened::Opened;
-use super::orders::{killed, ordered, stopped};
+use super::orders::{killed, let_go, ordered, stopped};
 use super::output::Tail;
 use super::prefetch::Used;
 use super::{ExitStatus, Residence, Shared, SpawnOrder, Stop, WorkerEvent, park, probe};
@@ -135,7 +135,7 @@ impl Life {
 
     /// One try; `None` when the worker ended because its port was taken.
     async fn live(&mut self, hold_port: bool) -> Option<ExitStatus> {
-        if *self.stop.borrow() != Stop::Run || self.is_let_go() {
+        if *self.stop.borrow() != Stop::Run || self.stop.has_changed().is_err() {
             return Some(ExitStatus::NotSpawned("it was stopped before".into()));
         }
         let body = match self.spawn(hold_port) {
@@ -148,7 +148,6 @@ impl Life {
         let has_port = body.port.is_some();
         let past = self.lead(body, Begun::default()).await;
         let retry = !past.started && hold_port && has_port && self.port_was_taken();
-        let retry = retry && !self.is_let_go();
         (!retry).then_some(past.status)
     }
 
@@ -166,33 +165,22 @@ impl Life {
             record: Box::new(body.record.clone()),
         });
         let patience = begun.patience(self.spec.start_timeout);
-        let mut end = match begun.is_vouched_for {
-            true => End::Ready,
-            false => self.starting(&mut body, patience, begun).await,
+        let mut stop = self.stop.clone();
+        let led = tokio::select! {
+            led = self.lead_to_end(&mut body, &mut used, (patience, begun)) => Some(led),
+            () = let_go(&mut stop) => None,
         };
-        let started = matches!(end, End::Ready);
-        if started {
-            self.say(WorkerEvent::Ready {
-                worker: self.worker.clone(),
-                upstream: body.record.upstream.clone(),
-                opened: std::mem::take(&mut body.opened),
-            });
-            used.ready();
-            end = self.serving(&mut body, &mut used).await;
-        }
+        let Some((end, started)) = led else {
+            return self.outlive(body).await;
+        };
         match end {
             End::Ready | End::ByItself => {}
-            // The residentd that took over has a deadline of its own.
-            End::NeverReady if self.is_let_go() => {}
             End::NeverReady => {
                 let (worker, after) = (self.worker.clone(), begun.age + patience);
                 self.say(WorkerEvent::NeverReady { worker, after });
                 self.stopping(&mut body).await;
             }
             End::Asked => self.stopping(&mut body).await,
-        }
-        if self.is_let_go() {
-            body.process.exited().await;
         }
         // Whatever is left of the tree ends now; for most there is nothing.
         body.process
@@ -213,6 +201,40 @@ impl Life {
             let _ = std::fs::remove_file(file);
         }
         Past { status, started }
+    }
+
+    /// Waits for it to be ready, and then for its end or the order to end it.
+    async fn lead_to_end(
+        &mut self,
+        body: &mut Body,
+        used: &mut Used,
+        (patience, begun): (Duration, Begun),
+    ) -> (End, bool) {
+        let end = match begun.is_vouched_for {
+            true => End::Ready,
+            false => self.starting(body, patience, begun).await,
+        };
+        if !matches!(end, End::Ready) {
+            return (end, false);
+        }
+        self.say(WorkerEvent::Ready {
+            worker: self.worker.clone(),
+            upstream: body.record.upstream.clone(),
+            opened: std::mem::take(&mut body.opened),
+        });
+        used.ready();
+        (self.serving(body, used).await, true)
+    }
+
+    /// Another residentd is in charge of it: it is our child, and reaped when it has
+    /// ended; everything else is not ours to do.
+    async fn outlive(&self, mut body: Body) -> Past {
+        let status = body.process.exited().await;
+        self.shared.leaders.lock().remove(&body.process.pid());
+        Past {
+            status,
+            started: true,
+        }
     }
 
     fn spawn(&self, hold_port: bool) -> Result<Body, String> {
@@ -431,12 +453,6 @@ impl Life {
             let line = line.to_ascii_lowercase();
             signs.iter().any(|sign| line.contains(sign))
         })
-    }
-
-    /// Whether nobody here is in charge of the worker any more: another residentd
-    /// has taken it over. It is left alone, and only its end is waited for.
-    fn is_let_go(&self) -> bool {
-        self.stop.has_changed().is_err()
     }
 
     fn say(&self, event: WorkerEvent) {

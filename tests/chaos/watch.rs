@@ -115,6 +115,9 @@ fn look_at_api(site: &Site) {
     }
 }
 
+/// A fork is followed by an exec within this time.
+const EXECS: Duration = Duration::from_millis(300);
+
 /// Looks for models that are served by two processes at once.
 fn look_at_processes(site: &Site, seen: &mut Seen) {
     let all = marked(&site.folder.display().to_string());
@@ -125,7 +128,14 @@ fn look_at_processes(site: &Site, seen: &mut Seen) {
         }
     }
     for (model, _) in SHARES {
-        let two: Vec<&Process> = all.iter().filter(|p| p.serves(model)).collect();
+        let mut two: Vec<&Process> = all.iter().filter(|p| p.serves(model)).collect();
+        if two.len() > 1 {
+            // Between its fork and its exec a child looks as its parent does.
+            pause(EXECS);
+            let later = marked(&site.folder.display().to_string());
+            let same = |one: &&Process| later.iter().any(|p| p.pid == one.pid && p.serves(model));
+            two.retain(same);
+        }
         // The first may have ended before the second was there.
         if two.len() > 1 && two.iter().filter(|process| process.runs()).count() > 1 {
             site.fault(format!("{model} is served twice: {two:?}"));

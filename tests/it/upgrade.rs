@@ -59,6 +59,17 @@ fn replace(program: &PathBuf, script: &str) {
     std::fs::rename(&new, program).expect("it has its place");
 }
 
+/// Returns the children of all threads of a process.
+fn children(pid: u32) -> Vec<u32> {
+    let threads = std::fs::read_dir(format!("/proc/{pid}/task"));
+    let threads = threads.into_iter().flatten().flatten();
+    let lists = threads.filter_map(|t| std::fs::read_to_string(t.path().join("children")).ok());
+    let all = lists.collect::<String>();
+    all.split_whitespace()
+        .filter_map(|pid| pid.parse().ok())
+        .collect()
+}
+
 /// Has another take over and returns its pid.
 fn upgrade(residentd: &Residentd) -> u32 {
     let answer = residentd.ask("POST", "/api/v1/upgrade", None);
@@ -222,6 +233,81 @@ fn what_an_operator_set_until_the_next_restart_outlives_an_upgrade() {
     let stats = residentd.memory("stats");
     assert_eq!(stats["memory_limit"], 256 << 20, "{stats}");
     assert_eq!(stats["limit_source"], "api");
+}
+
+#[test]
+fn an_operators_load_that_waits_is_answered_by_the_new_one() {
+    let (residentd, _) = start(&config(), &[]);
+    let address = residentd.address().to_owned();
+    let load = std::thread::spawn(move || {
+        request(&address, "POST", "/api/v1/models/slow/load", None).expect("an answer")
+    });
+    let loading = wait_until("slow to be spawned", || residentd.worker_pid("slow"));
+    upgrade(&residentd);
+    let answer = load.join().expect("no panic");
+    assert_eq!(answer.status, 200, "{}", answer.text());
+    let model = residentd.model("slow");
+    assert_eq!(
+        (&model["phase"], &model["pid"]),
+        (&json!("ready"), &json!(loading))
+    );
+}
+
+/// An engine that leaves HTTP when asked to, and then sends back what it gets.
+const ECHO: &str = r#"
+import socket, sys, threading
+def serve(connection):
+    asked = b''
+    while b'\r\n\r\n' not in asked:
+        piece = connection.recv(4096)
+        if not piece:
+            return
+        asked += piece
+    if b'websocket' not in asked:
+        connection.sendall(b'HTTP/1.1 200 OK\r\ncontent-length: 0\r\nconnection: close\r\n\r\n')
+        return connection.close()
+    connection.sendall(b'HTTP/1.1 101 Switching Protocols\r\nconnection: upgrade\r\nupgrade: websocket\r\n\r\n')
+    while piece := connection.recv(4096):
+        connection.sendall(piece)
+    connection.close()
+server = socket.create_server(('127.0.0.1', int(sys.argv[1])))
+while True:
+    threading.Thread(target=serve, args=(server.accept()[0],), daemon=True).start()
+"#;
+
+#[test]
+fn what_has_left_http_goes_on_in_the_old_one() {
+    use std::io::Write;
+    let folder = tempfile::tempdir().expect("a folder");
+    let engine = folder.path().join("echo.py");
+    std::fs::write(&engine, ECHO).expect("written");
+    let engine = engine.display();
+    let (residentd, _) = start(
+        &format!("[models.a]\ncommand = 'python3 {engine} ${{PORT}}'\nmemory = \"64MiB\"\n"),
+        &[],
+    );
+    let mut socket = TcpStream::connect(residentd.address()).expect("a connection");
+    let ask = "GET /upstream/a/ws HTTP/1.1\r\nhost: x\r\nconnection: Upgrade\r\nupgrade: websocket\r\nsec-websocket-key: a2V5\r\n\r\n";
+    socket.write_all(ask.as_bytes()).expect("sent");
+    let mut head = vec![0; 4096];
+    let read = socket.read(&mut head).expect("an answer");
+    let head = String::from_utf8_lossy(&head[..read]);
+    assert!(head.starts_with("HTTP/1.1 101"), "{head}");
+    upgrade(&residentd);
+    pause(Duration::from_millis(50));
+    assert_eq!(
+        residentd.model("a")["in_flight"],
+        1,
+        "the new one knows of it"
+    );
+    socket.write_all(b"ping after").expect("sent");
+    let mut echo = [0; 10];
+    socket.read_exact(&mut echo).expect("it comes back");
+    assert_eq!(&echo, b"ping after");
+    drop(socket);
+    wait_until("nobody to be inside", || {
+        (residentd.model("a")["in_flight"] == 0).then_some(())
+    });
 }
 
 /// Reads one answer on a connection that stays open.

@@ -12,7 +12,7 @@ use std::time::Duration;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
-    SendAncillaryMessage, SendFlags, SocketFlags, SocketType, recvmsg, sendmsg, socketpair,
+    SendAncillaryMessage, SendFlags, SocketFlags, SocketType, recv, recvmsg, sendmsg, socketpair,
 };
 use serde::{Deserialize, Serialize};
 use tokio::io::unix::AsyncFd;
@@ -25,7 +25,8 @@ const LONGEST: usize = 160 << 10;
 /// Descriptors in one packet at most; the kernel takes 253 (`unix(7)`).
 const MOST_DESCRIPTORS: usize = 64;
 
-/// One packet. Unknown fields are from a newer one and mean nothing here.
+/// One packet. Either side may be of another version: unknown fields mean nothing
+/// here, and whoever adds a field gives it a default.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "word", rename_all = "snake_case")]
 pub(super) enum Word {
@@ -41,15 +42,18 @@ pub(super) enum Word {
         listeners: Vec<Sent>,
         has_parent: bool,
         /// The old one will be the parent.
+        #[serde(default)]
         stays: bool,
         workers: Vec<Answering>,
+        #[serde(default)]
         wishes: Wishes,
     },
-    /// Of the new one: it serves, and takes what still comes to the old one here.
+    /// Of the new one: it is ready to serve, and takes what still comes to the old
+    /// one here.
     Serving { socket: PathBuf },
     /// Of the new one: it cannot go on.
     Failed { why: String },
-    /// To the new one: from now on it is the main process.
+    /// To the new one: everything is its own from now on.
     Yours,
     /// To the new one: how many requests are inside of a worker over there, how many
     /// of them wait for it, and whether any heard of it since this was last said.
@@ -178,6 +182,14 @@ impl Channel {
         Ok(Some((word, descriptors)))
     }
 
+    /// Returns whether nobody holds the other end any more. What has come is left for
+    /// whoever listens.
+    pub(super) fn is_closed(&self) -> bool {
+        let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
+        let mut byte = [0];
+        recv(&self.0, &mut byte[..], flags).is_ok_and(|(got, _)| got == 0)
+    }
+
     /// Waits for a packet; `None` when the other end is closed. Blocks.
     pub(super) fn wait(&self, patience: Duration) -> io::Result<Option<Received>> {
         let mut polled = [PollFd::new(&self.0, PollFlags::IN)];
@@ -257,7 +269,9 @@ mod tests {
         let theirs = theirs.listen().expect("registered");
         let (got, sent) = theirs.next().await.expect("it is open");
         assert_eq!((got, sent.len()), (Word::Yours, 0));
+        assert!(!theirs.channel.is_closed());
         drop(ours);
+        assert!(theirs.channel.is_closed());
         assert!(theirs.next().await.is_none());
     }
 }

@@ -1,27 +1,28 @@
 //! The side of the residentd that takes over.
 
-use std::collections::BTreeMap;
+use std::collections::BTreeSet;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::Arc;
 use std::time::Duration;
 
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, info};
 
 use super::channel::{Channel, Listening, Sent, Wishes, Word, inside};
+use crate::app::core::Core;
 use crate::app::listen::{Server, listen};
 use crate::app::sockets::Listener;
-use crate::app::{AppError, supervisor};
+use crate::app::{AppError, survivors};
 use crate::config::Config;
-use crate::control::{Controller, Lease, LimitRequest};
-use crate::gate::Visit;
+use crate::control::{Guests, Inheritance};
 use crate::model::{Bytes, ModelName, WorkerId};
 use crate::telemetry;
 
 /// Longest wait until the other one has finished what it had begun: it waits for
 /// workers that end, at most [`super::SETTLE`].
 const PATIENCE: Duration = Duration::from_secs(90);
+/// Between two looks at the parent.
+const LOOK: Duration = Duration::from_millis(250);
 /// Name of the socket, in the state folder, on which requests arrive that still
 /// came to the other one.
 pub(in crate::app) const SOCKET: &str = "handover.sock";
@@ -101,7 +102,8 @@ impl Predecessor {
             wishes,
             parent: (has_parent.then_some(parent).into_iter().flatten().next()).map(Channel::new),
             listeners: listeners.into_iter().zip(sockets).collect(),
-            workers: inside(&workers),
+            answering: inside(&workers).into_keys().collect(),
+            guests: Guests::new(inside(&workers)),
         })
     }
 }
@@ -114,14 +116,16 @@ pub struct Inherited {
     stays: bool,
     wishes: Wishes,
     pub(in crate::app) listeners: Vec<(Sent, OwnedFd)>,
-    /// Workers that answer, and how many requests of the other one are inside.
-    workers: BTreeMap<WorkerId, u32>,
+    /// Workers that answer.
+    answering: BTreeSet<WorkerId>,
+    /// Requests of the other one that are inside of them.
+    guests: Guests,
 }
 
 impl Inherited {
     /// Returns whether the other one says that this worker answers.
     pub(in crate::app) fn vouches_for(&self, worker: &WorkerId) -> bool {
-        self.workers.contains_key(worker)
+        self.answering.contains(worker)
     }
 
     /// Returns another handle to whoever hands over.
@@ -130,151 +134,119 @@ impl Inherited {
         Ok(link.map(Channel::new).map(Predecessor))
     }
 
-    /// Says that this one serves, holds the workers that are busy for the other
-    /// one, and takes what still comes to it. Returns the channel to the process
-    /// that watches over all of them, if there is one.
+    /// Returns what the controller has to know, where there was another one.
+    pub(in crate::app) fn inheritance(&self) -> Option<Inheritance> {
+        self.link.as_ref()?;
+        let pins = self.wishes.pins.iter();
+        let limits = self.wishes.limits.iter();
+        Some(Inheritance {
+            guests: self.guests.clone(),
+            pins: pins
+                .filter_map(|(model, pinned)| Some((ModelName::new(model).ok()?, *pinned)))
+                .collect(),
+            limits: limits
+                .filter_map(|(domain, limit)| Some((domain.parse().ok()?, Bytes(*limit))))
+                .collect(),
+        })
+    }
+
+    /// Listens for what comes to the other one. Before anything else is done, since
+    /// it may not be possible.
+    pub(in crate::app) fn listener(&self, config: &Config) -> Result<Option<Listener>, AppError> {
+        let socket = config.server.state_dir.join(SOCKET);
+        match self.link {
+            Some(_) => Listener::handover(&socket).map(Some),
+            None => Ok(None),
+        }
+    }
+
+    /// Says that this one can serve, waits until the other one has left everything
+    /// to it, and begins: with the workers that are busy for the other one held, and
+    /// with what still comes to it.
+    ///
+    /// # Errors
+    /// That the other one has not left. Nothing is this one's then.
     pub(in crate::app) async fn take_over(
         self,
         config: &Config,
-        controller: &Controller,
-        server: &Server,
-    ) -> Result<Option<Channel>, AppError> {
-        let Some(link) = self.link else {
-            return Ok(None);
+        core: &Core,
+        (server, listener): (&Server, Option<Listener>),
+    ) -> Result<Succession, AppError> {
+        let abandoned = CancellationToken::new();
+        let (Some(link), Some(listener)) = (self.link, listener) else {
+            return Ok(Succession {
+                parent: None,
+                abandoned,
+            });
         };
-        wish_again(controller, self.wishes).await;
-        let socket = config.server.state_dir.join(SOCKET);
-        let listener = Listener::handover(&socket)?;
-        let attendant = Attendant::new(controller.clone(), self.workers);
         let parent = match self.parent {
             Some(parent) => Some(parent),
             None if !self.stays => None,
             None => Some(Channel::new(link.try_clone().map_err(AppError::Handover)?)),
         };
         let link = link.listen().map_err(AppError::Handover)?;
+        let socket = config.server.state_dir.join(SOCKET);
         let said = link.channel.send(&Word::Serving { socket }, &[]);
         said.map_err(AppError::Handover)?;
-        let gone = CancellationToken::new();
-        telemetry::spawn("predecessor", attendant.attend(link, gone.clone()));
-        let server = server.clone();
-        telemetry::spawn("handover", async move {
-            // Connections that are open then are served to their end.
-            gone.run_until_cancelled(listen(listener, server)).await;
-        });
-        Ok(parent)
+        match link.next().await {
+            Some((Word::Yours, _)) => {}
+            _ => return Err(AppError::CalledOff),
+        }
+        if core.controller.take_again().await.is_err() {
+            return Err(AppError::CalledOff);
+        }
+        telemetry::spawn("handover", listen(listener, server.clone()));
+        survivors::settle(&core.controller, &core.ready).await;
+        if let Some(parent) = &parent {
+            let parent = parent.try_clone().map_err(AppError::Handover)?;
+            let watch = watch_parent(Channel::new(parent), abandoned.clone());
+            telemetry::spawn("parent", watch);
+        }
+        telemetry::spawn("predecessor", attend(link, self.guests));
+        Ok(Succession { parent, abandoned })
     }
 }
 
-/// Sets again what an operator had set.
-async fn wish_again(controller: &Controller, wishes: Wishes) {
-    for (model, pinned) in wishes.pins {
-        let Ok(model) = ModelName::new(&model) else {
-            continue;
-        };
-        if let Err(why) = controller.pin(&model, pinned).await {
-            info!(%model, pinned, %why, "it was pinned or unpinned by hand");
-        }
-    }
-    for (domain, limit) in wishes.limits {
-        let Ok(domain) = domain.parse() else { continue };
-        let request = LimitRequest {
-            domain,
-            limit: Some(Bytes(limit)),
-            // What was to be kept is kept.
-            persist: false,
-        };
-        if let Err(why) = controller.limit(request).await {
-            info!(%domain, %why, "its limit was set by hand");
-        }
-    }
-}
-
-/// Holds the workers that the other one's requests are inside of, so that none is
-/// evicted under them, until it is gone.
+/// How this one stands to those before it.
 #[derive(Debug)]
-struct Attendant {
-    controller: Controller,
-    wanted: BTreeMap<WorkerId, u32>,
-    stays: BTreeMap<WorkerId, Vec<Stay>>,
+pub(in crate::app) struct Succession {
+    /// The channel to the process that watches over all of them, if there is one.
+    pub(in crate::app) parent: Option<Channel>,
+    /// Cancelled when that has ended: whoever watched over it starts another one,
+    /// and this one is in its way.
+    pub(in crate::app) abandoned: CancellationToken,
 }
 
-/// One request that is inside over there: the gate counts it, and so does whoever
-/// judges the worker by what requests hear.
-#[derive(Debug)]
-struct Stay {
-    visit: Visit,
-    _lease: Lease,
+/// Looks from time to time whether the parent is still there: its words may be for
+/// another one that listens on the same channel.
+async fn watch_parent(parent: Channel, abandoned: CancellationToken) {
+    while !parent.is_closed() {
+        tokio::time::sleep(LOOK).await;
+    }
+    abandoned.cancel();
 }
 
-impl Attendant {
-    fn new(controller: Controller, wanted: BTreeMap<WorkerId, u32>) -> Self {
-        let mut attendant = Self {
-            controller,
-            wanted,
-            stays: BTreeMap::new(),
-        };
-        attendant.hold();
-        attendant
-    }
-
-    /// Takes as many leases as there are requests. A worker that is not ready yet
-    /// has them later, one that is gone never.
-    fn hold(&mut self) {
-        for (worker, wanted) in &self.wanted {
-            let stays = self.stays.entry(worker.clone()).or_default();
-            let wanted = *wanted as usize;
-            stays.truncate(wanted);
-            while stays.len() < wanted {
-                let Some(lease) = self.controller.enter(worker) else {
-                    break;
-                };
-                stays.push(Stay {
-                    visit: Visit::begin(Arc::clone(&lease.worker().pulse)),
-                    _lease: lease,
-                });
-            }
-        }
-        self.wanted.retain(|_, wanted| *wanted > 0);
-        self.stays.retain(|_, stays| !stays.is_empty());
-    }
-
-    /// Passes on what the requests over there hear of a worker.
-    fn hear(&self, worker: &WorkerId, waiting: u32, heard: bool) {
-        let stays = self.stays.get(worker).map_or(&[][..], Vec::as_slice);
-        let (wait, rest) = stays.split_at(stays.len().min(waiting as usize));
-        for stay in rest.iter().chain(wait.iter().filter(|_| heard)) {
-            stay.visit.hears();
-        }
-        for stay in wait {
-            stay.visit.waits();
-        }
-    }
-
-    /// Listens to the other one until it has finished, then says so to `gone`.
-    async fn attend(mut self, link: Listening, gone: CancellationToken) {
-        let mut views = self.controller.watch();
-        loop {
-            let short = self.wanted.iter().any(|(worker, wanted)| {
-                self.stays.get(worker).map_or(0, Vec::len) < *wanted as usize
-            });
-            tokio::select! {
-                said = link.next() => match said {
-                    Some((Word::Inside { worker, inside, waiting, heard }, _)) => {
-                        if let Some(worker) = worker.id() {
-                            self.wanted.insert(worker.clone(), inside);
-                            self.hold();
-                            self.hear(&worker, waiting, heard);
-                        }
-                    }
-                    Some((Word::Yours, _)) => supervisor::ready(),
-                    Some((Word::Done, _)) | None => break,
-                    Some((word, _)) => debug!(?word, "not for us"),
+/// Listens to the other one until nothing of what came to it is left.
+async fn attend(link: Listening, guests: Guests) {
+    loop {
+        match link.next().await {
+            Some((
+                Word::Inside {
+                    worker,
+                    inside,
+                    waiting,
+                    heard,
                 },
-                Ok(()) = views.changed(), if short => {}
+                _,
+            )) => {
+                if let Some(worker) = worker.id() {
+                    guests.note(&worker, inside, waiting, heard);
+                }
             }
-            self.hold();
+            Some((Word::Done, _)) | None => break,
+            Some((word, _)) => debug!(?word, "not for us"),
         }
-        info!("the residentd before this one has finished");
-        gone.cancel();
     }
+    guests.leave();
+    info!("the residentd before this one has finished");
 }

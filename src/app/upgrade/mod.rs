@@ -11,8 +11,9 @@
 //! kernel; lets go of the state
 //!                 Take, with listeners ────────► opens the state, takes workers back
 //!                           ◄── Serving, or Failed, and this one goes on as before
-//! leaves; requests that wait here go to the      accepts
+//! leaves; requests that wait here go to the
 //! new one's handover.sock; streams go on
+//!                 Yours ───────────────────────► decides for the first time, and accepts
 //!                 Inside, for each worker ─────► evicts none that is busy over there
 //! ends, or stays as the parent
 //! ```
@@ -44,9 +45,9 @@ use self::channel::{Answering, Listening, Named, Wishes, Word};
 pub(super) use self::channel::{Channel, Sent};
 pub use self::follow::Heir;
 use self::follow::WatchedBy;
-pub(super) use self::heir::SOCKET;
 pub use self::heir::{HandoverError, Inherited, Predecessor};
-pub(super) use self::pass::{PEER, pass};
+pub(super) use self::heir::{SOCKET, Succession};
+pub(super) use self::pass::{named_peer, pass};
 use super::core::Core;
 use super::keeper::Keeper;
 use super::listen::Doors;
@@ -176,6 +177,8 @@ impl Upgrading {
                 Ok((upgraded, workers)) => {
                     info!(pid = upgraded.pid, "another residentd has taken over");
                     let _ = request.reply.send(Ok(upgraded));
+                    // Whoever asked meanwhile hears that one was made.
+                    drop(requests);
                     return self.look_after(workers).await;
                 }
                 Err(why) => {
@@ -201,7 +204,9 @@ impl Upgrading {
                 Ok((upgraded, workers))
             }
             Err(why) => {
-                dismiss(&candidate).await;
+                // It may know of workers by now, and is not to end them.
+                candidate.helper.signal(Signal::KILL);
+                candidate.helper.exited().await;
                 self.go_on().await;
                 Err(UpgradeError::Failed(why))
             }
@@ -293,6 +298,10 @@ impl Upgrading {
             worker: Named::from(&worker.id),
             inside: worker.gate.read().inside,
         });
+        let said = handed.ready.iter().map(|worker| Answering {
+            worker: Named::from(worker),
+            inside: 0,
+        });
         let take = Word::Take {
             listeners: self
                 .listeners
@@ -301,7 +310,7 @@ impl Upgrading {
                 .collect(),
             has_parent: self.parent.is_some(),
             stays: self.parent.is_none() && !supervisor::follows(),
-            workers: answering.collect(),
+            workers: answering.chain(said).collect(),
             wishes: Wishes {
                 pins: handed
                     .pins
@@ -330,13 +339,12 @@ impl Upgrading {
 
     /// The new one serves: this one is a matter of streams only.
     async fn leave(&mut self, candidate: Candidate, socket: PathBuf) {
-        if let Err(why) = self
-            .controller
-            .leave_to(Upstream::Unix(socket.clone()))
-            .await
-        {
+        let upstream = Upstream::Unix(socket.clone());
+        let left = self.controller.leave_to(upstream).await;
+        let reload = left.unwrap_or_else(|why| {
             error!(%why, "requests that wait are not passed on");
-        }
+            false
+        });
         self.doors.send_replace(Doors::Moved(socket.into()));
         self.listeners.clear();
         let pid = candidate.helper.pid();
@@ -353,7 +361,11 @@ impl Upgrading {
             None => WatchedBy::Us,
         };
         if let Err(error) = candidate.link.channel.send(&Word::Yours, &[]) {
-            warn!(%error, "the new residentd does not hear that it is the main process");
+            warn!(%error, "the new residentd does not hear that everything is its own");
+        }
+        if reload {
+            // It has read what was there before that.
+            candidate.helper.signal(Signal::HUP);
         }
         let Candidate { helper, link } = candidate;
         let heir = Heir::new(helper, link, watched_by, Arc::clone(&self.spawner));
@@ -362,15 +374,17 @@ impl Upgrading {
 
     /// The new one did not get on: everything is as it was.
     async fn go_on(&self) {
-        let store = self.store.clone();
-        let taken = tokio::task::spawn_blocking(move || store.take_again()).await;
-        if let Ok(Err(error)) = taken {
-            error!(%error, "the state cannot be opened again; what happens from now on may be forgotten");
-        }
         if let Err(why) = self.controller.take_again().await {
             error!(%why, "nothing is decided any more");
         }
         self.doors.send_replace(Doors::Open);
+        // Nobody has to wait for the disk.
+        let store = self.store.clone();
+        tokio::task::spawn_blocking(move || {
+            if let Err(error) = store.take_again() {
+                error!(%error, "the state cannot be opened again; what happens from now on may be forgotten");
+            }
+        });
     }
 
     /// Tells the new one how many requests are still inside of workers here, and

@@ -1,10 +1,12 @@
 //! Calls of the API that still come to a residentd that has been replaced.
 
+use std::net::{Ipv4Addr, SocketAddr};
 use std::path::Path;
 
+use axum::body::Body;
 use hyper::body::Incoming;
 use hyper::client::conn::http1;
-use hyper::header::{HeaderName, HeaderValue};
+use hyper::header::{HeaderMap, HeaderValue};
 use hyper::{Request, Response, Version};
 use hyper_util::rt::TokioIo;
 use tokio::net::UnixStream;
@@ -12,37 +14,52 @@ use tracing::debug;
 
 use crate::api::PeerAddr;
 use crate::control::Refusal;
+use crate::proxy::PEER;
 use crate::reply::Fault;
 use crate::telemetry;
 
-/// Names the client on the way from one residentd to the other. Believed on the
-/// socket between them only.
-pub(in crate::app) const PEER: HeaderName = HeaderName::from_static("x-residentd-peer");
+/// What [`PEER`] says of a client on a Unix socket. It is believed on the socket
+/// between the two only.
+const UNIX: &str = "unix";
 
 /// Sends a call to the residentd that listens at `socket`.
 pub(in crate::app) async fn pass(
-    mut request: Request<Incoming>,
+    mut request: Request<Body>,
     peer: PeerAddr,
     socket: &Path,
-) -> Response<axum::body::Body> {
+) -> Response<Body> {
+    let named = match peer.0 {
+        Some(address) => HeaderValue::try_from(address.to_string()).ok(),
+        None => Some(HeaderValue::from_static(UNIX)),
+    };
     request.headers_mut().remove(PEER);
-    if let PeerAddr(Some(peer)) = peer
-        && let Ok(peer) = HeaderValue::try_from(peer.to_string())
-    {
-        request.headers_mut().insert(PEER, peer);
-    }
+    request
+        .headers_mut()
+        .extend(named.map(|named| (PEER, named)));
     *request.version_mut() = Version::HTTP_11;
     match send(request, socket).await {
-        Ok(response) => response.map(axum::body::Body::new),
+        Ok(response) => response.map(Body::new),
         Err(error) => {
             debug!(error = %telemetry::chain(&*error), "a call is not passed on");
-            Fault::Refused(Refusal::ShuttingDown).response(axum::body::Body::from)
+            Fault::Refused(Refusal::ShuttingDown).response(Body::from)
         }
     }
 }
 
+/// Returns the client that the other residentd names; one that it does not name may
+/// be anybody.
+pub(in crate::app) fn named_peer(headers: &HeaderMap) -> PeerAddr {
+    let named = headers.get(PEER).and_then(|peer| peer.to_str().ok());
+    let anybody = SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), 0);
+    PeerAddr(match named {
+        Some(UNIX) => None,
+        Some(address) => Some(address.parse().unwrap_or(anybody)),
+        None => Some(anybody),
+    })
+}
+
 async fn send(
-    request: Request<Incoming>,
+    request: Request<Body>,
     socket: &Path,
 ) -> Result<Response<Incoming>, Box<dyn std::error::Error + Send + Sync>> {
     let stream = UnixStream::connect(socket).await?;
@@ -53,4 +70,29 @@ async fn send(
         }
     });
     Ok(sender.send_request(request).await?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_who_is_named_counts_as_local() {
+        let named = |peer: Option<&'static str>| {
+            let mut headers = HeaderMap::new();
+            headers.extend(peer.map(|peer| (PEER, HeaderValue::from_static(peer))));
+            named_peer(&headers)
+        };
+        assert!(named(Some("unix")).is_local() && named(Some("127.0.0.1:5")).is_local());
+        assert!(named(Some("[::1]:5")).is_local());
+        for other in [
+            None,
+            Some(""),
+            Some("x"),
+            Some("192.168.1.1:5"),
+            Some("UNIX"),
+        ] {
+            assert!(!named(other).is_local(), "{other:?}");
+        }
+    }
 }

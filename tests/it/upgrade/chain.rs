@@ -2,12 +2,6 @@
 
 use super::*;
 
-fn children(pid: u32) -> Vec<String> {
-    let list = format!("/proc/{pid}/task/{pid}/children");
-    let list = std::fs::read_to_string(list).unwrap_or_default();
-    list.split_whitespace().map(str::to_owned).collect()
-}
-
 #[test]
 fn of_three_the_one_in_the_middle_ends_and_the_parent_ends_as_the_last_does() {
     let (mut residentd, _) = start(&config(), &[]);
@@ -25,7 +19,7 @@ fn of_three_the_one_in_the_middle_ends_and_the_parent_ends_as_the_last_does() {
     let last = new[2];
     let first = residentd.pid();
     wait_until("the last to be a child of the first", || {
-        children(first).contains(&last.to_string()).then_some(())
+        children(first).contains(&last).then_some(())
     });
     assert_eq!(residentd.complete("a").worker_pid(), pid);
     assert_eq!(residentd.complete("b").status, 200);

@@ -55,12 +55,13 @@ fn one_that_cannot_start_is_told_of_and_the_old_one_goes_on() {
 }
 
 /// A new one that says that it can, takes everything, and then does this.
-fn pretender(end: &str) -> String {
+fn pretender(residentd: &Residentd, end: &str) -> String {
+    let state = residentd.folder().join("state");
     format!(
         "#!/usr/bin/env python3\n\
          import array, json, os, socket, sys, time\n\
          link = socket.socket(fileno=0)\n\
-         state = {{'word': 'prepared', 'version': '9', 'state_dir': os.environ['STATE'], 'adopt': True}}\n\
+         state = {{'word': 'prepared', 'version': '9', 'state_dir': {state:?}, 'adopt': True}}\n\
          link.send(json.dumps(state).encode())\n\
          take, control, _, _ = link.recvmsg(200000, socket.CMSG_SPACE(256))\n\
          assert json.loads(take)['word'] == 'take', take\n\
@@ -71,8 +72,6 @@ fn pretender(end: &str) -> String {
 
 #[test]
 fn one_that_dies_with_everything_in_its_hands_leaves_the_old_one_as_it_was() {
-    let folder = tempfile::tempdir().expect("a folder");
-    drop(folder);
     for (end, said) in [
         ("os.kill(os.getpid(), 9)", "it ended before it served"),
         (
@@ -85,11 +84,7 @@ fn one_that_dies_with_everything_in_its_hands_leaves_the_old_one_as_it_was() {
         let pid = residentd.complete("a").worker_pid();
         let address = residentd.address().to_owned();
         let stream = begin(&residentd, "a", 150);
-        let state = residentd.folder().join("state");
-        let end = end.replace("STATE", &state.display().to_string());
-        let script =
-            pretender(&end).replace("os.environ['STATE']", &format!("'{}'", state.display()));
-        replace(&program, &script);
+        replace(&program, &pretender(&residentd, end));
         let asked: Vec<_> = ["a", "b", "slow"]
             .map(|name| {
                 let address = address.clone();
@@ -126,4 +121,107 @@ fn one_that_dies_with_everything_in_its_hands_leaves_the_old_one_as_it_was() {
             assert_eq!(residentd.model(name)["loads"], 0, "{name} was taken along");
         }
     }
+}
+
+#[test]
+fn an_end_that_is_asked_for_in_the_midst_of_an_upgrade_comes_when_that_has_failed() {
+    for signals in [1, 2] {
+        let (mut residentd, program) = start(&config(), &[]);
+        let pid = residentd.complete("a").worker_pid();
+        let fails =
+            "time.sleep(1); link.send(json.dumps({'word': 'failed', 'why': 'no luck'}).encode())";
+        replace(&program, &pretender(&residentd, fails));
+        residentd.signal(Signal::SIGUSR2);
+        wait_until("the upgrade to be underway", || {
+            residentd.log().contains("handing over").then_some(())
+        });
+        for _ in 0..signals {
+            residentd.signal(Signal::SIGTERM);
+            pause(Duration::from_millis(100));
+        }
+        assert_eq!(residentd.wait().code(), Some(0));
+        assert!(!runs(pid));
+    }
+}
+
+/// Returns the pid of the child that takes over.
+fn heir(of: u32) -> Option<u32> {
+    children(of).into_iter().find(|pid| {
+        let line = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        String::from_utf8_lossy(&line).contains("--take-over")
+    })
+}
+
+/// Kills one of the two so long after an upgrade has begun; whatever that comes to,
+/// the worker is the same in the end.
+fn kill_in_the_midst(whom: &str, after: Duration) {
+    let (mut residentd, _) = start(&config(), &[]);
+    let pid = residentd.complete("a").worker_pid();
+    residentd.wait_until_kept("a");
+    let (old, address) = (residentd.pid(), residentd.address().to_owned());
+    let asked = std::thread::spawn(move || {
+        let answer = request(&address, "POST", "/api/v1/upgrade", None);
+        answer.is_ok_and(|answer| answer.status == 200)
+    });
+    let new = wait_until("a child to take over", || heir(old));
+    pause(after);
+    let victim = if whom == "old" { old } else { new };
+    let has_ended = !runs(i64::from(victim));
+    if !has_ended {
+        crate::support::kill(i64::from(victim), Signal::SIGKILL);
+    }
+    let upgraded = asked.join().expect("no panic");
+    if whom == "new" && !upgraded {
+        // The old one goes on.
+        assert_eq!(residentd.complete("a").worker_pid(), pid, "{after:?}");
+        return;
+    }
+    residentd.wait();
+    wait_until("both to have ended", || {
+        (!runs(i64::from(old)) && !runs(i64::from(new))).then_some(())
+    });
+    assert!(runs(pid), "{whom} {after:?}: the worker lives");
+    residentd.start_again(&[]);
+    assert_eq!(
+        residentd.complete("a").worker_pid(),
+        pid,
+        "{whom} {after:?}"
+    );
+    assert_eq!(residentd.model("a")["loads"], 0);
+}
+
+#[test]
+fn whichever_of_the_two_is_killed_whenever_no_worker_is_lost_and_nobody_is_in_the_way() {
+    for whom in ["old", "new"] {
+        for after in [0, 20, 40, 60, 80, 100, 150, 250, 600] {
+            kill_in_the_midst(whom, Duration::from_millis(after));
+        }
+    }
+}
+
+#[test]
+fn of_two_upgrades_at_once_one_is_made() {
+    let (residentd, _) = start(&config(), &[]);
+    let pid = residentd.complete("a").worker_pid();
+    let address = residentd.address().to_owned();
+    let asked: Vec<_> = (0..3)
+        .map(|_| {
+            let address = address.clone();
+            std::thread::spawn(move || {
+                let answer = request(&address, "POST", "/api/v1/upgrade", None);
+                answer.expect("an answer").status
+            })
+        })
+        .collect();
+    let mut answers: Vec<_> = asked
+        .into_iter()
+        .map(|a| a.join().expect("no panic"))
+        .collect();
+    answers.sort_unstable();
+    assert_eq!(answers[0], 200, "{answers:?}");
+    assert!(
+        answers.iter().all(|status| [200, 409].contains(status)),
+        "{answers:?}"
+    );
+    assert_eq!(residentd.complete("a").worker_pid(), pid);
 }

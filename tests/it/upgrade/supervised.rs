@@ -76,6 +76,25 @@ fn a_service_manager_hears_of_the_start_of_reloads_of_another_main_process_and_o
 }
 
 #[test]
+fn a_new_one_that_is_killed_is_no_zombie_while_the_old_one_has_a_stream() {
+    let manager = Manager::new();
+    let path = manager.path.display().to_string();
+    let (residentd, _) = start(&config(), &[("NOTIFY_SOCKET", &path)]);
+    residentd.complete("a");
+    let stream = begin(&residentd, "a", 300);
+    let new = upgrade(&residentd);
+    crate::support::kill(i64::from(new), Signal::SIGKILL);
+    wait_until("it to be reaped", || {
+        (!std::path::Path::new(&format!("/proc/{new}")).exists()).then_some(())
+    });
+    assert!(runs(i64::from(residentd.pid())), "it has a stream");
+    assert!(
+        finish(stream).text().contains("[DONE]"),
+        "which is finished"
+    );
+}
+
+#[test]
 fn a_watchdog_is_fed_while_the_controller_answers_and_workers_hear_nothing_of_it() {
     let manager = Manager::new();
     let path = manager.path.display().to_string();
