@@ -22,7 +22,7 @@ use super::sockets::Listener;
 use super::upgrade::{named_peer, pass};
 use crate::api::PeerAddr;
 use crate::model::Bytes;
-use crate::proxy::{Proxy, ProxyBody};
+use crate::proxy::{Proxy, ProxyBody, TRIED};
 use crate::reply::Fault;
 use crate::telemetry;
 
@@ -177,12 +177,12 @@ impl Server {
     async fn answer(&self, request: Request<Incoming>, origin: Origin) -> Response<Body> {
         let (peer, version) = (origin.peer(request.headers()), request.version());
         if Proxy::takes(request.uri().path()) {
-            // Before this, the one that was replaced has named the client to workers.
-            let client = match origin {
-                Origin::Client(_) => peer.0,
-                Origin::Handover => None,
+            let (client, tried) = match origin {
+                Origin::Client(_) => (peer.0, false),
+                // That one has named the client to workers.
+                Origin::Handover => (None, request.headers().contains_key(TRIED)),
             };
-            let mut response = self.proxy.handle(request, client).await;
+            let mut response = self.proxy.handle(request, client, tried).await;
             self.part(version, response.headers_mut());
             return response.map(Either::Left);
         }

@@ -37,6 +37,8 @@ pub(super) struct Passage {
     pub(super) target: String,
     pub(super) held: Held,
     pub(super) began: Timestamp,
+    /// A worker broke over it already.
+    pub(super) tried: bool,
 }
 
 /// What became of one try.
@@ -59,12 +61,11 @@ impl Proxy {
         let client = client.filter(|_| headers::asks_upgrade(&passage.head.headers));
         headers::towards_worker(&mut passage.head, passage.peer, client.is_some());
         let mut lease = self.controller.acquire(&passage.route, deadline).await?;
-        let mut retried = false;
         loop {
             let leased = self.controller.clock().now();
             let pool = self.pools.of(lease.worker());
             // What is sent the second time goes where nothing can have closed.
-            let fresh = retried || client.is_some();
+            let fresh = passage.tried || client.is_some();
             let tried = self.try_once(&pool, &lease, &mut passage, fresh);
             let cause = match tried.await {
                 Tried::Answered(response, sender, visit) => {
@@ -81,10 +82,10 @@ impl Proxy {
                 Tried::Broke(cause) | Tried::Unsent(cause) => cause,
             };
             debug!(worker = %lease.worker().id, cause, "a worker broke before it answered");
-            if retried || !passage.held.can_be_sent() {
+            if passage.tried || !passage.held.can_be_sent() {
                 return Err(passage.broke(cause));
             }
-            retried = true;
+            passage.tried = true;
             let ended = lease.worker().closing.clone();
             drop(lease);
             // A worker that lives on is simply asked once more.
@@ -189,6 +190,9 @@ impl Proxy {
         let head = &passage.head;
         let mut headers = head.headers.clone();
         headers.insert(HOST, headers::host(&lease.worker().upstream));
+        if lease.worker().is_heir && passage.tried {
+            headers.insert(headers::TRIED, HeaderValue::from_static("1"));
+        }
         if has_body(&head.method) && body.is_end_stream() {
             headers.insert(CONTENT_LENGTH, HeaderValue::from_static("0"));
         }

@@ -14,11 +14,15 @@ use crate::model::Upstream;
 /// Names a client between a residentd and the one that has taken over from it.
 /// Whoever else sends it means nothing by it.
 pub const PEER: HeaderName = HeaderName::from_static("x-residentd-peer");
+/// Says the same way that a worker broke over the request already, so that it is not
+/// tried twice more.
+pub const TRIED: HeaderName = HeaderName::from_static("x-residentd-tried");
 /// Headers of one connection, never passed on (RFC 9110, 7.6.1; the two about
 /// authentication are for the proxy they reach).
-const HOP_BY_HOP: [HeaderName; 10] = [
+const HOP_BY_HOP: [HeaderName; 11] = [
     CONNECTION,
     PEER,
+    TRIED,
     HeaderName::from_static("keep-alive"),
     HeaderName::from_static("proxy-authenticate"),
     HeaderName::from_static("proxy-authorization"),

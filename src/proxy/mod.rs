@@ -31,7 +31,7 @@ pub use self::access::AccessLog;
 use self::access::Unanswered;
 pub use self::body::{ProxyBody, Streamed};
 use self::forward::Passage;
-pub use self::headers::PEER;
+pub use self::headers::{PEER, TRIED};
 use self::held::Held;
 use self::pool::Pools;
 use self::resolve::ByPath;
@@ -96,13 +96,15 @@ impl Proxy {
             .any(|prefix| path.starts_with(prefix))
     }
 
-    /// Answers one request of a client at `peer`; a Unix socket has none.
+    /// Answers one request of a client at `peer`; a Unix socket has none. One over which
+    /// a worker broke in another residentd is `tried` already.
     pub async fn handle(
         &self,
         request: Request<Incoming>,
         peer: Option<SocketAddr>,
+        tried: bool,
     ) -> Response<ProxyBody> {
-        match self.walk(request, peer).await {
+        match self.walk(request, peer, tried).await {
             Ok(response) => response,
             Err(fault) => {
                 debug!(code = fault.code(), why = %fault, "refusing a request");
@@ -115,6 +117,7 @@ impl Proxy {
         &self,
         request: Request<Incoming>,
         peer: Option<SocketAddr>,
+        tried: bool,
     ) -> Result<Response<ProxyBody>, Fault> {
         let began = self.controller.clock().now();
         if let Some(name) = models::asked(request.uri().path()) {
@@ -151,6 +154,7 @@ impl Proxy {
             target,
             held,
             began,
+            tried,
         };
         let passed = self.pass(passage).await;
         match &passed {
