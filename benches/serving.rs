@@ -19,6 +19,9 @@ const SWAPS: usize = 51;
 const MANY_SWAPS: usize = 400;
 /// Swaps are tried for so long at most.
 const SWAPPING: Duration = Duration::from_secs(20);
+/// So many ms later than the first ones others are ready: over the 10 ms that are
+/// between two probes at first.
+const LATE: [u32; 5] = [0, 2, 4, 6, 8];
 /// A silent worker that loads is watched for so long.
 const WATCHED: Duration = Duration::from_secs(8);
 pub(crate) const BODY: &str = r#"{"model": "a", "prompt": "hello", "max_tokens": 1}"#;
@@ -172,22 +175,26 @@ fn swaps(flags: &str, most: usize) -> (Vec<f64>, Vec<f64>) {
 /// S11, A40: from the worker's first possible answer to the request that waited
 /// for it, and to the first byte of its answer at the client; the goals as base.
 /// And the share of a core that waiting for a silent worker takes.
+///
+/// Workers start in 200 ms and a little more, in steps that cover the time between
+/// two probes: with one fixed start the probe that sees a silent worker comes always
+/// about as long after it, 1 ms or 11, by how long the probes before it took.
 pub(crate) fn readiness() {
     let folder = tempfile::tempdir().expect("a folder");
     let stamp = folder.path().join("stamp");
-    let flags = |more: &str| {
-        format!(
-            "--ready-after 200ms --ready-stamp {} {more}",
-            stamp.display()
-        )
-    };
-    let models = model("talks", &flags("--listen late"))
-        + &model("silent", &flags("--silent"))
-        + &model("slow", "--silent --ready-after 10s");
+    let mut models = model("slow", "--silent --ready-after 10s");
+    for (kind, more) in [("talks", "--listen late"), ("silent", "--silent")] {
+        for late in LATE {
+            let (start, stamp) = (200 + late, stamp.display());
+            let flags = format!("--ready-after {start}ms --ready-stamp {stamp} {more}");
+            models += &model(&format!("{kind}-{late}"), &flags);
+        }
+    }
     let residentd = residentd("400MiB", &models);
-    for (name, goal) in [("talks", 2.0), ("silent", 15.0)] {
+    for (kind, goal) in [("talks", 2.0), ("silent", 15.0)] {
         let (mut seen, mut told) = (Vec::new(), Vec::new());
-        for _ in 0..SWAPS {
+        for late in LATE.into_iter().cycle().take(SWAPS) {
+            let name = format!("{kind}-{late}");
             let body = json!({"model": name, "prompt": "x"}).to_string();
             let answer = residentd.ask("POST", "/v1/completions", Some(&body));
             let answered = monotonic_ns();
@@ -204,8 +211,8 @@ pub(crate) fn readiness() {
             seen.push((received - ready) / 1e6);
             told.push((answered - ready) / 1e6);
         }
-        print(&format!("S11-ready-{name}"), median(seen), goal, "ms");
-        print(&format!("A40-first-byte-{name}"), median(told), 20.0, "ms");
+        print(&format!("S11-ready-{kind}"), median(seen), goal, "ms");
+        print(&format!("A40-first-byte-{kind}"), median(told), 20.0, "ms");
     }
     std::thread::scope(|scope| {
         let asked = scope.spawn(|| residentd.complete("slow").status);

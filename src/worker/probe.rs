@@ -1,8 +1,9 @@
 //! Asks a worker whether it can answer.
 //!
-//! A probe leaves its connection for the first request when it is as good as a
-//! new one: the worker speaks HTTP/1.1, does not close, and its answer was read
-//! to its end.
+//! A probe leaves its connection for the next one, and at last for the first
+//! request, when it is as good as a new one: the worker speaks HTTP/1.1, does not
+//! close, and its answer was read to its end. A worker that loads for long is asked
+//! many times, and most of what that costs is to connect.
 
 use std::io::{Error, ErrorKind, Result};
 use std::time::Duration;
@@ -62,56 +63,75 @@ impl Turns {
     }
 }
 
-/// A check that was passed, and its connection if it can be used again.
-pub(super) type Passed = Option<Stream>;
+/// The connection of the last probe, if it can be used again.
+pub(super) type Kept = Option<Stream>;
 
-/// Returns whether a worker that starts passes the check now.
-pub(super) async fn passes(check: &ReadyCheck, upstream: &Upstream) -> Option<Passed> {
-    match probe(check, upstream, TIMEOUT).await {
-        (Answer::Passes, stream) => Some(stream),
-        _ => None,
-    }
+/// Returns whether a worker that starts passes the check now. Asks on the kept
+/// connection, and leaves there the one it asked on.
+pub(super) async fn passes(check: &ReadyCheck, upstream: &Upstream, kept: &mut Kept) -> bool {
+    probe(check, upstream, TIMEOUT, kept).await == Answer::Passes
 }
 
 /// Asks a ready worker once.
 pub(super) async fn ask(check: &ReadyCheck, upstream: &Upstream, timeout: Duration) -> Answer {
-    probe(check, upstream, timeout).await.0
+    probe(check, upstream, timeout, &mut None).await
 }
 
 /// Asks a worker once. One that shows by a log line or by a notice that it is
 /// ready is asked for a connection.
-async fn probe(check: &ReadyCheck, upstream: &Upstream, timeout: Duration) -> (Answer, Passed) {
+async fn probe(
+    check: &ReadyCheck,
+    upstream: &Upstream,
+    timeout: Duration,
+    kept: &mut Kept,
+) -> Answer {
     let asked = tokio::time::timeout(timeout, async {
-        let stream = Stream::connect(upstream).await?;
         let (path, status) = match check {
-            // Nothing was sent on it: it is a new connection.
             ReadyCheck::Log(_) | ReadyCheck::Notify | ReadyCheck::Tcp => {
-                return Ok((Answer::Passes, Some(stream)));
+                // Nothing is sent on it: it stays a new connection.
+                *kept = Some(Stream::connect(upstream).await?);
+                return Ok(Answer::Passes);
             }
             ReadyCheck::Http { path, status } => (path, *status),
         };
-        let is_good = |code: u16| status.map_or((200..300).contains(&code), |s| s == code);
-        let host = upstream.host();
-        let (code, kept) = match stream {
-            Stream::Tcp(stream) => {
-                let (code, kept) = get(stream, (&host, path), is_good).await?;
-                (code, kept.map(Stream::Tcp))
-            }
-            Stream::Unix(stream) => {
-                let (code, kept) = get(stream, (&host, path), is_good).await?;
-                (code, kept.map(Stream::Unix))
-            }
+        let asked = (upstream.host(), path.as_str());
+        let code = match kept.take() {
+            Some(stream) => match get(stream, &asked, kept).await {
+                Ok(code) => code,
+                // The worker has closed it meanwhile, as it may.
+                Err(_) => get(Stream::connect(upstream).await?, &asked, kept).await?,
+            },
+            None => get(Stream::connect(upstream).await?, &asked, kept).await?,
         };
-        Ok(match is_good(code) {
-            true => (Answer::Passes, kept),
-            false => (Answer::Status(code), None),
-        })
+        Ok(
+            match status.map_or((200..300).contains(&code), |s| s == code) {
+                true => Answer::Passes,
+                false => Answer::Status(code),
+            },
+        )
     });
     match asked.await {
         Ok(Ok(answer)) => answer,
-        Ok(Err(error)) if is_refused(&error) => (Answer::Refused, None),
-        Ok(Err(_)) | Err(_) => (Answer::Nothing, None),
+        Ok(Err(error)) if is_refused(&error) => Answer::Refused,
+        Ok(Err(_)) | Err(_) => Answer::Nothing,
     }
+}
+
+/// Asks on this connection and returns the status. The connection is kept when
+/// another request may follow on it.
+async fn get(stream: Stream, asked: &(String, &str), kept: &mut Kept) -> Result<u16> {
+    let (code, left) = match stream {
+        Stream::Tcp(stream) => {
+            let (code, left) = exchange(stream, asked).await?;
+            (code, left.map(Stream::Tcp))
+        }
+        Stream::Unix(stream) => {
+            let (code, left) = exchange(stream, asked).await?;
+            (code, left.map(Stream::Unix))
+        }
+    };
+    *kept = left;
+    Ok(code)
 }
 
 /// Whether it says that nothing listens there: also a Unix socket that was
@@ -123,12 +143,11 @@ fn is_refused(error: &Error) -> bool {
     )
 }
 
-/// Asks, and returns the status. The stream comes back when that is good and
-/// another request may follow on it.
-async fn get<S: AsyncRead + AsyncWrite + Unpin>(
+/// Asks, and returns the status. The stream comes back when another request may
+/// follow on it.
+async fn exchange<S: AsyncRead + AsyncWrite + Unpin>(
     mut stream: S,
-    (host, path): (&str, &str),
-    is_good: impl Fn(u16) -> bool,
+    (host, path): &(String, &str),
 ) -> Result<(u16, Option<S>)> {
     let request = format!("GET {path} HTTP/1.1\r\nhost: {host}\r\nuser-agent: residentd\r\n\r\n");
     stream.write_all(request.as_bytes()).await?;
@@ -142,9 +161,6 @@ async fn get<S: AsyncRead + AsyncWrite + Unpin>(
         }
     }
     let code = status(&answer).ok_or(ErrorKind::InvalidData)?;
-    if !is_good(code) {
-        return Ok((code, None));
-    }
     let rest = tokio::time::timeout(REST, async {
         loop {
             match ends(&answer) {
@@ -293,10 +309,46 @@ mod tests {
             status: None,
         };
         let upstream = Upstream::Tcp(address);
-        let (asked, passed) = tokio::join!(served, passes(&check, &upstream));
-        assert!(passed.is_some_and(|stream| stream.is_some()));
+        let mut kept = None;
+        let (asked, passed) = tokio::join!(served, passes(&check, &upstream, &mut kept));
+        assert!(passed && kept.is_some());
         let host = format!("\r\nhost: {address}\r\n");
         assert!(asked.contains(&host), "{asked}");
+    }
+
+    #[tokio::test]
+    async fn a_worker_that_loads_is_asked_on_one_connection_until_it_closes_that() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+        let upstream = Upstream::Tcp(listener.local_addr().expect("an address"));
+        // Of each connection, what is answered on it before it is closed.
+        let served = async {
+            for statuses in [&["503 No", "503 No"][..], &["503 No", "200 OK"]] {
+                let (mut stream, _) = listener.accept().await.expect("a connection");
+                for status in statuses {
+                    let mut asked = Vec::new();
+                    while !asked.ends_with(b"\r\n\r\n") {
+                        assert_ne!(stream.read_buf(&mut asked).await.expect("it reads"), 0);
+                    }
+                    let answer = format!("HTTP/1.1 {status}\r\ncontent-length: 0\r\n\r\n");
+                    stream.write_all(answer.as_bytes()).await.expect("written");
+                }
+            }
+        };
+        let check = ReadyCheck::Http {
+            path: "/health".into(),
+            status: None,
+        };
+        let probes = async {
+            let mut kept = None;
+            let mut passed = Vec::new();
+            for _ in 0..4 {
+                passed.push(passes(&check, &upstream, &mut kept).await);
+            }
+            (passed, kept.is_some())
+        };
+        let ((), (passed, is_kept)) = tokio::join!(served, probes);
+        assert_eq!(passed, [false, false, false, true]);
+        assert!(is_kept);
     }
 
     #[tokio::test(start_paused = true)]
@@ -312,13 +364,13 @@ mod tests {
             ),
             (
                 "HTTP/1.1 503 No\r\ncontent-length: 0\r\n\r\n",
-                Some((503, false)),
+                Some((503, true)),
             ),
             ("SSH-2.0-x\r\n", None),
         ] {
             let (ours, mut theirs) = duplex(4096);
             theirs.write_all(answer.as_bytes()).await.expect("it fits");
-            let asked = get(ours, ("x", "/"), |code| code == 200).await;
+            let asked = exchange(ours, &("x".into(), "/")).await;
             let asked = asked.ok().map(|(code, kept)| (code, kept.is_some()));
             assert_eq!(asked, expected, "{answer}");
         }

@@ -257,6 +257,7 @@ impl Life {
         let deadline = clock.instant(since + patience);
         let mut warned = false;
         let mut turns = probe::Turns::default();
+        let mut kept = None;
         let tree = Arc::clone(&body.process.tree);
         loop {
             let waited = clock.now().since(since);
@@ -287,7 +288,7 @@ impl Life {
             }
             let asked = async {
                 turns.next(clock).await;
-                probe::passes(&self.spec.ready, &body.record.upstream).await
+                probe::passes(&self.spec.ready, &body.record.upstream, &mut kept).await
             };
             let passes = tokio::select! {
                 passes = asked => passes,
@@ -295,10 +296,8 @@ impl Life {
                 () = stopped(&mut self.stop) => return End::Asked,
                 () = tokio::time::sleep_until(deadline) => return End::NeverReady,
             };
-            if let Some(opened) = passes
-                && self.answers_for(body, &mut warned)
-            {
-                body.opened = Opened::new(opened);
+            if passes && self.answers_for(body, &mut warned) {
+                body.opened = Opened::new(kept);
                 return End::Ready;
             }
         }
@@ -317,13 +316,13 @@ impl Life {
         if !begun.is_adopted || body.notices.is_none() {
             return End::NeverReady;
         }
-        match probe::passes(&self.spec.ready, &body.record.upstream).await {
-            Some(opened) if self.answers_for(body, &mut false) => {
-                body.opened = Opened::new(opened);
-                End::Ready
-            }
-            _ => End::NeverReady,
+        let mut kept = None;
+        let passes = probe::passes(&self.spec.ready, &body.record.upstream, &mut kept).await;
+        if !passes || !self.answers_for(body, &mut false) {
+            return End::NeverReady;
         }
+        body.opened = Opened::new(kept);
+        End::Ready
     }
 
     /// Whether it is the worker that answered, and not a stranger on its port.
