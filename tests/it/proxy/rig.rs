@@ -25,11 +25,16 @@ pub(crate) struct Played {
 
 impl Played {
     pub(crate) fn start() -> Self {
+        Self::with("")
+    }
+
+    /// As [`Played::start`], with these keys of the model.
+    pub(crate) fn with(keys: &str) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
         listener.set_nonblocking(true).expect("a socket option");
         let address = listener.local_addr().expect("it is bound");
         let residentd = Residentd::start(&format!(
-            "[memory]\nlimit = \"400MiB\"\nreserve = \"16MiB\"\n[models.m]\ncommand = '{STUB} --name m'\nupstream = \"http://{address}\"\nready = {{ log = \"ready on\" }}\nmemory = \"32MiB\"\n"
+            "[memory]\nlimit = \"400MiB\"\nreserve = \"16MiB\"\n[models.m]\ncommand = '{STUB} --name m'\nupstream = \"http://{address}\"\nready = {{ log = \"ready on\" }}\nmemory = \"32MiB\"\n{keys}\n"
         ));
         Self {
             residentd,
