@@ -70,6 +70,8 @@ impl Proxy {
             // What is sent the second time goes where nothing can have closed.
             let fresh = retried || client.is_some();
             let limit = passage.route.spec().requests.timeout;
+            // The one who has taken over counts itself, from its own lease on.
+            let limit = limit.filter(|_| !lease.worker().is_heir);
             let ends = limit.map(|limit| self.controller.clock().instant(leased + limit));
             let tried = self.try_once(&pool, &lease, &mut passage, fresh);
             let Some(tried) = until(ends, tried).await else {

@@ -244,3 +244,27 @@ fn a_second_try_gets_the_same_changed_body() {
         (&json!("org/real"), None)
     );
 }
+
+#[test]
+fn a44_other_keys_hold_at_once_and_the_worker_stays() {
+    let played = Played::with("");
+    let body = br#"{ "model":"m", "top_k":1 }"#;
+    let (_, sent) = got(&played, "POST /v1/x", "", body);
+    assert_eq!(sent, body, "without filters it passes byte by byte");
+    let pid = played.residentd.worker_pid("m");
+    for (keys, expected) in [
+        ("strip_params = [\"top_k\"]", r#"{"model":"m"}"#),
+        ("use_model_name = \"x\"", r#"{"model":"x","top_k":1}"#),
+        ("set_params = { top_k = [] }", r#"{"model":"m","top_k":[]}"#),
+        ("", r#"{ "model":"m", "top_k":1 }"#),
+    ] {
+        played.reload(keys);
+        let (_, sent) = got(&played, "POST /v1/x", "", body);
+        assert_eq!(String::from_utf8_lossy(&sent), expected);
+    }
+    played.reload("request_timeout = \"100ms\"");
+    let mut client = played.client();
+    client.ask("POST /v1/x", "", body);
+    assert_eq!(client.head().status(), 504);
+    assert_eq!(played.residentd.worker_pid("m"), pid);
+}
