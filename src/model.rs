@@ -18,6 +18,7 @@ mod health;
 mod park;
 mod prefetch;
 mod record;
+mod requests;
 
 pub use bytes::Bytes;
 pub use difference::{ChangedModel, Difference, Takes};
@@ -27,6 +28,7 @@ pub use health::{Ailment, Live};
 pub use park::{ParkCall, ParkSpec};
 pub use prefetch::{Prefetch, PrefetchEnd, PrefetchReason};
 pub use record::WorkerRecord;
+pub use requests::{Filter, RequestSpec};
 
 /// What a client asks for: 1 to 128 of letters, digits and `._-/:@+`.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -398,6 +400,8 @@ pub struct ModelSpec {
     pub max_queue: usize,
     /// Longest a request waits for room and for the load.
     pub queue_timeout: Duration,
+    /// What is done with requests beside passing them on.
+    pub requests: RequestSpec,
 }
 
 impl ModelSpec {
@@ -433,6 +437,7 @@ impl ModelSpec {
             concurrency: None,
             max_queue: 256,
             queue_timeout: Duration::from_secs(60),
+            requests: RequestSpec::default(),
         }
     }
 }

@@ -82,6 +82,24 @@ pub enum Fault {
         "no `model` in the first {0} of the body: put it first, or name it in the header x-model"
     )]
     PrefixTooLong(Bytes),
+    /// The body is too large to be changed as its model is configured.
+    #[error(
+        "the body is larger than {most}, the most that can be changed for {model}: send less, raise server.model_prefix, or configure the model without use_model_name, set_params and strip_params"
+    )]
+    FilterTooLong {
+        /// Whose body it would change.
+        model: ModelName,
+        /// How much may be read for that.
+        most: Bytes,
+    },
+    /// The answer was not there in the time that its model is given.
+    #[error("the worker of {model} did not answer within request_timeout ({} s)", .limit.as_secs_f64())]
+    RequestTimeout {
+        /// Whose worker.
+        model: ModelName,
+        /// How long it had.
+        limit: Duration,
+    },
     /// The path parks or unparks the worker, which is not for clients to do.
     #[error("{path} parks or unparks the worker of {model}: only residentd calls it")]
     ParkPath {
@@ -119,7 +137,10 @@ impl Fault {
             Self::BadRequest(_) | Self::NoModel => StatusCode::BAD_REQUEST,
             Self::ModelNotFound { .. } => StatusCode::NOT_FOUND,
             Self::ParkPath { .. } => StatusCode::FORBIDDEN,
-            Self::BodyTooLarge(_) | Self::PrefixTooLong(_) => StatusCode::PAYLOAD_TOO_LARGE,
+            Self::BodyTooLarge(_) | Self::PrefixTooLong(_) | Self::FilterTooLong { .. } => {
+                StatusCode::PAYLOAD_TOO_LARGE
+            }
+            Self::RequestTimeout { .. } => StatusCode::GATEWAY_TIMEOUT,
             Self::WorkerBroke { .. } => StatusCode::BAD_GATEWAY,
             Self::Refused(refusal) => status_of(refusal),
         }
@@ -132,7 +153,10 @@ impl Fault {
             Self::BadRequest(_) | Self::NoModel => "bad_request",
             Self::ModelNotFound { .. } => "model_not_found",
             Self::ParkPath { .. } => "forbidden",
-            Self::BodyTooLarge(_) | Self::PrefixTooLong(_) => "body_too_large",
+            Self::BodyTooLarge(_) | Self::PrefixTooLong(_) | Self::FilterTooLong { .. } => {
+                "body_too_large"
+            }
+            Self::RequestTimeout { .. } => "request_timeout",
             Self::WorkerBroke { .. } => "worker_failed",
             Self::Refused(refusal) => refusal.code(),
         }
@@ -158,7 +182,10 @@ impl Fault {
 
     fn model(&self) -> Option<&ModelName> {
         match self {
-            Self::WorkerBroke { model, .. } | Self::ParkPath { model, .. } => Some(model),
+            Self::WorkerBroke { model, .. }
+            | Self::ParkPath { model, .. }
+            | Self::FilterTooLong { model, .. }
+            | Self::RequestTimeout { model, .. } => Some(model),
             Self::Refused(refusal) => match refusal {
                 Refusal::UnknownModel(model)
                 | Refusal::Unloaded(model)

@@ -10,7 +10,8 @@ use std::sync::Arc;
 
 use super::{Config, Memory, Pressure, Server};
 use crate::model::{
-    ChangedModel, Difference, Fingerprint, ModelName, ModelSpec, Takes, UpstreamSpec,
+    ChangedModel, Difference, Filter, Fingerprint, ModelName, ModelSpec, RequestSpec, Takes,
+    UpstreamSpec,
 };
 use crate::template::Template;
 
@@ -178,6 +179,7 @@ fn changed(old: &ModelSpec, new: &ModelSpec) -> Option<ChangedModel> {
         max_queue,
         queue_timeout,
         park,
+        requests,
     } = new;
     let filled = |spec: &ModelSpec, text: &str| (text.to_owned(), used(spec, text));
     let words = |spec: &ModelSpec| -> Vec<_> {
@@ -226,6 +228,7 @@ fn changed(old: &ModelSpec, new: &ModelSpec) -> Option<ChangedModel> {
     live.compare("concurrency", &old.concurrency, concurrency);
     live.compare("max_queue", &old.max_queue, max_queue);
     live.compare("queue_timeout", &old.queue_timeout, queue_timeout);
+    of_requests(&old.requests, requests, &mut live);
 
     let takes = match (replaces.0.is_empty(), next.0.is_empty()) {
         (false, _) => Takes::NewWorker,
@@ -238,6 +241,19 @@ fn changed(old: &ModelSpec, new: &ModelSpec) -> Option<ChangedModel> {
         keys,
         takes,
     })
+}
+
+fn of_requests(old: &RequestSpec, new: &RequestSpec, keys: &mut Keys) {
+    let RequestSpec {
+        timeout,
+        filter: Filter { model, set, strip },
+        heartbeat,
+    } = new;
+    keys.compare("request_timeout", &old.timeout, timeout);
+    keys.compare("use_model_name", &old.filter.model, model);
+    keys.compare("set_params", &old.filter.set, set);
+    keys.compare("strip_params", &old.filter.strip, strip);
+    keys.compare("heartbeat", &old.heartbeat, heartbeat);
 }
 
 /// The values of the variables in a model's upstream.

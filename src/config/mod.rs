@@ -25,6 +25,7 @@ mod problem;
 mod program;
 mod raw;
 mod ready;
+mod requests;
 mod section;
 pub mod units;
 mod upstream;

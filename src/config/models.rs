@@ -131,6 +131,7 @@ impl Model<'_> {
         self.check_ceiling(problems);
         self.check_gpus(&templates, problems);
         self.check_park(&templates, problems);
+        self.raw.requests.check(problems);
 
         let command = self.command(&templates)?;
         let cwd = self.cwd();
@@ -163,6 +164,7 @@ impl Model<'_> {
             concurrency: given(raw.concurrency),
             max_queue: given(raw.max_queue),
             queue_timeout: given(raw.queue_timeout),
+            requests: raw.requests.given(),
         })
     }
 

@@ -11,6 +11,7 @@ use toml::de::DeTable;
 
 use super::live::RawLive;
 use super::problem::{Complaint, Origin, Place, Problems};
+use super::requests::RawRequests;
 use super::section::{Section, Setting, Text};
 use super::value::{NAME_FIX, Value};
 use super::{Listen, LogFormat, Threshold, gpus, park, ready};
@@ -18,14 +19,7 @@ use crate::model::{Bytes, DeviceRef, EvictionPolicy, GpuRequest, ModelName, Pref
 
 /// Tables and keys of the documentation that this version has no feature for.
 const LATER: [&str; 3] = ["admin", "auth", "tls"];
-const LATER_MODEL: [&str; 6] = [
-    "stop_command",
-    "request_timeout",
-    "use_model_name",
-    "set_params",
-    "strip_params",
-    "heartbeat",
-];
+const LATER_MODEL: [&str; 1] = ["stop_command"];
 
 /// One source, or several merged.
 #[derive(Clone, Debug, Default)]
@@ -100,6 +94,7 @@ pub(super) struct RawModel {
     pub(super) concurrency: Option<Setting<Option<NonZeroU32>>>,
     pub(super) max_queue: Option<Setting<usize>>,
     pub(super) queue_timeout: Option<Setting<Duration>>,
+    pub(super) requests: RawRequests,
 }
 
 impl RawConfig {
@@ -316,6 +311,7 @@ impl RawModel {
             concurrency: s.get("concurrency", Value::bound, problems),
             max_queue: s.get("max_queue", Value::count, problems),
             queue_timeout: s.get("queue_timeout", Value::duration_over_zero, problems),
+            requests: RawRequests::read(s, problems),
         };
         section.finish(&LATER_MODEL, problems);
         raw
@@ -349,6 +345,7 @@ impl RawModel {
             concurrency: self.concurrency.or(weaker.concurrency),
             max_queue: self.max_queue.or(weaker.max_queue),
             queue_timeout: self.queue_timeout.or(weaker.queue_timeout),
+            requests: self.requests.over(weaker.requests),
         }
     }
 }

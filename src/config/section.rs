@@ -180,16 +180,25 @@ impl<'a> Section<'a> {
 
     /// Reads every entry as a text, under its key.
     pub(super) fn texts(self, problems: &mut Problems) -> BTreeMap<String, Setting<String>> {
-        let mut texts = BTreeMap::new();
+        self.each(Value::text, problems)
+    }
+
+    /// Reads every entry, under its key; each bad one is told and left out.
+    pub(super) fn each<T>(
+        self,
+        read: impl Fn(&Value<'a>) -> Result<T, Complaint>,
+        problems: &mut Problems,
+    ) -> BTreeMap<String, Setting<T>> {
+        let mut all = BTreeMap::new();
         for (key, (value, place)) in self.entries {
-            match value.text() {
+            match read(&value) {
                 Ok(value) => {
-                    texts.insert(key, Setting { value, place });
+                    all.insert(key, Setting { value, place });
                 }
                 Err(complaint) => problems.complain(&place, complaint),
             }
         }
-        texts
+        all
     }
 
     /// Refuses keys that are known but may not stand here.

@@ -46,7 +46,8 @@ pub(super) struct Line {
     pub(super) bytes: u64,
     /// The answer was a stream of events.
     pub(super) stream: bool,
-    /// `whole`, `left` (the client), `broke` (the worker), `refused`.
+    /// `whole`, `left` (the client), `broke` (the worker), `late` (cut by
+    /// `request_timeout`), `refused`.
     pub(super) end: &'static str,
 }
 

@@ -28,6 +28,7 @@ enum End {
     Left,
     Whole,
     Broke,
+    Late,
 }
 
 impl End {
@@ -36,6 +37,7 @@ impl End {
             Self::Left => "left",
             Self::Whole => "whole",
             Self::Broke => "broke",
+            Self::Late => "late",
         }
     }
 }
@@ -86,6 +88,10 @@ impl Account {
 
     pub(super) fn broke(&mut self) {
         self.end = End::Broke;
+    }
+
+    pub(super) fn late(&mut self) {
+        self.end = End::Late;
     }
 }
 

@@ -8,6 +8,8 @@ use bytes::Bytes;
 use hyper::body::{Body, Frame, Incoming, SizeHint};
 
 use super::account::Account;
+use super::heartbeat::Waiting;
+use super::limit::Limited;
 use super::pool::{Pool, Sender};
 use super::upload::BodyError;
 use crate::control::Lease;
@@ -20,6 +22,10 @@ pub enum ProxyBody {
     Full(Option<Bytes>),
     /// The worker's answer as it comes.
     Stream(Box<Streamed>),
+    /// As it comes, for so long.
+    Limited(Box<Limited>),
+    /// An answer that is still waited for, and then as it comes.
+    Waiting(Box<Waiting>),
 }
 
 impl ProxyBody {
@@ -76,9 +82,12 @@ impl Streamed {
         streamed
     }
 
-    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
-        if let Some(broken) = self.broken.take() {
-            return self.end_broken(broken, cx);
+    pub(super) fn poll(
+        &mut self,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+        if self.broken.is_some() {
+            return Broken::poll(&mut self.broken, cx);
         }
         let Poll::Ready(frame) = Pin::new(&mut self.inner).poll_frame(cx) else {
             if let Some(visit) = &self.visit {
@@ -113,32 +122,31 @@ impl Streamed {
                 // In the middle of an event our words would end it, and it
                 // would pass for one.
                 let between = self.events.take().is_some_and(|tail| tail.is_between());
-                self.broken = Some(Broken {
-                    error: error.into(),
-                    words: between.then(|| Bytes::from_static(BROKEN_EVENT)),
-                });
+                let words = between.then(|| Bytes::from_static(BROKEN_EVENT));
+                self.broken = Some(Broken::new(error.into(), words));
                 pause(cx)
             }
         }
     }
 
-    /// A stream of events says what happened in its own words first, and is
-    /// cut then: it never looks like a clean end.
-    fn end_broken(
-        &mut self,
-        mut broken: Broken,
-        cx: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
-        let Some(words) = broken.words.take() else {
-            return Poll::Ready(Some(Err(broken.error)));
-        };
-        if words.is_empty() {
-            self.broken = Some(broken);
-            return pause(cx);
-        }
-        broken.words = Some(Bytes::new());
-        self.broken = Some(broken);
-        Poll::Ready(Some(Ok(Frame::data(words))))
+    /// Returns whether nothing more comes of it: it is whole, or broke.
+    pub(super) fn is_done(&self) -> bool {
+        self.sender.is_none()
+    }
+
+    /// Notes that its time is over. Returns whether it is between two events,
+    /// so that words of ours are not taken for the worker's.
+    pub(super) fn is_late(&mut self) -> bool {
+        self.account.late();
+        self.events.take().is_some_and(|tail| tail.is_between())
+    }
+
+    pub(super) fn is_end_stream(&self) -> bool {
+        self.broken.is_none() && self.inner.is_end_stream()
+    }
+
+    pub(super) fn size_hint(&self) -> SizeHint {
+        self.inner.size_hint()
     }
 
     /// The answer is whole: the connection serves the next request.
@@ -153,15 +161,43 @@ impl Streamed {
 
 /// How a broken answer ends.
 #[derive(Debug)]
-struct Broken {
+pub(super) struct Broken {
     error: BodyError,
     /// What is still to be said; empty when it was, and is to go out.
     words: Option<Bytes>,
 }
 
+impl Broken {
+    /// Breaks with this error, after words if there are any.
+    pub(super) const fn new(error: BodyError, words: Option<Bytes>) -> Self {
+        Self { error, words }
+    }
+
+    /// Ends one that is there. A stream of events says what happened in its own
+    /// words first, and is cut then: it never looks like a clean end.
+    pub(super) fn poll(
+        place: &mut Option<Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+        let Some(mut broken) = place.take() else {
+            return Poll::Ready(None);
+        };
+        let Some(words) = broken.words.take() else {
+            return Poll::Ready(Some(Err(broken.error)));
+        };
+        if words.is_empty() {
+            *place = Some(broken);
+            return pause(cx);
+        }
+        broken.words = Some(Bytes::new());
+        *place = Some(broken);
+        Poll::Ready(Some(Ok(Frame::data(words))))
+    }
+}
+
 /// Lets what was given so far go out: an error throws away what the connection
 /// has not written yet.
-fn pause<T>(cx: &Context<'_>) -> Poll<T> {
+pub(super) fn pause<T>(cx: &Context<'_>) -> Poll<T> {
     cx.waker().wake_by_ref();
     Poll::Pending
 }
@@ -206,13 +242,18 @@ impl Body for ProxyBody {
         match self.get_mut() {
             Self::Full(text) => Poll::Ready(text.take().map(|text| Ok(Frame::data(text)))),
             Self::Stream(streamed) => streamed.poll(cx),
+            Self::Limited(limited) => limited.poll(cx),
+            Self::Waiting(waiting) => waiting.poll(cx),
         }
     }
 
     fn is_end_stream(&self) -> bool {
         match self {
             Self::Full(text) => text.is_none(),
-            Self::Stream(streamed) => streamed.broken.is_none() && streamed.inner.is_end_stream(),
+            Self::Stream(streamed) => streamed.is_end_stream(),
+            Self::Limited(limited) => limited.is_end_stream(),
+            // It ends by saying so.
+            Self::Waiting(_) => false,
         }
     }
 
@@ -222,7 +263,9 @@ impl Body for ProxyBody {
                 let length = text.as_ref().map_or(0, Bytes::len);
                 SizeHint::with_exact(u64::try_from(length).unwrap_or(u64::MAX))
             }
-            Self::Stream(streamed) => streamed.inner.size_hint(),
+            Self::Stream(streamed) => streamed.size_hint(),
+            Self::Limited(limited) => limited.size_hint(),
+            Self::Waiting(_) => SizeHint::default(),
         }
     }
 }

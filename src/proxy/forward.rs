@@ -11,14 +11,16 @@ use hyper::header::{CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_TYPE, HOST, Header
 use hyper::http::request;
 use hyper::upgrade::OnUpgrade;
 use hyper::{Method, Request, Response, StatusCode, Uri, Version};
+use tokio::time::Instant;
 use tracing::debug;
 
 use super::account::Account;
 use super::body::{ProxyBody, Streamed};
+use super::filter::Change;
 use super::held::Held;
 use super::pool::{Pool, Sender};
 use super::upload::{BodyError, RequestBody};
-use super::{Proxy, headers, upgrade};
+use super::{Proxy, headers, limit, upgrade};
 use crate::clock::Timestamp;
 use crate::control::{Lease, ModelRoute};
 use crate::gate::Visit;
@@ -36,6 +38,8 @@ pub(super) struct Passage {
     pub(super) peer: Option<SocketAddr>,
     pub(super) target: String,
     pub(super) held: Held,
+    /// What is changed of what is held.
+    pub(super) change: Change,
     pub(super) began: Timestamp,
     /// A worker broke over it already.
     pub(super) tried: bool,
@@ -66,12 +70,20 @@ impl Proxy {
             let pool = self.pools.of(lease.worker());
             // What is sent the second time goes where nothing can have closed.
             let fresh = passage.tried || client.is_some();
+            let limit = passage.route.spec().requests.timeout;
+            // The one who has taken over counts itself, from its own lease on.
+            let limit = limit.filter(|_| !lease.worker().is_heir);
+            let ends = limit.map(|limit| self.controller.clock().instant(leased + limit));
             let tried = self.try_once(&pool, &lease, &mut passage, fresh);
-            let cause = match tried.await {
+            let Some(tried) = until(ends, tried).await else {
+                return Err(passage.late());
+            };
+            let cause = match tried {
                 Tried::Answered(response, sender, visit) => {
                     let account = self.account(&passage, &lease, leased, response.status());
                     if response.status() != StatusCode::SWITCHING_PROTOCOLS {
-                        return Ok(answer(response, account, (sender, pool), (lease, visit)));
+                        let answer = answer(response, account, (sender, pool), (lease, visit));
+                        return Ok(limit::bound(answer, ends));
                     }
                     if let Some(client) = client {
                         return Ok(upgrade::switch(response, client, account, lease));
@@ -181,8 +193,13 @@ impl Proxy {
         passage: &mut Passage,
         visit: Option<&Visit>,
     ) -> Result<Request<RequestBody>, hyper::http::Error> {
+        // The one who has taken over changes it itself.
+        let beginning = match lease.worker().is_heir {
+            true => passage.held.pieces(),
+            false => passage.change.of(&passage.held),
+        };
         let body = RequestBody::new(
-            passage.held.pieces(),
+            beginning,
             passage.held.take_rest(),
             self.settings.load().max_body,
             visit,
@@ -213,12 +230,28 @@ impl Passage {
         let model = self.route.name().clone();
         Fault::WorkerBroke { model, cause }
     }
+
+    fn late(&self) -> Fault {
+        Fault::RequestTimeout {
+            model: self.route.name().clone(),
+            limit: self.route.spec().requests.timeout.unwrap_or_default(),
+        }
+    }
+}
+
+/// Waits for something, until then at the latest if that is set.
+async fn until<T>(ends: Option<Instant>, done: impl Future<Output = T>) -> Option<T> {
+    match ends {
+        None => Some(done.await),
+        Some(ends) => tokio::time::timeout_at(ends, done).await.ok(),
+    }
 }
 
 /// Returns the client's fault when its body is why sending failed.
 fn fault_of_body(error: &hyper::Error) -> Option<Fault> {
     Some(match error.source()?.downcast_ref()? {
         BodyError::TooLarge(most) => Fault::BodyTooLarge(*most),
+        BodyError::Cut => return None,
         broken @ BodyError::Broken(_) => Fault::BadRequest(telemetry::chain(broken).to_string()),
     })
 }
@@ -252,7 +285,7 @@ fn has_body(method: &Method) -> bool {
 }
 
 /// Whether it is a stream of events, in plain text.
-fn is_events(headers: &HeaderMap) -> bool {
+pub(super) fn is_events(headers: &HeaderMap) -> bool {
     let kind = headers.get(CONTENT_TYPE).map(HeaderValue::as_bytes);
     let name = b"text/event-stream";
     !headers.contains_key(CONTENT_ENCODING)

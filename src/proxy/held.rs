@@ -93,6 +93,37 @@ impl Held {
         Ok(None)
     }
 
+    /// Reads the body to its end, or until it is longer than `most`; not at all
+    /// when that is known before. Returns whether all of it is here.
+    pub(super) async fn read_up_to(&mut self, most: u64) -> Result<bool, Fault> {
+        let known = self
+            .rest
+            .as_ref()
+            .map_or(0, |rest| rest.size_hint().lower());
+        if self.size.saturating_add(known) > most {
+            return Ok(false);
+        }
+        while self.size <= most {
+            if self.read().await?.is_none() {
+                return Ok(self.is_whole());
+            }
+        }
+        Ok(false)
+    }
+
+    /// Returns what was read, in one piece.
+    pub(super) fn joined(&self) -> Bytes {
+        let mut pieces = self.pieces();
+        if pieces.len() == 1 {
+            return pieces.pop_front().unwrap_or_default();
+        }
+        let mut all = BytesMut::with_capacity(pieces.iter().map(Bytes::len).sum());
+        for piece in &pieces {
+            all.extend_from_slice(piece);
+        }
+        all.freeze()
+    }
+
     /// Reads the body to its end, when it is known to be at most `size`.
     pub(super) async fn read_whole(&mut self, size: u64) -> Result<(), Fault> {
         let left = self.rest.as_ref().and_then(|rest| rest.size_hint().exact());

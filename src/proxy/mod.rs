@@ -2,19 +2,24 @@
 //!
 //! The walk of one request reads from top to bottom in [`Proxy::handle`]:
 //! resolve, admit, forward, account. Bodies pass frame by frame; only what
-//! finding the model needs is read first, with a cap.
+//! finding the model needs is read first, with a cap, and a model whose
+//! configuration changes bodies has them changed before it is admitted.
 
 mod access;
 mod account;
 mod body;
+mod filter;
 mod forward;
 mod headers;
 mod hearing;
+mod heartbeat;
 mod held;
+mod limit;
 mod models;
 mod multipart;
 mod pool;
 mod resolve;
+mod rewrite;
 mod scan;
 mod upgrade;
 mod upload;
@@ -24,6 +29,7 @@ use std::sync::Arc;
 
 use arc_swap::ArcSwap;
 use hyper::body::{Body, Incoming};
+use hyper::header::ACCEPT_ENCODING;
 use hyper::{Request, Response};
 use tracing::debug;
 
@@ -32,7 +38,9 @@ use self::access::Unanswered;
 pub use self::body::{ProxyBody, Streamed};
 use self::forward::Passage;
 pub use self::headers::{PEER, TRIED};
+pub use self::heartbeat::Waiting;
 use self::held::Held;
+pub use self::limit::Limited;
 use self::pool::Pools;
 use self::resolve::ByPath;
 pub use self::upload::BodyError;
@@ -123,7 +131,7 @@ impl Proxy {
         if let Some(name) = models::asked(request.uri().path()) {
             return self.models(request.method(), name);
         }
-        let (head, body) = request.into_parts();
+        let (mut head, body) = request.into_parts();
         let settings = **self.settings.load();
         if body.size_hint().lower() > settings.max_body.get() {
             return Err(Fault::BodyTooLarge(settings.max_body));
@@ -144,18 +152,39 @@ impl Proxy {
             let model = route.name().clone();
             return Err(Fault::ParkPath { model, path });
         }
+        let (spec, most) = (route.spec(), settings.model_prefix);
+        let change = filter::change(spec, &head, &mut held, most).await?;
+        let beats = heartbeat::wanted(spec, &head, (&mut held, &change), most).await?;
         held.read_whole(REPLAYED).await?;
         let (access, clock) = (self.access.clone(), self.controller.clock());
         let unanswered = Unanswered::new(access, route.name().clone(), clock, began);
+        if beats.is_some() {
+            // The head may go out before the worker could say how it packs.
+            head.headers.remove(ACCEPT_ENCODING);
+        }
         let passage = Passage {
             route,
             head,
             peer,
             target,
             held,
+            change,
             began,
             tried,
         };
+        let Some(every) = beats else {
+            return self.carry(passage, unanswered).await;
+        };
+        let proxy = self.clone();
+        let passing = async move { proxy.carry(passage, unanswered).await };
+        heartbeat::wait(Box::pin(passing), every).await
+    }
+
+    async fn carry(
+        &self,
+        passage: Passage,
+        unanswered: Unanswered,
+    ) -> Result<Response<ProxyBody>, Fault> {
         let passed = self.pass(passage).await;
         match &passed {
             Ok(_) => unanswered.answered(),

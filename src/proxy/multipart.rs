@@ -1,6 +1,8 @@
 //! Finds a small field in the beginning of a `multipart/form-data` body
 //! (RFC 7578).
 
+use std::ops::Range;
+
 use memchr::memmem;
 
 /// Returns the boundary when the content type is multipart form data.
@@ -30,6 +32,8 @@ pub(super) struct Finder {
     read: Vec<u8>,
     /// What is before this was looked at.
     done: usize,
+    /// Where the field's text is, when it was found.
+    found: Range<usize>,
 }
 
 impl Finder {
@@ -39,7 +43,14 @@ impl Finder {
             // The first mark may do without a line before it.
             read: b"\r\n".to_vec(),
             done: 0,
+            found: 0..0,
         }
+    }
+
+    /// Returns where in the body the text is that [`Finder::feed`] returned.
+    pub(super) fn place(&self) -> Range<usize> {
+        // Less the line that was put before the body.
+        self.found.start - 2..self.found.end - 2
     }
 
     /// Takes the next piece; returns the field's text once all of it came.
@@ -71,7 +82,8 @@ impl Finder {
                 }
                 Some(None) => self.done = value,
                 Some(Some(length)) => {
-                    let text = &self.read[value..value + length];
+                    self.found = value..value + length;
+                    let text = &self.read[self.found.clone()];
                     return Some(String::from_utf8_lossy(text).into_owned());
                 }
             }
@@ -125,7 +137,10 @@ mod tests {
     #[test]
     fn a_field_is_found_when_all_of_it_is_there_whatever_the_pieces() {
         for piece in 1..=BODY.len() {
-            assert_eq!(find(BODY, piece).as_deref(), Some("whisper"), "{piece}");
+            let mut finder = Finder::new("xyz");
+            let found = BODY.chunks(piece).find_map(|part| finder.feed(part));
+            assert_eq!(found.as_deref(), Some("whisper"), "{piece}");
+            assert_eq!(&BODY[finder.place()], b"whisper", "{piece}");
         }
         // The mark after the value is needed, the rest is not.
         let needed = BODY.len() - b"--\r\n".len();

@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use hyper::header::{CONTENT_ENCODING, CONTENT_TYPE};
 use hyper::http::request;
-use percent_encoding::percent_decode_str;
+use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, percent_decode_str, utf8_percent_encode};
 
 use super::held::Held;
 use super::multipart::{self, Finder};
@@ -20,6 +20,12 @@ use crate::reply::Fault;
 
 /// A name has at most 128 bytes, each of which may be written as `%2F`.
 const LONGEST_IN_PATH: usize = 3 * 128;
+/// What of a name is written as `%XX` in a path.
+const IN_PATH: &AsciiSet = &NON_ALPHANUMERIC
+    .remove(b'-')
+    .remove(b'.')
+    .remove(b'_')
+    .remove(b'~');
 
 /// What the path alone says.
 #[derive(Debug)]
@@ -60,7 +66,14 @@ pub(super) fn by_path(routes: &Routes, path: &str, query: Option<&str>) -> ByPat
         return ByPath::Unknown(percent_decode_str(first).decode_utf8_lossy().into_owned());
     };
     let mut target = if !strips {
-        path.to_owned()
+        match &route.spec().requests.filter.model {
+            Some(model) => format!(
+                "/v2/models/{}{}",
+                utf8_percent_encode(model, IN_PATH),
+                &rest[end..]
+            ),
+            None => path.to_owned(),
+        }
     } else if end == rest.len() {
         "/".to_owned()
     } else {
@@ -146,29 +159,34 @@ async fn by_body(head: &request::Parts, held: &mut Held, prefix: Bytes) -> Resul
     if held.is_whole() {
         return Ok(Named::Nothing);
     }
-    let encoded = head
-        .headers
-        .get(CONTENT_ENCODING)
-        .is_some_and(|value| value != "identity");
-    if encoded {
+    if is_encoded(head) {
         return Ok(Named::bad(
             "the body is compressed, so its model cannot be read: name it in the header x-model",
         ));
     }
-    let kind = head
-        .headers
-        .get(CONTENT_TYPE)
-        .and_then(|value| value.to_str().ok())
-        .unwrap_or_default();
+    let kind = kind(head);
     match multipart::boundary(kind) {
         Some(boundary) => by_multipart(held, Finder::new(&boundary), prefix).await,
         None => by_json(held, prefix, may_be_else(kind)).await,
     }
 }
 
+/// Whether the body is compressed.
+pub(super) fn is_encoded(head: &request::Parts) -> bool {
+    let encoding = head.headers.get(CONTENT_ENCODING);
+    encoding.is_some_and(|value| value != "identity")
+}
+
+/// Returns what the body is said to be.
+pub(super) fn kind(head: &request::Parts) -> &str {
+    let kind = head.headers.get(CONTENT_TYPE);
+    let kind = kind.and_then(|value| value.to_str().ok());
+    kind.unwrap_or_default()
+}
+
 /// Whether a body of this type is something else than JSON and need not name a
 /// model. Forms are what `curl -d` calls its JSON.
-fn may_be_else(kind: &str) -> bool {
+pub(super) fn may_be_else(kind: &str) -> bool {
     let kind = kind.to_ascii_lowercase();
     !kind.is_empty() && !kind.contains("json") && !kind.contains("form")
 }

@@ -16,6 +16,9 @@ pub enum BodyError {
     /// The client's body broke off, or the worker's.
     #[error("the body broke off")]
     Broken(#[from] hyper::Error),
+    /// An answer that failed after its head was sent.
+    #[error("the answer is cut")]
+    Cut,
     /// The client sent more than it may.
     #[error("the body is larger than {0}")]
     TooLarge(Size),

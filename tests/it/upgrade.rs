@@ -3,6 +3,7 @@
 
 mod chain;
 mod failing;
+mod requests;
 mod supervised;
 
 use std::io::Read;

@@ -77,6 +77,11 @@ fn a44_each_key_of_a_model_says_when_it_takes_effect() {
         ("concurrency = 3", "concurrency"),
         ("max_queue = 3", "max_queue"),
         ("queue_timeout = '9s'", "queue_timeout"),
+        ("request_timeout = '9s'", "request_timeout"),
+        ("use_model_name = 'x'", "use_model_name"),
+        ("set_params = { x = 1 }", "set_params"),
+        ("strip_params = ['x']", "strip_params"),
+        ("heartbeat = true", "heartbeat"),
     ] {
         assert_eq!(with(more), (vec![key], Takes::AtOnce), "{more}");
     }

@@ -57,7 +57,11 @@ env = { OMP_NUM_THREADS = 2, "A=B" = "x" }
 vram = "6GiB"
 gpus = "all"
 concurrency = -2
-request_timeout = "1s"
+request_timeout = 1
+heartbeat = "often"
+use_model_name = 7
+set_params = { temperature = 0.2, until = 1979-05-27, deep = { x = [nan] } }
+strip_params = ["temperature", 4]
 memmory = "1GiB"
 
 [models.big]
@@ -142,6 +146,18 @@ fn upstream_and_command_agree_on_where_the_worker_listens() {
     ] {
         assert_eq!(told(good), "", "{good}");
     }
+}
+
+#[test]
+fn two_things_said_of_one_member_of_a_request_are_told() {
+    let told =
+        |keys: &str| one(&format!("[models.a]\ncommand = 'sh ${{PORT}}'\n{keys}")).problems();
+    assert_snapshot!(told(
+        "use_model_name = 'x'\nset_params = { model = 'y', t = 1 }\nstrip_params = ['t', 'model']"
+    ));
+    // A model's own takes the place of what all have.
+    let defaults = "strip_params = []\n[defaults]\nset_params = { t = 1 }\nstrip_params = ['t']";
+    assert_eq!(told(defaults), "");
 }
 
 #[test]

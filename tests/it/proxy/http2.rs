@@ -153,3 +153,28 @@ fn a34_a_stream_of_http2_that_is_dropped_is_heard_of_by_the_worker() {
     assert!(worker.rest().0.starts_with(b"{\"model\""));
     played.wait_for_leases(0);
 }
+
+#[test]
+fn a34_a_stream_of_http2_that_leaves_between_two_heartbeats_is_heard_of_by_the_worker() {
+    let played = Played::with("heartbeat = \"100ms\"");
+    with(played.residentd.address(), |mut sender| async move {
+        let asked = sender.send_request(request("/v1/x", "{\"model\":\"m\",\"stream\":true}"));
+        let answer = asked.await.expect("a head before the worker's");
+        assert_eq!(answer.headers()["content-type"], "text/event-stream");
+        let mut body = answer.into_body();
+        for _ in 0..2 {
+            let frame = body.frame().await.expect("a comment").expect("no error");
+            assert_eq!(frame.into_data().expect("data"), ": waiting\n\n");
+        }
+        drop(body);
+        // The connection stays, and carries the word that the stream is dropped.
+        let other = request("/upstream/nobody/x", "");
+        let answer = sender.send_request(other).await.expect("an answer");
+        assert_eq!(answer.status(), StatusCode::NOT_FOUND);
+    });
+    let mut worker = played.worker();
+    let head = worker.head();
+    worker.body(&head);
+    assert_eq!(worker.rest().0, b"");
+    played.wait_for_leases(0);
+}

@@ -6,10 +6,13 @@ mod checksum;
 
 mod bodies;
 mod endings;
+mod filters;
 mod headers;
+mod heartbeats;
 mod hostile;
 mod http2;
 mod kept;
+mod limits;
 mod naming;
 mod port;
 mod refusals;

@@ -25,21 +25,31 @@ pub(crate) struct Played {
 
 impl Played {
     pub(crate) fn start() -> Self {
+        Self::with("")
+    }
+
+    /// As [`Played::start`], with these keys of the model.
+    pub(crate) fn with(keys: &str) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
         listener.set_nonblocking(true).expect("a socket option");
         let address = listener.local_addr().expect("it is bound");
-        let residentd = Residentd::start(&format!(
-            "[memory]\nlimit = \"400MiB\"\nreserve = \"16MiB\"\n[models.m]\ncommand = '{STUB} --name m'\nupstream = \"http://{address}\"\nready = {{ log = \"ready on\" }}\nmemory = \"32MiB\"\n"
-        ));
+        let residentd = Residentd::start(&config(&address.to_string(), keys));
         Self {
             residentd,
             listener,
         }
     }
-
     /// Returns where the worker listens.
     pub(crate) fn worker_address(&self) -> String {
         self.listener.local_addr().expect("it is bound").to_string()
+    }
+
+    /// Has other keys of the model take effect.
+    pub(crate) fn reload(&self, keys: &str) {
+        self.residentd
+            .configure(&config(&self.worker_address(), keys));
+        let answer = self.residentd.ask("POST", "/api/v1/reload", None);
+        assert_eq!(answer.status, 200, "{}", answer.text());
     }
 
     /// Connects to residentd as a client.
@@ -65,4 +75,10 @@ impl Played {
             (self.residentd.model("m")["in_flight"] == json!(count)).then_some(())
         });
     }
+}
+
+fn config(address: &str, keys: &str) -> String {
+    format!(
+        "[memory]\nlimit = \"400MiB\"\nreserve = \"16MiB\"\n[models.m]\ncommand = '{STUB} --name m'\nupstream = \"http://{address}\"\nready = {{ log = \"ready on\" }}\nmemory = \"32MiB\"\n{keys}\n"
+    )
 }
