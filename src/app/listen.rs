@@ -19,7 +19,8 @@ use tracing::{debug, warn};
 
 use super::sockets::Listener;
 use super::upgrade::{PEER, pass};
-use crate::api::PeerAddr;
+use crate::api::{self, PeerAddr};
+use crate::grpc;
 use crate::proxy::{Proxy, ProxyBody};
 use crate::telemetry;
 
@@ -163,7 +164,8 @@ impl Server {
 
     async fn answer(&self, request: Request<Incoming>, origin: Origin) -> Response<Body> {
         let (peer, version) = (origin.peer(request.headers()), request.version());
-        if Proxy::takes(request.uri().path()) {
+        let is_ours = Proxy::takes(request.uri().path());
+        if is_ours || grpc::is_call(&request) && !api::answers(&request) {
             // Before this, the one that was replaced has named the client to workers.
             let client = match origin {
                 Origin::Client(_) => peer.0,

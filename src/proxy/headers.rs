@@ -12,15 +12,15 @@ use hyper::http::request;
 use crate::model::Upstream;
 
 /// Headers of one connection, never passed on (RFC 9110, 7.6.1; the two about
-/// authentication are for the proxy they reach).
-const HOP_BY_HOP: [HeaderName; 9] = [
+/// authentication are for the proxy they reach). Trailers pass, and so does the
+/// header that announces them: HTTP/1 sends none that it does not.
+const HOP_BY_HOP: [HeaderName; 8] = [
     CONNECTION,
     HeaderName::from_static("keep-alive"),
     HeaderName::from_static("proxy-authenticate"),
     HeaderName::from_static("proxy-authorization"),
     HeaderName::from_static("proxy-connection"),
     TE,
-    HeaderName::from_static("trailer"),
     HeaderName::from_static("transfer-encoding"),
     UPGRADE,
 ];

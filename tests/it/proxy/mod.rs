@@ -5,13 +5,16 @@
 mod checksum;
 
 mod bodies;
+mod calls;
 mod endings;
 mod headers;
 mod hostile;
 mod http2;
 mod kept;
 mod naming;
+mod oip;
 mod port;
 mod refusals;
 mod rig;
+mod trailers;
 mod upgrade;
