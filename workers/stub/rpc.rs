@@ -35,6 +35,9 @@ pub(crate) fn answer(stub: &Arc<Stub>, request: Request<Incoming>) -> Response<A
         status: number(&head.headers, "x-stub-status").unwrap_or(0),
         in_flight: stub.begin(),
     };
+    if call.exit_after == Some(0) {
+        kill_self();
+    }
     let messages = unfold(Some(call), |call| async move { call?.next().await });
     let mut response = Response::new(StreamBody::new(messages).boxed_unsync());
     let headers = response.headers_mut();

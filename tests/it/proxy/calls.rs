@@ -2,28 +2,21 @@
 //! answered by residentd itself where they are about itself, and refused in
 //! gRPC's own words.
 
-use std::future::Future;
 use std::time::Duration;
 
 use bytes::Bytes;
-use futures_util::stream;
-use http_body_util::combinators::UnsyncBoxBody;
 use http_body_util::{BodyExt, Full, StreamBody};
-use hyper::body::{Frame, Incoming};
-use hyper::client::conn::http2::{self, SendRequest};
+use hyper::Request;
+use hyper::body::Frame;
 use hyper::header::{HeaderMap, HeaderValue};
-use hyper::{Request, Response, StatusCode};
-use hyper_util::rt::{TokioExecutor, TokioIo};
-use residentd::grpc::{self, Message, Value, first_field};
-use tokio::sync::mpsc;
+use residentd::grpc::{self, Message, Value};
 
+use crate::support::Residentd;
+use crate::support::calls::{
+    Client, INFERENCE, ask, call, field, finish, named, open, whole, with,
+};
 use crate::support::residentd::STUB;
-use crate::support::{PATIENCE, Residentd};
-
-type Body = UnsyncBoxBody<Bytes, std::convert::Infallible>;
-type Client = SendRequest<Body>;
-
-const INFERENCE: &str = "/inference.GRPCInferenceService";
+use crate::support::wire::Wire;
 
 /// `red` and `org/blue`; `broken` ends when it starts, and `slow` is never ready.
 fn start() -> Residentd {
@@ -39,125 +32,10 @@ fn start() -> Residentd {
     ))
 }
 
-/// Runs `talk` with one connection to residentd.
-fn with<F, T>(residentd: &Residentd, talk: impl FnOnce(Client) -> F) -> T
-where
-    F: Future<Output = T>,
-{
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .expect("a runtime");
-    runtime.block_on(async {
-        let stream = tokio::net::TcpStream::connect(residentd.address())
-            .await
-            .expect("a connection");
-        let (sender, connection) = http2::handshake(TokioExecutor::new(), TokioIo::new(stream))
-            .await
-            .expect("it speaks HTTP/2");
-        tokio::select! {
-            biased;
-            done = tokio::time::timeout(PATIENCE, talk(sender)) => done.expect("in time"),
-            ended = connection => panic!("the connection ended: {ended:?}"),
-        }
-    })
-}
-
-fn call(path: &str, metadata: &[(&'static str, &'static str)], body: Body) -> Request<Body> {
-    let mut request = Request::post(format!("http://models.test{path}"))
-        .header("content-type", "application/grpc")
-        .header("te", "trailers")
-        .body(body)
-        .expect("a good request");
-    for (name, value) in metadata {
-        let value = HeaderValue::from_static(value);
-        request.headers_mut().insert(*name, value);
-    }
-    request
-}
-
-fn whole(frame: Bytes) -> Body {
-    // Without a length, as real clients send it.
-    StreamBody::new(stream::iter([Ok(Frame::data(frame))])).boxed_unsync()
-}
-
-/// A body whose messages come one by one.
-fn open() -> (mpsc::Sender<Frame<Bytes>>, Body) {
-    let (sender, frames) = mpsc::channel(16);
-    let frames = stream::unfold(frames, |mut frames| async move {
-        Some((Ok(frames.recv().await?), frames))
-    });
-    (sender, StreamBody::new(frames).boxed_unsync())
-}
-
-/// How a call ended.
-#[derive(Debug)]
-struct Done {
-    headers: HeaderMap,
-    data: Bytes,
-    /// Of the trailers, or of the headers when there are no others.
-    end: HeaderMap,
-}
-
-impl Done {
-    fn status(&self) -> &str {
-        self.end["grpc-status"].to_str().expect("text")
-    }
-
-    fn message(&self) -> &str {
-        let message = self.end.get("grpc-message");
-        message.map_or("", |message| message.to_str().expect("text"))
-    }
-}
-
-async fn finish(response: Response<Incoming>) -> Done {
-    assert_eq!(response.status(), StatusCode::OK);
-    assert_eq!(response.headers()["content-type"], "application/grpc");
-    let (head, body) = response.into_parts();
-    let body = body.collect().await.expect("a call ends with a status");
-    let end = body.trailers().unwrap_or(&head.headers).clone();
-    Done {
-        data: body.to_bytes(),
-        headers: head.headers,
-        end,
-    }
-}
-
-async fn ask(
-    client: &Client,
-    method: &str,
-    metadata: &[(&'static str, &'static str)],
-    frame: Bytes,
-) -> Done {
-    let path = match method.starts_with('/') {
-        true => method.to_owned(),
-        false => format!("{INFERENCE}/{method}"),
-    };
-    let request = call(&path, metadata, whole(frame));
-    let response = client.clone().send_request(request).await;
-    finish(response.expect("an answer")).await
-}
-
-fn named(name: &str) -> Message {
-    Message::default().text(1, name)
-}
-
-/// Returns the field of the message in a frame.
-fn field(frame: &[u8], wanted: u64) -> Option<Value<'_>> {
-    let mut rest = frame.get(5..)?;
-    while let Ok(Some((number, value, used))) = first_field(rest) {
-        if number == wanted {
-            return Some(value);
-        }
-        rest = &rest[used..];
-    }
-    None
-}
-
 #[test]
 fn a36_a_call_is_routed_by_the_name_in_its_first_message_and_passes_whole() {
     let residentd = start();
-    with(&residentd, |client| async move {
+    with(residentd.address(), |client| async move {
         let raw = "x".repeat(100_000);
         for (name, metadata, worker) in [
             ("red", &[][..], "red"),
@@ -195,7 +73,7 @@ fn a36_a_call_is_routed_by_the_name_in_its_first_message_and_passes_whole() {
 fn a36_a_call_that_is_answered_elsewhere_is_told_what_time_is_left() {
     let residentd = start();
     residentd.complete("red");
-    with(&residentd, |client| async move {
+    with(residentd.address(), |client| async move {
         let metadata = [("grpc-timeout", "10S")];
         let done = ask(&client, "ModelInfer", &metadata, named("red").frame()).await;
         let left = grpc::timeout(&HeaderMap::from_iter([(
@@ -215,7 +93,7 @@ fn a36_a_call_that_is_answered_elsewhere_is_told_what_time_is_left() {
 #[test]
 fn a36_a_conversation_goes_both_ways_at_once_and_trailers_pass_both_ways() {
     let residentd = start();
-    with(&residentd, |client| async move {
+    with(residentd.address(), |client| async move {
         let (say, body) = open();
         let request = call(&format!("{INFERENCE}/ModelStreamInfer"), &[], body);
         say.try_send(Frame::data(named("red").text(3, "0").frame()))
@@ -253,7 +131,7 @@ fn a36_a_conversation_goes_both_ways_at_once_and_trailers_pass_both_ways() {
             HeaderValue::from_static("again"),
         )]);
         let frames = [Frame::data(named("red").frame()), Frame::trailers(trailers)];
-        let body = StreamBody::new(stream::iter(frames.map(Ok))).boxed_unsync();
+        let body = StreamBody::new(futures_util::stream::iter(frames.map(Ok))).boxed_unsync();
         let request = call(&format!("{INFERENCE}/ModelInfer"), &[], body);
         let response = client.clone().send_request(request).await;
         let done = finish(response.expect("an answer")).await;
@@ -264,7 +142,7 @@ fn a36_a_conversation_goes_both_ways_at_once_and_trailers_pass_both_ways() {
 #[test]
 fn a34_a_conversation_that_is_dropped_leaves_no_lease() {
     let residentd = start();
-    with(&residentd, |client| async move {
+    with(residentd.address(), |client| async move {
         let (say, body) = open();
         let request = call(&format!("{INFERENCE}/ModelStreamInfer"), &[], body);
         say.try_send(Frame::data(named("red").frame()))
@@ -295,7 +173,7 @@ async fn residentd_in_flight(client: &Client) -> u64 {
 #[test]
 fn a31_a_worker_that_dies_in_a_conversation_ends_it_with_a_status() {
     let residentd = start();
-    with(&residentd, |client| async move {
+    with(residentd.address(), |client| async move {
         let (say, body) = open();
         let path = format!("{INFERENCE}/ModelStreamInfer");
         let request = call(&path, &[("x-stub-exit-after", "2")], body);
@@ -309,12 +187,23 @@ fn a31_a_worker_that_dies_in_a_conversation_ends_it_with_a_status() {
             (done.status(), done.message()),
             ("14", "the worker broke off")
         );
-        // A call of one message whose worker dies before its head is tried
-        // again, in the next worker, and then told.
+    });
+}
+
+#[test]
+fn a_call_whose_worker_dies_before_its_head_is_tried_once_more_and_then_told() {
+    let residentd = start();
+    with(residentd.address(), |client| async move {
         let metadata = [("x-stub-exit-after", "0")];
         let done = ask(&client, "ModelInfer", &metadata, named("red").frame()).await;
         assert_eq!(done.status(), "14", "{done:?}");
+        assert!(done.message().contains("worker of red broke"), "{done:?}");
+        assert_eq!(done.headers["retry-after"], "1");
     });
+    crate::support::wait_until("both ends to be told", || {
+        (residentd.model("red")["restarts"] == 2).then_some(())
+    });
+    assert_eq!(residentd.model("red")["loads"], 2);
 }
 
 #[test]
@@ -326,7 +215,7 @@ fn what_is_refused_says_so_in_a_status_with_the_words_of_the_other_protocols() {
         message.to_owned()
     };
     let green = words("green");
-    with(&residentd, |client| async move {
+    with(residentd.address(), |client| async move {
         let compressed = Bytes::from_static(b"\x01\0\0\0\x02\x0a\0");
         let late = Message::default().text(7, &"x".repeat(5000)).text(1, "red");
         for (metadata, frame, status, says) in [
@@ -359,7 +248,7 @@ fn what_is_refused_says_so_in_a_status_with_the_words_of_the_other_protocols() {
 fn a36_calls_about_the_server_and_its_models_are_answered_by_residentd() {
     let residentd = start();
     let yes = Some(Value::Number(1));
-    with(&residentd, |client| async move {
+    with(residentd.address(), |client| async move {
         let empty = Message::default().frame();
         let done = ask(&client, "ServerLive", &[], empty.clone()).await;
         assert_eq!((done.status(), field(&done.data, 1)), ("0", yes));
@@ -422,7 +311,7 @@ fn a36_the_health_service_tells_how_it_is_and_when_that_changes() {
         )
         .await
     };
-    with(&residentd, |client| async move {
+    with(residentd.address(), |client| async move {
         while field(&check(client.clone(), "").await.data, 1) != serving {}
         assert_eq!(field(&check(client.clone(), "red").await.data, 1), not);
         assert_eq!(check(client.clone(), "nobody").await.status(), "5");
@@ -448,7 +337,7 @@ fn a36_the_health_service_tells_how_it_is_and_when_that_changes() {
 fn a43_a_watcher_of_health_does_not_hold_up_the_end() {
     let residentd = start();
     let pid = residentd.pid();
-    with(&residentd, |client| async move {
+    with(residentd.address(), |client| async move {
         let empty = whole(Message::default().frame());
         let request = call("/grpc.health.v1.Health/Watch", &[], empty);
         let watched = client.clone().send_request(request).await;
@@ -460,4 +349,75 @@ fn a43_a_watcher_of_health_does_not_hold_up_the_end() {
         assert_eq!(done.status(), "14", "{done:?}");
     });
     assert_eq!(residentd.stop().code(), Some(0));
+}
+
+#[test]
+fn a36_frames_written_by_hand_are_answered_and_a_refusal_is_one_frame_of_headers() {
+    let residentd = start();
+    let mut wire = Wire::to(residentd.address());
+    wire.put("PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n");
+    wire.put(frame(SETTINGS, 0, 0, b""));
+    for (stream, method, message) in [
+        (1, "ServerLive", Message::default()),
+        (3, "ModelInfer", named("green")),
+    ] {
+        let head = [
+            (":method", "POST"),
+            (":scheme", "http"),
+            (":path", &*format!("{INFERENCE}/{method}")),
+            (":authority", "x"),
+            ("content-type", "application/grpc"),
+            ("te", "trailers"),
+        ];
+        wire.put(frame(HEADERS, END_HEADERS, stream, &literals(&head)));
+        wire.put(frame(DATA, END_STREAM, stream, &message.frame()));
+        let (mut data, mut heads) = (Vec::new(), 0);
+        loop {
+            let prefix = wire.exactly(9);
+            let length = u32::from_be_bytes([0, prefix[0], prefix[1], prefix[2]]);
+            let payload = wire.exactly(usize::try_from(length).expect("it fits"));
+            let [kind, flags] = [prefix[3], prefix[4]];
+            if prefix[5..] != u32::to_be_bytes(stream) {
+                continue;
+            }
+            match kind {
+                DATA => data.extend_from_slice(&payload),
+                HEADERS => heads += 1,
+                _ => {}
+            }
+            if flags & END_STREAM != 0 && [DATA, HEADERS].contains(&kind) {
+                assert_eq!(kind, HEADERS, "a status is the last word");
+                break;
+            }
+        }
+        match method {
+            "ServerLive" => assert_eq!((heads, &*data), (2, &[0, 0, 0, 0, 2, 8, 1][..])),
+            _ => assert_eq!((heads, &*data), (1, &[][..])),
+        }
+    }
+}
+
+const DATA: u8 = 0;
+const HEADERS: u8 = 1;
+const SETTINGS: u8 = 4;
+const END_STREAM: u8 = 1;
+const END_HEADERS: u8 = 4;
+
+fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
+    let length = u32::try_from(payload.len()).expect("small").to_be_bytes();
+    let head = [length[1], length[2], length[3], kind, flags];
+    [&head[..], &stream.to_be_bytes(), payload].concat()
+}
+
+/// Headers without any compression.
+fn literals(headers: &[(&str, &str)]) -> Vec<u8> {
+    let mut block = Vec::new();
+    for (name, value) in headers {
+        block.push(0);
+        for text in [name, value] {
+            block.push(u8::try_from(text.len()).expect("short"));
+            block.extend_from_slice(text.as_bytes());
+        }
+    }
+    block
 }
