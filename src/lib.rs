@@ -7,6 +7,7 @@ pub mod clock;
 pub mod config;
 pub mod control;
 pub mod gate;
+pub mod grpc;
 pub mod memory;
 pub mod model;
 pub mod policy;

@@ -2,14 +2,17 @@
 //! from refusal and fault to status, code and body.
 //!
 //! Bodies are as OpenAI clients expect them:
-//! `{"error": {"message", "type", "code", "model"?, "detail"?}}`.
+//! `{"error": {"message", "type", "code", "model"?, "detail"?}}`; other
+//! protocols have their own shape ([`Speech`]).
+
+mod speech;
 
 use std::time::Duration;
 
-use hyper::header::{CONTENT_TYPE, HeaderValue, RETRY_AFTER};
 use hyper::{Response, StatusCode};
 use serde_json::{Value, json};
 
+pub use self::speech::{Speech, code_of, open_inference, refusal};
 use crate::control::Refusal;
 use crate::model::{Bytes, ModelName};
 
@@ -220,20 +223,18 @@ impl Fault {
     pub fn response<B>(&self, body: impl FnOnce(String) -> B) -> Response<B> {
         let mut response = Response::new(body(self.body().to_string()));
         *response.status_mut() = self.status();
+        speech::set_json(&mut response);
+        speech::set_retry(&mut response, self.retry_after());
         response
-            .headers_mut()
-            .insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
-        let retry = match self {
+    }
+
+    /// Returns when to try again, where that helps.
+    #[must_use]
+    pub fn retry_after(&self) -> Option<Duration> {
+        match self {
             Self::Refused(refusal) => retry_after(refusal),
             Self::WorkerBroke { .. } => Some(SOON),
             _ => None,
-        };
-        if let Some(retry) = retry {
-            let seconds = retry.as_secs() + u64::from(retry.subsec_nanos() > 0);
-            response
-                .headers_mut()
-                .insert(RETRY_AFTER, HeaderValue::from(seconds));
         }
-        response
     }
 }

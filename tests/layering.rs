@@ -13,6 +13,7 @@ const MAP: &[(&str, &[&str])] = &[
     ("clock", &[]),
     ("template", &[]),
     ("telemetry", &[]),
+    ("grpc", &["clock"]),
     // Layer 1: pure core, configuration, process table.
     ("config", &["model", "template", "telemetry"]),
     ("policy", &["model", "clock"]),
@@ -42,15 +43,31 @@ const MAP: &[(&str, &[&str])] = &[
         ],
     ),
     // Layer 4: what is answered when something is wrong.
-    ("reply", &["control", "model", "telemetry"]),
+    ("reply", &["control", "model", "telemetry", "grpc"]),
     // Layer 5: listeners.
     (
         "proxy",
-        &["reply", "control", "model", "clock", "telemetry", "gate"],
+        &[
+            "reply",
+            "control",
+            "model",
+            "clock",
+            "telemetry",
+            "gate",
+            "grpc",
+        ],
     ),
     (
         "api",
-        &["reply", "control", "model", "clock", "telemetry", "memory"],
+        &[
+            "reply",
+            "control",
+            "model",
+            "clock",
+            "telemetry",
+            "memory",
+            "grpc",
+        ],
     ),
     // Layer 6: assembly.
     (
@@ -71,6 +88,7 @@ const MAP: &[(&str, &[&str])] = &[
             "reply",
             "proxy",
             "api",
+            "grpc",
         ],
     ),
     // Layer 7: the command line.

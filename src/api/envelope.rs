@@ -10,6 +10,7 @@ use axum::response::{IntoResponse, Response};
 use serde::Serialize;
 
 use super::reload::ProblemEntry;
+use super::shape::Said;
 use crate::control::{Refusal, ReloadError, UpgradeError};
 use crate::model::Bytes;
 use crate::reply;
@@ -142,6 +143,7 @@ impl IntoResponse for ApiError {
             detail: &message,
         };
         let mut response = json(self.status(), &body);
+        response.extensions_mut().insert(Said(message.clone()));
         if let Some(wait) = self.retry_after() {
             // A client that counts in whole seconds must not come too early.
             let seconds = wait.as_secs() + u64::from(wait.subsec_nanos() > 0);

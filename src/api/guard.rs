@@ -17,6 +17,7 @@ use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 
 use super::envelope::ApiError;
+use super::rpc;
 
 /// Where a connection came from, put into each request's extensions by whoever
 /// accepted it. `None` is a Unix socket, which counts as local.
@@ -37,11 +38,16 @@ pub(crate) async fn guard(request: Request, next: Next) -> Response {
     let harmless = matches!(
         *request.method(),
         Method::GET | Method::HEAD | Method::OPTIONS
-    );
+    ) || only_reads(request.uri().path());
     if !harmless && let Err(error) = check(&request) {
         return error.into_response();
     }
     next.run(request).await
+}
+
+/// Returns whether this path changes nothing, though it is for `POST`.
+fn only_reads(path: &str) -> bool {
+    path == "/v2/repository/index" || rpc::only_reads(path)
 }
 
 fn check(request: &Request) -> Result<(), ApiError> {

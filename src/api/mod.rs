@@ -15,10 +15,14 @@ mod logs;
 mod memory;
 mod metrics;
 mod models;
+mod oip;
 mod past;
 mod probes;
 mod query;
 mod reload;
+mod repository;
+mod rpc;
+mod shape;
 mod system;
 mod upgrade;
 
@@ -27,12 +31,13 @@ use std::sync::Arc;
 use axum::Router;
 use axum::http::{Method, Uri};
 use axum::middleware::from_fn;
-use axum::routing::{get, post};
+use axum::routing::{any, get, post};
 
 use self::envelope::ApiError;
 pub use self::guard::PeerAddr;
 use self::metrics::Page;
 pub use self::past::{Past, written};
+pub use self::rpc::answers;
 use crate::control::{Controller, Reloader, Upgrader};
 
 /// What every route needs. Cheap to clone.
@@ -101,10 +106,25 @@ pub fn router(state: ApiState) -> Router {
         .route("/livez", get(probes::livez))
         .route("/readyz", get(probes::readyz))
         .route("/metrics", get(metrics::metrics))
+        .merge(open_inference())
         .fallback(not_found)
         .method_not_allowed_fallback(wrong_method)
         .layer(from_fn(guard::guard))
+        .layer(from_fn(shape::shape))
         .with_state(state)
+}
+
+/// What is answered of the Open Inference Protocol and by gRPC.
+fn open_inference() -> Router<ApiState> {
+    Router::new()
+        .route("/v2", get(oip::metadata))
+        .route("/v2/", get(oip::metadata))
+        .route("/v2/health/live", get(oip::live))
+        .route("/v2/health/ready", get(oip::ready))
+        .route("/v2/repository/index", post(oip::index))
+        .route("/v2/repository/models/{*rest}", post(oip::wish))
+        .route(rpc::INFERENCE, any(rpc::call))
+        .route(rpc::HEALTH, any(rpc::call))
 }
 
 async fn not_found(uri: Uri) -> ApiError {

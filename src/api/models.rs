@@ -146,6 +146,20 @@ async fn carry_out(
     }
 }
 
+/// Does what an operator wishes and waits for it; a task of its own goes on
+/// when the caller leaves.
+pub(super) async fn see_through(
+    controller: &Controller,
+    route: &ModelRoute,
+    action: Action,
+) -> Result<(), ApiError> {
+    let work = perform(controller.clone(), Arc::clone(route.spec()), action);
+    match telemetry::spawn("operator", work).await {
+        Ok(done) => Ok(done?),
+        Err(_) => Err(ApiError::Broken),
+    }
+}
+
 async fn perform(
     controller: Controller,
     spec: Arc<ModelSpec>,
@@ -178,7 +192,7 @@ async fn load(controller: &Controller, spec: &ModelSpec) -> Result<(), Refusal> 
 
 /// What an operator may wish of a model.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Action {
+pub(super) enum Action {
     Load,
     Unload,
     Pin,
@@ -243,7 +257,7 @@ fn find(routes: &Routes, name: &str) -> Option<Arc<ModelRoute>> {
     routes.get(name)
 }
 
-fn unknown(name: &str) -> ApiError {
+pub(super) fn unknown(name: &str) -> ApiError {
     // A name is short; a caller's text of any length is not sent back.
     ApiError::UnknownModel(name.chars().take(128).collect())
 }

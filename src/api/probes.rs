@@ -18,6 +18,10 @@ inference
   POST /v1/...                               the model is named in the body, by x-model or ?model=
   ANY  /upstream/{model}/...                 the rest goes to the model's worker as it is
   GET  /v1/models
+  GET  /v2  /v2/health/{live,ready}  /v2/models/{model}/ready
+  ANY  /v2/models/{model}/...                Open Inference Protocol; by gRPC too, on this port
+  POST /v2/repository/index
+  POST /v2/repository/models/{model}/{load,unload}
 
 memory
   GET  /api/v1/memory/stats
@@ -81,6 +85,11 @@ pub(crate) async fn health(State(state): State<ApiState>) -> Response {
         (StatusCode::OK, r#"{"status":"ok"}"#)
     };
     (status, [(CONTENT_TYPE, "application/json")], body).into_response()
+}
+
+/// Returns whether requests are welcome.
+pub(super) fn is_ready(state: &ApiState) -> bool {
+    !state.controller.snapshot().draining && has_measured(state)
 }
 
 fn has_measured(state: &ApiState) -> bool {

@@ -20,7 +20,8 @@ use tracing::{debug, warn};
 
 use super::sockets::Listener;
 use super::upgrade::{named_peer, pass};
-use crate::api::PeerAddr;
+use crate::api::{self, PeerAddr};
+use crate::grpc;
 use crate::model::Bytes;
 use crate::proxy::{Proxy, ProxyBody, TRIED};
 use crate::reply::Fault;
@@ -176,7 +177,8 @@ impl Server {
 
     async fn answer(&self, request: Request<Incoming>, origin: Origin) -> Response<Body> {
         let (peer, version) = (origin.peer(request.headers()), request.version());
-        if Proxy::takes(request.uri().path()) {
+        let is_ours = Proxy::takes(request.uri().path());
+        if is_ours || grpc::is_call(&request) && !api::answers(&request) {
             let (client, tried) = match origin {
                 Origin::Client(_) => (peer.0, false),
                 // That one has named the client to workers.
@@ -198,7 +200,7 @@ impl Server {
         if let Some(socket) = open.ok().and_then(|doors| doors.moved()) {
             return pass(request.map(ApiBody::new), peer, &socket).await;
         }
-        if request.method() != Method::POST {
+        if request.method() != Method::POST || grpc::is_call(&request) {
             return self.answer_call(request.map(ApiBody::new), peer).await;
         }
         // Kept for the one who may take over while it waits.

@@ -76,6 +76,7 @@ pub struct Visit(Arc<Stay>);
 struct Stay {
     pulse: Arc<Pulse>,
     waits: AtomicBool,
+    owes: AtomicBool,
     failed: AtomicBool,
 }
 
@@ -87,13 +88,32 @@ impl Visit {
         Self(Arc::new(Stay {
             pulse,
             waits: AtomicBool::new(false),
+            owes: AtomicBool::new(false),
             failed: AtomicBool::new(false),
         }))
     }
 
-    /// From now on it is the worker's turn. Whoever waits already goes on.
+    /// A part of the request is still to come, so that a worker that says
+    /// nothing may be waiting for it: a conversation may be quiet for long.
+    pub fn owes(&self) {
+        self.0.owes.store(true, Ordering::Relaxed);
+    }
+
+    /// The worker said something, and it is its turn again unless the client
+    /// owes it something.
+    pub fn waits_on(&self) {
+        if !self.0.owes.load(Ordering::Relaxed) {
+            self.waits();
+        }
+    }
+
+    /// From now on it is the worker's turn: it has the whole request. Whoever
+    /// waits already goes on.
     pub fn waits(&self) {
         let stay = &self.0;
+        if stay.owes.load(Ordering::Relaxed) {
+            stay.owes.store(false, Ordering::Relaxed);
+        }
         if !stay.waits.load(Ordering::Relaxed) && !stay.waits.swap(true, Ordering::Relaxed) {
             stay.pulse.waiting.fetch_add(1, Ordering::Relaxed);
         }

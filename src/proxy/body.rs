@@ -11,6 +11,7 @@ use super::account::Account;
 use super::heartbeat::Waiting;
 use super::limit::Limited;
 use super::pool::{Pool, Sender};
+use super::rpc;
 use super::upload::BodyError;
 use crate::control::Lease;
 use crate::gate::Visit;
@@ -29,10 +30,10 @@ pub enum ProxyBody {
 }
 
 impl ProxyBody {
-    /// Returns an answer of our own.
+    /// Returns an answer of our own; without content when the text is empty.
     #[must_use]
     pub fn text(text: String) -> Self {
-        Self::Full(Some(Bytes::from(text)))
+        Self::Full((!text.is_empty()).then(|| Bytes::from(text)))
     }
 
     /// Returns a body without content.
@@ -40,6 +41,17 @@ impl ProxyBody {
     pub const fn empty() -> Self {
         Self::Full(None)
     }
+}
+
+/// How an answer that breaks is ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Kind {
+    /// It is cut.
+    Plain,
+    /// As a stream of events: by an event, then it is cut.
+    Events,
+    /// As a call of gRPC: by a status.
+    Call,
 }
 
 /// The worker's answer, and what is held until it ends: the lease, the
@@ -52,6 +64,7 @@ pub struct Streamed {
     sender: Option<(Sender, Arc<Pool>)>,
     /// How a stream of events ends so far.
     events: Option<Tail>,
+    is_call: bool,
     broken: Option<Broken>,
     /// Until the worker has said all.
     visit: Option<Visit>,
@@ -63,14 +76,15 @@ impl Streamed {
         inner: Incoming,
         account: Account,
         connection: (Sender, Arc<Pool>),
-        events: bool,
+        kind: Kind,
         (lease, visit): (Lease, Option<Visit>),
     ) -> Self {
         let mut streamed = Self {
             inner,
             account,
             sender: Some(connection),
-            events: events.then(Tail::default),
+            events: (kind == Kind::Events).then(Tail::default),
+            is_call: kind == Kind::Call,
             broken: None,
             visit,
             _lease: lease,
@@ -91,7 +105,7 @@ impl Streamed {
         }
         let Poll::Ready(frame) = Pin::new(&mut self.inner).poll_frame(cx) else {
             if let Some(visit) = &self.visit {
-                visit.waits();
+                visit.waits_on();
             }
             return Poll::Pending;
         };
@@ -119,6 +133,9 @@ impl Streamed {
                 self.account.broke();
                 self.sender = None;
                 self.visit = None;
+                if self.is_call {
+                    return Poll::Ready(Some(Ok(Frame::trailers(rpc::broken_off()))));
+                }
                 // In the middle of an event our words would end it, and it
                 // would pass for one.
                 let between = self.events.take().is_some_and(|tail| tail.is_between());

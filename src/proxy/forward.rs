@@ -15,10 +15,11 @@ use tokio::time::Instant;
 use tracing::debug;
 
 use super::account::Account;
-use super::body::{ProxyBody, Streamed};
+use super::body::{Kind, ProxyBody, Streamed};
 use super::filter::Change;
 use super::held::Held;
-use super::pool::{Pool, Sender};
+use super::pool::{Pool, Sender, Wire};
+use super::rpc::Call;
 use super::upload::{BodyError, RequestBody};
 use super::{Proxy, headers, limit, upgrade};
 use crate::clock::Timestamp;
@@ -43,6 +44,8 @@ pub(super) struct Passage {
     pub(super) began: Timestamp,
     /// A worker broke over it already.
     pub(super) tried: bool,
+    /// Of a call of gRPC.
+    pub(super) call: Option<Call>,
 }
 
 /// What became of one try.
@@ -61,6 +64,8 @@ impl Proxy {
     /// head and nothing of the body is gone.
     pub(super) async fn pass(&self, mut passage: Passage) -> Result<Response<ProxyBody>, Fault> {
         let deadline = passage.began + passage.route.spec().queue_timeout;
+        let call = passage.call;
+        let deadline = call.map_or(deadline, |call| call.or_earlier(deadline));
         let client = passage.head.extensions.remove::<OnUpgrade>();
         let client = client.filter(|_| headers::asks_upgrade(&passage.head.headers));
         headers::towards_worker(&mut passage.head, passage.peer, client.is_some());
@@ -82,7 +87,8 @@ impl Proxy {
                 Tried::Answered(response, sender, visit) => {
                     let account = self.account(&passage, &lease, leased, response.status());
                     if response.status() != StatusCode::SWITCHING_PROTOCOLS {
-                        let answer = answer(response, account, (sender, pool), (lease, visit));
+                        let connection = (sender, pool);
+                        let answer = answer(response, account, connection, (lease, visit), call);
                         return Ok(limit::bound(answer, ends));
                     }
                     if let Some(client) = client {
@@ -132,7 +138,7 @@ impl Proxy {
     ) -> Tried {
         if !fresh
             && passage.held.is_whole()
-            && let Some(sender) = pool.kept().await
+            && let Some(sender) = pool.kept(passage.wire()).await
         {
             match self.send(sender, lease, passage).await {
                 Tried::Unsent(cause) => {
@@ -141,7 +147,7 @@ impl Proxy {
                 done @ (Tried::Answered(..) | Tried::Broke(_) | Tried::Refused(_)) => return done,
             }
         }
-        match pool.connect().await {
+        match pool.connect(passage.wire()).await {
             // Whoever it is that listens there now.
             Ok(_) if !lease.worker().runs() => Tried::Unsent("it has ended".into()),
             Ok(sender) => self.send(sender, lease, passage).await,
@@ -204,13 +210,14 @@ impl Proxy {
             self.settings.load().max_body,
             visit,
         );
+        let body = body.with_trailers(passage.held.trailers());
         let head = &passage.head;
         let mut headers = head.headers.clone();
         headers.insert(HOST, headers::host(&lease.worker().upstream));
         if lease.worker().is_heir && passage.tried {
             headers.insert(headers::TRIED, HeaderValue::from_static("1"));
         }
-        if has_body(&head.method) && body.is_end_stream() {
+        if passage.call.is_none() && has_body(&head.method) && body.is_end_stream() {
             headers.insert(CONTENT_LENGTH, HeaderValue::from_static("0"));
         }
         let mut request = Request::new(body);
@@ -221,11 +228,22 @@ impl Proxy {
         };
         *request.version_mut() = Version::HTTP_11;
         *request.headers_mut() = headers;
+        if let Some(call) = passage.call {
+            let now = self.controller.clock().now();
+            call.address(&mut request, &lease.worker().upstream, now)?;
+        }
         Ok(request)
     }
 }
 
 impl Passage {
+    fn wire(&self) -> Wire {
+        match self.call {
+            Some(_) => Wire::Http2,
+            None => Wire::Http1,
+        }
+    }
+
     fn broke(&self, cause: String) -> Fault {
         let model = self.route.name().clone();
         Fault::WorkerBroke { model, cause }
@@ -262,6 +280,7 @@ fn answer(
     mut account: Account,
     connection: (Sender, Arc<Pool>),
     held: (Lease, Option<Visit>),
+    call: Option<Call>,
 ) -> Response<ProxyBody> {
     let (mut head, body) = response.into_parts();
     headers::strip(&mut head.headers);
@@ -272,11 +291,15 @@ fn answer(
     }
     head.version = Version::default();
     head.extensions.clear();
-    let events = unknown_length && is_events(&head.headers);
-    if events {
+    let kind = match call {
+        Some(_) => Kind::Call,
+        None if unknown_length && is_events(&head.headers) => Kind::Events,
+        None => Kind::Plain,
+    };
+    if kind == Kind::Events {
         account.streams();
     }
-    let streamed = Streamed::new(body, account, connection, events, held);
+    let streamed = Streamed::new(body, account, connection, kind, held);
     Response::from_parts(head, ProxyBody::Stream(Box::new(streamed)))
 }
 

@@ -18,8 +18,9 @@ pub const PEER: HeaderName = HeaderName::from_static("x-residentd-peer");
 /// tried twice more.
 pub const TRIED: HeaderName = HeaderName::from_static("x-residentd-tried");
 /// Headers of one connection, never passed on (RFC 9110, 7.6.1; the two about
-/// authentication are for the proxy they reach).
-const HOP_BY_HOP: [HeaderName; 11] = [
+/// authentication are for the proxy they reach). Trailers pass, and so does the
+/// header that announces them: HTTP/1 sends none that it does not.
+const HOP_BY_HOP: [HeaderName; 10] = [
     CONNECTION,
     PEER,
     TRIED,
@@ -28,7 +29,6 @@ const HOP_BY_HOP: [HeaderName; 11] = [
     HeaderName::from_static("proxy-authorization"),
     HeaderName::from_static("proxy-connection"),
     TE,
-    HeaderName::from_static("trailer"),
     HeaderName::from_static("transfer-encoding"),
     UPGRADE,
 ];

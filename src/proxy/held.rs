@@ -4,6 +4,7 @@ use std::collections::VecDeque;
 
 use bytes::{Bytes, BytesMut};
 use http_body_util::BodyExt;
+use hyper::HeaderMap;
 use hyper::body::{Body, Incoming};
 
 use crate::reply::Fault;
@@ -21,6 +22,7 @@ pub(super) struct Held {
     small: BytesMut,
     size: u64,
     rest: Option<Incoming>,
+    trailers: Option<HeaderMap>,
     spent: bool,
 }
 
@@ -32,6 +34,7 @@ impl Held {
             small: BytesMut::new(),
             size: 0,
             rest,
+            trailers: None,
             spent: false,
         }
     }
@@ -69,8 +72,12 @@ impl Held {
         rest
     }
 
-    /// Reads one more piece; `None` at the end. Trailers of a request are not
-    /// passed on.
+    /// Returns what came behind the body, if that was read to its end.
+    pub(super) fn trailers(&self) -> Option<HeaderMap> {
+        self.trailers.clone()
+    }
+
+    /// Reads one more piece; `None` at the end.
     pub(super) async fn read(&mut self) -> Result<Option<Bytes>, Fault> {
         while let Some(body) = &mut self.rest {
             match body.frame().await {
@@ -79,8 +86,12 @@ impl Held {
                     return Err(Fault::BadRequest(format!("the body broke off: {error}")));
                 }
                 Some(Ok(frame)) => {
-                    let Ok(piece) = frame.into_data() else {
-                        continue;
+                    let piece = match frame.into_data() {
+                        Ok(piece) => piece,
+                        Err(frame) => {
+                            self.trailers = frame.into_trailers().ok();
+                            continue;
+                        }
                     };
                     if body.is_end_stream() {
                         self.rest = None;

@@ -20,6 +20,7 @@ mod multipart;
 mod pool;
 mod resolve;
 mod rewrite;
+mod rpc;
 mod scan;
 mod upgrade;
 mod upload;
@@ -43,10 +44,12 @@ use self::held::Held;
 pub use self::limit::Limited;
 use self::pool::Pools;
 use self::resolve::ByPath;
+use self::rpc::Call;
 pub use self::upload::BodyError;
+use crate::clock::Timestamp;
 use crate::control::{Controller, ModelRoute};
 use crate::model::Bytes;
-use crate::reply::Fault;
+use crate::reply::{Fault, Speech};
 
 /// Bodies up to this size are read whole before they are sent, so that they
 /// can be sent again when the worker breaks.
@@ -112,11 +115,16 @@ impl Proxy {
         peer: Option<SocketAddr>,
         tried: bool,
     ) -> Response<ProxyBody> {
-        match self.walk(request, peer, tried).await {
+        let (speech, began) = (Speech::of(&request), self.controller.clock().now());
+        let call = (speech == Speech::Grpc).then(|| Call::of(began, request.headers()));
+        match self.walk(request, (peer, tried), began, call).await {
             Ok(response) => response,
             Err(fault) => {
                 debug!(code = fault.code(), why = %fault, "refusing a request");
-                fault.response(ProxyBody::text)
+                if call.is_some_and(|call| call.is_late(self.controller.clock().now())) {
+                    return rpc::too_late(&fault);
+                }
+                speech.answer(&fault, ProxyBody::text)
             }
         }
     }
@@ -124,10 +132,10 @@ impl Proxy {
     async fn walk(
         &self,
         request: Request<Incoming>,
-        peer: Option<SocketAddr>,
-        tried: bool,
+        (peer, tried): (Option<SocketAddr>, bool),
+        began: Timestamp,
+        call: Option<Call>,
     ) -> Result<Response<ProxyBody>, Fault> {
-        let began = self.controller.clock().now();
         if let Some(name) = models::asked(request.uri().path()) {
             return self.models(request.method(), name);
         }
@@ -140,10 +148,14 @@ impl Proxy {
         let routes = self.controller.routes();
         let (route, target) = match resolve::by_path(routes, head.uri.path(), head.uri.query()) {
             ByPath::Model(route, target) => (route, target),
+            ByPath::Readiness(route, name) => return Ok(self.readiness(&name, &route)),
             ByPath::Unknown(name) => return Err(self.not_found(&name)),
             ByPath::Silent => {
                 let prefix = settings.model_prefix;
-                let name = resolve::by_content(&head, &mut held, prefix).await?;
+                let name = match call {
+                    Some(_) => rpc::by_content(&head, &mut held, prefix).await?,
+                    None => resolve::by_content(&head, &mut held, prefix).await?,
+                };
                 let target = head.uri.path_and_query().map_or("/", |both| both.as_str());
                 (self.route(name)?, target.to_owned())
             }
@@ -155,7 +167,10 @@ impl Proxy {
         let (spec, most) = (route.spec(), settings.model_prefix);
         let change = filter::change(spec, &head, &mut held, most).await?;
         let beats = heartbeat::wanted(spec, &head, (&mut held, &change), most).await?;
-        held.read_whole(REPLAYED).await?;
+        match call {
+            Some(_) => rpc::read_whole(&head, &mut held, REPLAYED).await?,
+            None => held.read_whole(REPLAYED).await?,
+        }
         let (access, clock) = (self.access.clone(), self.controller.clock());
         let unanswered = Unanswered::new(access, route.name().clone(), clock, began);
         if beats.is_some() {
@@ -171,6 +186,7 @@ impl Proxy {
             change,
             began,
             tried,
+            call,
         };
         let Some(every) = beats else {
             return self.carry(passage, unanswered).await;

@@ -1,13 +1,14 @@
-//! `/v1/models`: the models there are, in OpenAI's shape.
+//! `/v1/models`: the models there are, in OpenAI's shape; and whether one is
+//! ready, in that of the Open Inference Protocol.
 
 use hyper::header::{CONTENT_TYPE, HeaderValue};
-use hyper::{Method, Response};
+use hyper::{Method, Response, StatusCode};
 use percent_encoding::percent_decode_str;
 use serde_json::{Value, json};
 
 use super::Proxy;
 use super::body::ProxyBody;
-use crate::control::ModelRoute;
+use crate::control::{ModelRoute, Phase};
 use crate::reply::Fault;
 
 /// The path of the list; one model is below it.
@@ -43,11 +44,23 @@ impl Proxy {
                 .ok_or_else(|| self.not_found(&name))?;
             self.entry(&name, &route)
         };
-        let mut response = Response::new(ProxyBody::text(value.to_string()));
+        Ok(document(&value))
+    }
+
+    /// Says whether a worker of the model takes requests, and loads nothing. A
+    /// version is the worker's own matter.
+    pub(super) fn readiness(&self, name: &str, route: &ModelRoute) -> Response<ProxyBody> {
+        let snapshot = self.controller.snapshot();
+        let phase = snapshot.models.get(route.name()).map(|view| view.phase);
+        if phase == Some(Phase::Ready) {
+            return document(&json!({"name": name, "ready": true}));
+        }
+        let phase = phase.map_or("gone", Phase::as_str);
+        let why = format!("model {name} is not ready: it is {phase}");
+        let mut response = document(&json!({"name": name, "ready": false, "error": why}));
+        // The protocol wants 4xx, and Triton answers this one.
+        *response.status_mut() = StatusCode::BAD_REQUEST;
         response
-            .headers_mut()
-            .insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
-        Ok(response)
     }
 
     /// The model under its name and under each alias.
@@ -67,6 +80,14 @@ impl Proxy {
             "kind": route.spec().kind,
         })
     }
+}
+
+fn document(value: &Value) -> Response<ProxyBody> {
+    let mut response = Response::new(ProxyBody::text(value.to_string()));
+    response
+        .headers_mut()
+        .insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    response
 }
 
 /// Whole seconds, as OpenAI's clients expect them.

@@ -11,9 +11,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use futures_util::FutureExt;
 use hyper::body::Incoming;
-use hyper::client::conn::http1::{self, SendRequest};
+use hyper::client::conn::{http1, http2};
 use hyper::{Request, Response};
-use hyper_util::rt::TokioIo;
+use hyper_util::rt::{TokioExecutor, TokioIo};
 use tokio_util::sync::CancellationToken;
 use tracing::debug;
 
@@ -25,11 +25,30 @@ use crate::telemetry;
 
 /// Idle connections kept for one worker; more than engines serve at once.
 const MOST_IDLE: usize = 64;
+/// Bytes of an answer that a worker may send over HTTP/2 before its client has
+/// read them.
+const WINDOW: u32 = 256 << 10;
+
+/// How a worker is spoken to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Wire {
+    /// As everybody does.
+    Http1,
+    /// As gRPC needs it. Such a connection serves one call at a time too: calls
+    /// that share one hold each other up when a client reads slowly.
+    Http2,
+}
+
+#[derive(Debug)]
+enum Requests {
+    Http1(http1::SendRequest<RequestBody>),
+    Http2(http2::SendRequest<RequestBody>),
+}
 
 /// A connection to a worker, for one request at a time.
 #[derive(Debug)]
 pub(super) struct Sender {
-    requests: SendRequest<RequestBody>,
+    requests: Requests,
     /// Cancelled when the connection has ended, and after all that hyper says of
     /// the requests it took.
     ended: CancellationToken,
@@ -54,7 +73,13 @@ impl Sender {
         &mut self,
         request: Request<RequestBody>,
     ) -> Result<Response<Incoming>, Unanswered> {
-        let mut answer = pin!(self.requests.try_send_request(request));
+        let requests = &mut self.requests;
+        let mut answer = pin!(async {
+            match requests {
+                Requests::Http1(requests) => requests.try_send_request(request).await,
+                Requests::Http2(requests) => requests.try_send_request(request).await,
+            }
+        });
         let answered = tokio::select! {
             biased;
             answered = &mut answer => Some(answered),
@@ -71,16 +96,32 @@ impl Sender {
         })
     }
 
+    fn wire(&self) -> Wire {
+        match &self.requests {
+            Requests::Http1(_) => Wire::Http1,
+            Requests::Http2(_) => Wire::Http2,
+        }
+    }
+
     fn is_ready(&self) -> bool {
-        self.requests.is_ready()
+        match &self.requests {
+            Requests::Http1(requests) => requests.is_ready(),
+            Requests::Http2(requests) => requests.is_ready(),
+        }
     }
 
     fn is_closed(&self) -> bool {
-        self.requests.is_closed()
+        match &self.requests {
+            Requests::Http1(requests) => requests.is_closed(),
+            Requests::Http2(requests) => requests.is_closed(),
+        }
     }
 
     async fn ready(&mut self) -> Result<(), hyper::Error> {
-        self.requests.ready().await
+        match &mut self.requests {
+            Requests::Http1(requests) => requests.ready().await,
+            Requests::Http2(requests) => requests.ready().await,
+        }
     }
 }
 
@@ -120,6 +161,7 @@ impl Pools {
             let mut state = pool.lock();
             state.closed = true;
             state.idle.clear();
+            state.idle_for_calls.clear();
         }
     }
 }
@@ -136,7 +178,18 @@ pub(super) struct Pool {
 #[derive(Debug, Default)]
 struct State {
     idle: Vec<Sender>,
+    /// Those of HTTP/2.
+    idle_for_calls: Vec<Sender>,
     closed: bool,
+}
+
+impl State {
+    fn idle(&mut self, wire: Wire) -> &mut Vec<Sender> {
+        match wire {
+            Wire::Http1 => &mut self.idle,
+            Wire::Http2 => &mut self.idle_for_calls,
+        }
+    }
 }
 
 impl Pool {
@@ -155,16 +208,17 @@ impl Pool {
 
     /// Takes a connection that need not be opened: the one that was used last
     /// and still lives, else the one on which the worker first answered.
-    pub(super) async fn kept(&self) -> Option<Sender> {
-        match self.take() {
+    pub(super) async fn kept(&self, wire: Wire) -> Option<Sender> {
+        match self.take(wire) {
             Some(sender) => Some(sender),
-            None => self.opened().await,
+            None if wire == Wire::Http1 => self.opened().await,
+            None => None,
         }
     }
 
-    fn take(&self) -> Option<Sender> {
+    fn take(&self, wire: Wire) -> Option<Sender> {
         let mut state = self.lock();
-        while let Some(sender) = state.idle.pop() {
+        while let Some(sender) = state.idle(wire).pop() {
             if sender.is_ready() {
                 return Some(sender);
             }
@@ -173,7 +227,7 @@ impl Pool {
     }
 
     async fn opened(&self) -> Option<Sender> {
-        greet(self.opened.take()?).await.ok()
+        greet(self.opened.take()?, Wire::Http1).await.ok()
     }
 
     /// Keeps a connection whose answer has ended for the next request, as soon
@@ -196,25 +250,43 @@ impl Pool {
 
     fn keep(&self, sender: Sender) {
         let mut state = self.lock();
-        if !state.closed && state.idle.len() < MOST_IDLE {
-            state.idle.push(sender);
+        let closed = state.closed;
+        let idle = state.idle(sender.wire());
+        if !closed && idle.len() < MOST_IDLE {
+            idle.push(sender);
         }
     }
 
     /// Opens a new connection.
-    pub(super) async fn connect(&self) -> io::Result<Sender> {
+    pub(super) async fn connect(&self, wire: Wire) -> io::Result<Sender> {
         // Nobody needs it any more, and it may keep a worker with one thread
         // from hearing us.
         self.opened.close();
-        greet(Stream::connect(&self.upstream).await?).await
+        greet(Stream::connect(&self.upstream).await?, wire).await
     }
 }
 
-async fn greet(stream: Stream) -> io::Result<Sender> {
-    match stream {
-        Stream::Tcp(stream) => handshake(TokioIo::new(stream)).await,
-        Stream::Unix(stream) => handshake(TokioIo::new(stream)).await,
+async fn greet(stream: Stream, wire: Wire) -> io::Result<Sender> {
+    match (stream, wire) {
+        (Stream::Tcp(stream), Wire::Http1) => handshake(TokioIo::new(stream)).await,
+        (Stream::Unix(stream), Wire::Http1) => handshake(TokioIo::new(stream)).await,
+        (Stream::Tcp(stream), Wire::Http2) => handshake2(TokioIo::new(stream)).await,
+        (Stream::Unix(stream), Wire::Http2) => handshake2(TokioIo::new(stream)).await,
     }
+}
+
+/// Speaks HTTP/2 without being asked whether it may, as gRPC does.
+async fn handshake2<I>(io: TokioIo<I>) -> io::Result<Sender>
+where
+    TokioIo<I>: hyper::rt::Read + hyper::rt::Write + Unpin + Send + 'static,
+    I: Send + 'static,
+{
+    let mut builder = http2::Builder::new(TokioExecutor::new());
+    builder
+        .initial_stream_window_size(WINDOW)
+        .initial_connection_window_size(WINDOW);
+    let (requests, connection) = builder.handshake(io).await.map_err(io::Error::other)?;
+    Ok(sender(Requests::Http2(requests), connection))
 }
 
 async fn handshake<I>(io: TokioIo<I>) -> io::Result<Sender>
@@ -225,16 +297,24 @@ where
     let (requests, connection) = http1::handshake(Hearing(io))
         .await
         .map_err(io::Error::other)?;
+    let requests = Requests::Http1(requests);
+    Ok(sender(requests, connection.with_upgrades()))
+}
+
+fn sender(
+    requests: Requests,
+    connection: impl Future<Output = Result<(), hyper::Error>> + Send + 'static,
+) -> Sender {
     let ended = CancellationToken::new();
     let end = ended.clone().drop_guard();
     telemetry::spawn("upstream", async move {
         // Goes after the connection, however that ends.
         let _end = end;
-        if let Err(error) = connection.with_upgrades().await {
+        if let Err(error) = connection.await {
             debug!(%error, "a connection to a worker ended early");
         }
     });
-    Ok(Sender { requests, ended })
+    Sender { requests, ended }
 }
 
 #[cfg(test)]
@@ -254,7 +334,7 @@ mod tests {
             .expect("a connection");
         let ended = CancellationToken::new();
         let mut sender = Sender {
-            requests,
+            requests: Requests::Http1(requests),
             ended: ended.clone(),
         };
         // Never polled and never dropped: so it is with one that came too late.

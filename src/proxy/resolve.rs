@@ -2,7 +2,7 @@
 //!
 //! In order: the path, the header `x-model`, the body's top-level `model` or
 //! multipart field `model`, the query's `model`; with one model configured and
-//! none named, that one.
+//! none named, that one. For gRPC see [`super::rpc`].
 
 use std::borrow::Cow;
 use std::sync::Arc;
@@ -32,6 +32,8 @@ const IN_PATH: &AsciiSet = &NON_ALPHANUMERIC
 pub(super) enum ByPath {
     /// This model, and the path and query the worker gets.
     Model(Arc<ModelRoute>, String),
+    /// Whether this model is ready, in the Open Inference Protocol.
+    Readiness(Arc<ModelRoute>, String),
     /// A model that is not configured.
     Unknown(String),
     /// Nothing.
@@ -65,6 +67,10 @@ pub(super) fn by_path(routes: &Routes, path: &str, query: Option<&str>) -> ByPat
         let first = rest.split('/').next().unwrap_or_default();
         return ByPath::Unknown(percent_decode_str(first).decode_utf8_lossy().into_owned());
     };
+    if !strips && asks_readiness(&rest[end..]) {
+        let name = percent_decode_str(&rest[..end]).decode_utf8_lossy();
+        return ByPath::Readiness(route, name.into_owned());
+    }
     let mut target = if !strips {
         match &route.spec().requests.filter.model {
             Some(model) => format!(
@@ -84,6 +90,13 @@ pub(super) fn by_path(routes: &Routes, path: &str, query: Option<&str>) -> ByPat
         target.push_str(query);
     }
     ByPath::Model(route, target)
+}
+
+/// Whether this, behind a model's name, is `/ready`, of a version or not.
+fn asks_readiness(rest: &str) -> bool {
+    let version = rest.strip_prefix("/versions/");
+    let version = version.and_then(|version| version.strip_suffix("/ready"));
+    rest == "/ready" || version.is_some_and(|version| !version.contains('/'))
 }
 
 /// Returns the path when it is one of those that park or unpark the worker,
@@ -118,7 +131,7 @@ pub(super) async fn by_content(
 }
 
 /// Looks for the model in the header `x-model`.
-fn by_header(head: &request::Parts) -> Result<Option<String>, Fault> {
+pub(super) fn by_header(head: &request::Parts) -> Result<Option<String>, Fault> {
     let Some(value) = head.headers.get("x-model") else {
         return Ok(None);
     };

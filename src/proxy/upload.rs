@@ -5,6 +5,7 @@ use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 
 use bytes::Bytes;
+use hyper::HeaderMap;
 use hyper::body::{Body, Frame, Incoming, SizeHint};
 
 use crate::gate::Visit;
@@ -30,6 +31,7 @@ pub enum BodyError {
 pub(super) struct RequestBody {
     held: VecDeque<Bytes>,
     rest: Option<Incoming>,
+    trailers: Option<HeaderMap>,
     left: u64,
     most: Size,
     /// Waits for the worker from the end of the body on.
@@ -45,7 +47,7 @@ impl RequestBody {
     ) -> Self {
         // What is here as a whole is the worker's to read at once.
         let visit = match (&rest, visit) {
-            (Some(_), visit) => visit.cloned(),
+            (Some(_), visit) => visit.inspect(|visit| visit.owes()).cloned(),
             (None, visit) => {
                 visit.inspect(|visit| visit.waits());
                 None
@@ -54,10 +56,16 @@ impl RequestBody {
         Self {
             held,
             rest,
+            trailers: None,
             left: most.get(),
             most,
             visit,
         }
+    }
+
+    /// Ends it with these, which were read already.
+    pub(super) fn with_trailers(self, trailers: Option<HeaderMap>) -> Self {
+        Self { trailers, ..self }
     }
 
     /// The worker has it all.
@@ -78,7 +86,10 @@ impl Body for RequestBody {
     ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
         let frame = match (self.held.pop_front(), &mut self.rest) {
             (Some(piece), _) => Frame::data(piece),
-            (None, None) => return Poll::Ready(None),
+            (None, None) => match self.trailers.take() {
+                Some(trailers) => Frame::trailers(trailers),
+                None => return Poll::Ready(None),
+            },
             (None, Some(rest)) => match ready!(Pin::new(rest).poll_frame(cx)) {
                 None => {
                     self.end();
@@ -102,7 +113,9 @@ impl Body for RequestBody {
     }
 
     fn is_end_stream(&self) -> bool {
-        self.held.is_empty() && self.rest.as_ref().is_none_or(Body::is_end_stream)
+        self.held.is_empty()
+            && self.trailers.is_none()
+            && self.rest.as_ref().is_none_or(Body::is_end_stream)
     }
 
     fn size_hint(&self) -> SizeHint {
@@ -112,7 +125,13 @@ impl Body for RequestBody {
             .map(|piece| u64::try_from(piece.len()).unwrap_or(0))
             .sum();
         let Some(rest) = &self.rest else {
-            return SizeHint::with_exact(held);
+            let mut hint = SizeHint::with_exact(held);
+            if self.trailers.is_some() {
+                // What is told its length has none in HTTP/1.
+                hint = SizeHint::new();
+                hint.set_lower(held);
+            }
+            return hint;
         };
         let rest = rest.size_hint();
         let mut hint = SizeHint::new();

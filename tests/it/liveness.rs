@@ -4,9 +4,12 @@
 use std::io::{Read, Write};
 use std::time::Duration;
 
+use http_body_util::BodyExt;
+use hyper::body::Frame;
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
+use crate::support::calls::{INFERENCE, call, finish, named, open, with};
 use crate::support::http::send;
 use crate::support::residentd::STUB;
 use crate::support::{Answer, Residentd, kill, now, pause, runs, wait_until};
@@ -221,4 +224,27 @@ fn probes_are_few_and_wake_nobody() {
     residentd.wait_for_phase("m", "stopped");
     pause(Duration::from_millis(700));
     assert_eq!(residentd.model("m")["loads"], 1);
+}
+
+#[test]
+fn a46_a_conversation_that_is_quiet_is_no_reason_to_end_its_worker() {
+    // A message was answered, the client has not finished, and nobody speaks.
+    let residentd = one("", "probe = \"100ms\", still = \"500ms\"", "");
+    let pid = residentd.complete("m").worker_pid();
+    with(residentd.address(), |client| async move {
+        let (say, body) = open();
+        let request = call(&format!("{INFERENCE}/ModelStreamInfer"), &[], body);
+        say.try_send(Frame::data(named("m").frame())).expect("open");
+        let response = client.clone().send_request(request).await;
+        let mut response = response.expect("an answer");
+        response.body_mut().frame().await.expect("one").expect("it");
+        let quiet = Duration::from_secs(3);
+        let word = tokio::time::timeout(quiet, response.body_mut().frame()).await;
+        assert!(word.is_err(), "nothing was to be said: {word:?}");
+        say.try_send(Frame::data(named("m").frame())).expect("open");
+        drop(say);
+        assert_eq!(finish(response).await.end["x-stub-given"], "2");
+    });
+    assert_eq!(residentd.worker_pid("m"), Some(pid));
+    assert_eq!(count(&residentd, "still"), 0);
 }

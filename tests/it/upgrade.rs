@@ -1,6 +1,7 @@
 //! Another residentd takes over while one runs: no connection is refused,
 //! streams are finished, workers go on; and one that cannot changes nothing.
 
+mod calls;
 mod chain;
 mod failing;
 mod requests;

@@ -15,6 +15,7 @@ mod memory;
 mod openai;
 mod orders;
 mod routes;
+mod rpc;
 mod serve;
 #[path = "../size.rs"]
 mod size;

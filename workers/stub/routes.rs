@@ -11,7 +11,7 @@ use bytes::Bytes;
 use http_body_util::BodyExt;
 use hyper::body::Incoming;
 use hyper::header::{CONNECTION, CONTENT_TYPE, HeaderValue, UPGRADE};
-use hyper::{HeaderMap, Request, Response, StatusCode};
+use hyper::{HeaderMap, Method, Request, Response, StatusCode};
 use serde_json::{Value, json};
 
 use crate::answer::{Answer, BrokenOff, Parts, ResetFlag, kill_self, whole};
@@ -69,6 +69,7 @@ async fn route(
         "/v1/completions" => Some(Shape::Completion),
         "/v1/chat/completions" => Some(Shape::Chat),
         "/v1/embeddings" | "/echo" | "/sink" | "/upgrade" => None,
+        path if path.starts_with("/v2/models/") => None,
         _ => return Ok(failure(StatusCode::NOT_FOUND, "no such route")),
     };
     sleep::crash_when_asked(stub);
@@ -83,6 +84,7 @@ async fn route(
         "/echo" => echo(request).await,
         "/sink" => sink(request).await,
         "/upgrade" => upgrade(&request),
+        path if path.starts_with("/v2/models/") => infer(stub, request).await,
         _ => embed(stub, request).await,
     };
     in_flight.finish();
@@ -230,6 +232,22 @@ fn upgrade(request: &Request<Incoming>) -> Response<Answer> {
     headers.insert(CONNECTION, HeaderValue::from_static("upgrade"));
     headers.insert(UPGRADE, protocol);
     response
+}
+
+/// Answers as a model of the Open Inference Protocol whose outputs are its
+/// inputs, and what it is.
+async fn infer(stub: &Stub, request: Request<Incoming>) -> Response<Answer> {
+    let name = &stub.args.name;
+    if request.method() == Method::GET {
+        let about = json!({"name": name, "versions": ["1"], "platform": "stub",
+            "inputs": [], "outputs": []});
+        return document(StatusCode::OK, &about);
+    }
+    let Ok((_, asked)) = read_json(request.into_body()).await else {
+        return failure(StatusCode::BAD_REQUEST, "the body is not JSON");
+    };
+    let answer = json!({"model_name": name, "id": asked["id"], "outputs": asked["inputs"]});
+    document(StatusCode::OK, &answer)
 }
 
 async fn embed(stub: &Stub, request: Request<Incoming>) -> Response<Answer> {

@@ -1,4 +1,5 @@
-//! Takes connections and speaks HTTP/1.1 on them.
+//! Takes connections and speaks HTTP/1.1 on them, or HTTP/2 with whoever begins
+//! with it over TCP.
 
 use std::future::poll_fn;
 use std::io;
@@ -6,10 +7,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use hyper::StatusCode;
-use hyper::server::conn::http1;
+use hyper::body::Incoming;
+use hyper::header::CONTENT_TYPE;
+use hyper::server::conn::{http1, http2};
 use hyper::service::service_fn;
-use hyper_util::rt::TokioIo;
+use hyper::{Request, StatusCode};
+use hyper_util::rt::{TokioExecutor, TokioIo};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 use tokio::task::JoinSet;
@@ -17,8 +20,8 @@ use tokio::time::sleep;
 
 use crate::answer::{BrokenOff, ResetFlag};
 use crate::args::Args;
-use crate::routes;
 use crate::state::Stub;
+use crate::{routes, rpc};
 
 /// Rest after a failed accept: the process is out of descriptors.
 const ACCEPT_REST: Duration = Duration::from_millis(10);
@@ -84,7 +87,13 @@ pub(crate) async fn serve(stub: &Arc<Stub>, listener: Listener) {
         tokio::select! {
             accepted = listener.accept() => match accepted {
                 Ok(Socket::Tcp(stream)) => {
-                    connections.spawn(converse(Arc::clone(stub), stream));
+                    let stub = Arc::clone(stub);
+                    connections.spawn(async move {
+                        match begins_http2(&stream).await {
+                            true => converse2(stub, stream).await,
+                            false => converse(stub, stream).await,
+                        }
+                    });
                 }
                 Ok(Socket::Unix(stream)) => {
                     connections.spawn(converse(Arc::clone(stub), stream));
@@ -114,6 +123,45 @@ async fn never_answer(listener: &Listener) {
         match listener.accept().await {
             Ok(socket) => taken.push(socket),
             Err(_) => sleep(ACCEPT_REST).await,
+        }
+    }
+}
+
+/// Whether the client begins with HTTP/2: no method of HTTP/1.1 begins so.
+async fn begins_http2(stream: &TcpStream) -> bool {
+    let mut first = [0; 3];
+    loop {
+        match stream.peek(&mut first).await {
+            Ok(3) => return first == *b"PRI",
+            Ok(1..) => sleep(Duration::from_millis(1)).await,
+            Ok(0) | Err(_) => return false,
+        }
+    }
+}
+
+/// Answers the requests and calls of one connection of HTTP/2.
+async fn converse2(stub: Arc<Stub>, stream: TcpStream) {
+    stub.count_connection();
+    let closing = stub.closing.clone();
+    let service = service_fn(|request: Request<Incoming>| {
+        let (stub, reset) = (Arc::clone(&stub), ResetFlag::default());
+        Box::pin(async move {
+            let kind = request.headers().get(CONTENT_TYPE);
+            match kind.is_some_and(|kind| kind == "application/grpc") {
+                true => Ok(rpc::answer(&stub, request)),
+                false => routes::answer(stub, request, reset).await,
+            }
+        })
+    });
+    let connection =
+        http2::Builder::new(TokioExecutor::new()).serve_connection(TokioIo::new(stream), service);
+    let mut connection = std::pin::pin!(connection);
+    // An error here is a client that left.
+    tokio::select! {
+        _ = connection.as_mut() => {}
+        () = closing.cancelled() => {
+            connection.as_mut().graceful_shutdown();
+            let _ = connection.await;
         }
     }
 }

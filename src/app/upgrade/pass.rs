@@ -5,17 +5,18 @@ use std::path::Path;
 
 use axum::body::Body;
 use hyper::body::Incoming;
-use hyper::client::conn::http1;
+use hyper::client::conn::{http1, http2};
 use hyper::header::{HeaderMap, HeaderValue};
 use hyper::{Request, Response, Version};
-use hyper_util::rt::TokioIo;
+use hyper_util::rt::{TokioExecutor, TokioIo};
 use tokio::net::UnixStream;
 use tracing::debug;
 
 use crate::api::PeerAddr;
 use crate::control::Refusal;
+use crate::grpc;
 use crate::proxy::PEER;
-use crate::reply::Fault;
+use crate::reply::{Fault, Speech};
 use crate::telemetry;
 
 /// What [`PEER`] says of a client on a Unix socket. It is believed on the socket
@@ -28,6 +29,7 @@ pub(in crate::app) async fn pass(
     peer: PeerAddr,
     socket: &Path,
 ) -> Response<Body> {
+    let speech = Speech::of(&request);
     let named = match peer.0 {
         Some(address) => HeaderValue::try_from(address.to_string()).ok(),
         None => Some(HeaderValue::from_static(UNIX)),
@@ -36,12 +38,19 @@ pub(in crate::app) async fn pass(
     request
         .headers_mut()
         .extend(named.map(|named| (PEER, named)));
-    *request.version_mut() = Version::HTTP_11;
+    if !grpc::is_call(&request) {
+        *request.version_mut() = Version::HTTP_11;
+    }
     match send(request, socket).await {
         Ok(response) => response.map(Body::new),
         Err(error) => {
             debug!(error = %telemetry::chain(&*error), "a call is not passed on");
-            Fault::Refused(Refusal::ShuttingDown).response(Body::from)
+            speech.answer(&Fault::Refused(Refusal::ShuttingDown), |text| {
+                match text.is_empty() {
+                    true => Body::empty(),
+                    false => text.into(),
+                }
+            })
         }
     }
 }
@@ -63,13 +72,31 @@ async fn send(
     socket: &Path,
 ) -> Result<Response<Incoming>, Box<dyn std::error::Error + Send + Sync>> {
     let stream = UnixStream::connect(socket).await?;
+    if grpc::is_call(&request) {
+        return call(request, stream).await;
+    }
     let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await?;
+    hold(connection);
+    Ok(sender.send_request(request).await?)
+}
+
+/// Sends a call of gRPC, whose status comes in trailers.
+async fn call(
+    request: Request<Body>,
+    stream: UnixStream,
+) -> Result<Response<Incoming>, Box<dyn std::error::Error + Send + Sync>> {
+    let (mut sender, connection) =
+        http2::handshake(TokioExecutor::new(), TokioIo::new(stream)).await?;
+    hold(connection);
+    Ok(sender.send_request(request).await?)
+}
+
+fn hold(connection: impl Future<Output = Result<(), hyper::Error>> + Send + 'static) {
     telemetry::spawn("passed", async move {
         if let Err(error) = connection.await {
             debug!(%error, "a connection to the new residentd ended early");
         }
     });
-    Ok(sender.send_request(request).await?)
 }
 
 #[cfg(test)]

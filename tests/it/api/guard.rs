@@ -2,6 +2,7 @@
 
 use std::net::SocketAddr;
 
+use axum::http::{HeaderValue, Version};
 use residentd::api::PeerAddr;
 use residentd::control::{Command, LimitReport};
 use residentd::model::Bytes;
@@ -40,6 +41,36 @@ async fn a55_only_callers_on_this_machine_change_state_and_anyone_may_look() {
         let answer = world.send(call("POST", CHANGE, ""), Some(peer)).await;
         assert_eq!(answer.status, 200, "{peer:?}");
     }
+}
+
+#[tokio::test]
+async fn a55_the_repository_is_changed_from_this_machine_only_and_listed_by_anyone() {
+    let away = PeerAddr(Some(SocketAddr::from(([192, 168, 1, 20], 5000))));
+    let world = World::new(nobody_asks);
+    for wish in ["load", "unload"] {
+        let path = format!("/v2/repository/models/a/{wish}");
+        let answer = world.send(call("POST", &path, ""), Some(away)).await;
+        assert_eq!(answer.status, 403, "{wish}");
+        assert!(
+            answer.json()["error"].is_string(),
+            "in the protocol's shape"
+        );
+    }
+    for method in ["RepositoryModelLoad", "RepositoryModelUnload", "ServerLive"] {
+        let path = format!("/inference.GRPCInferenceService/{method}");
+        let mut request = call("POST", &path, "");
+        *request.version_mut() = Version::HTTP_2;
+        let kind = HeaderValue::from_static("application/grpc");
+        request.headers_mut().insert("content-type", kind);
+        let answer = world.send(request, Some(away)).await;
+        assert_eq!(answer.status, 200, "{method}");
+        // The one that may is told that it sent no message.
+        let expected = if method == "ServerLive" { "3" } else { "7" };
+        assert_eq!(answer.header("grpc-status"), expected, "{method}");
+    }
+    let index = call("POST", "/v2/repository/index", "");
+    let answer = world.send(index, Some(away)).await;
+    assert_eq!(answer.status, 200, "reading is open");
 }
 
 #[tokio::test]

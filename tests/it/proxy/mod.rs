@@ -5,6 +5,7 @@
 mod checksum;
 
 mod bodies;
+mod calls;
 mod endings;
 mod filters;
 mod headers;
@@ -14,7 +15,9 @@ mod http2;
 mod kept;
 mod limits;
 mod naming;
+mod oip;
 mod port;
 mod refusals;
 mod rig;
+mod trailers;
 mod upgrade;

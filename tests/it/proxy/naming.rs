@@ -62,7 +62,8 @@ fn a_model_is_found_in_the_path_with_its_slash_as_it_is_or_encoded() {
     ] {
         let answer = ask(&residentd, &format!("POST {path}"), "", "no JSON at all");
         assert_eq!(worker_of(&answer), worker, "{path}");
-        assert_eq!(answer.0.status(), 404, "the stub has no such route");
+        let expected = if path.starts_with("/v2") { 400 } else { 404 };
+        assert_eq!(answer.0.status(), expected, "the worker's own error");
     }
     let (head, body) = ask(&residentd, "GET /upstream/green/echo", "", "");
     assert_eq!(head.status(), 404, "{body}");
@@ -94,6 +95,50 @@ fn a_model_is_found_in_the_body_wherever_it_stands() {
             assert_eq!(worker_of(&answer), worker, "{shown}");
             assert_eq!(answer.0.status(), 200, "{shown}: {}", answer.1);
         }
+    }
+}
+
+#[test]
+fn a36_every_path_of_openai_and_anthropic_is_routed_by_its_model() {
+    let residentd = two();
+    let json = "content-type: application/json\r\n";
+    for path in [
+        "chat/completions",
+        "completions",
+        "responses",
+        "embeddings",
+        "moderations",
+        "images/generations",
+        "audio/speech",
+        "rerank",
+        "score",
+        "messages",
+        "messages/count_tokens",
+    ] {
+        let body = r#"{"input": "x", "stream": true, "model": "sky"}"#;
+        let more = format!("{json}x-api-key: k\r\nanthropic-version: 2023-06-01\r\n");
+        let answer = ask(&residentd, &format!("POST /v1/{path}"), &more, body);
+        assert_eq!(worker_of(&answer), "blue", "{path}");
+    }
+    let form = "--b\r\nContent-Disposition: form-data; name=\"model\"\r\n\r\nsky\r\n--b\r\nContent-Disposition: form-data; name=\"image\"; filename=\"a.png\"\r\nContent-Type: image/png\r\n\r\n\0\x01\r\n--b--\r\n";
+    for path in [
+        "audio/transcriptions",
+        "audio/translations",
+        "images/edits",
+        "images/variations",
+    ] {
+        let kind = "content-type: multipart/form-data; boundary=b\r\n";
+        let answer = ask(&residentd, &format!("POST /v1/{path}"), kind, form);
+        assert_eq!(worker_of(&answer), "blue", "{path}");
+    }
+    // What has no body is told apart by the header or the query.
+    for (line, headers) in [
+        ("GET /v1/responses/r1", "x-model: sky\r\n"),
+        ("DELETE /v1/responses/r1?model=sky", ""),
+        ("GET /v1/realtime?model=sky", ""),
+    ] {
+        let answer = ask(&residentd, line, headers, "");
+        assert_eq!(worker_of(&answer), "blue", "{line}");
     }
 }
 

@@ -1,6 +1,7 @@
 //! What integration tests share: a real residentd with a config of its own, a
 //! plain HTTP client that hides nothing, and waiting with a deadline.
 
+pub(crate) mod calls;
 pub(crate) mod cgroup;
 pub(crate) mod gpu;
 pub(crate) mod http;

@@ -1,0 +1,149 @@
+//! gRPC calls: which model they are for, how long their client waits, and what
+//! they are told when something is wrong.
+//!
+//! A call is passed to its worker over HTTP/2, message by message, unread but
+//! for the model's name: the metadata `x-model`, else, in the Open Inference
+//! Protocol, a field of the first message.
+
+use hyper::header::{HOST, HeaderMap};
+use hyper::http::request;
+use hyper::{Request, Response, Uri, Version};
+
+use super::body::ProxyBody;
+use super::held::Held;
+use super::resolve::by_header;
+use crate::clock::Timestamp;
+use crate::grpc::{self, Code, Finder, Found};
+use crate::model::{Bytes, Upstream};
+use crate::reply::{self, Fault};
+
+/// Where the methods of the Open Inference Protocol are.
+const INFERENCE: &str = "/inference.GRPCInferenceService/";
+
+/// One call.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Call {
+    deadline: Option<Timestamp>,
+}
+
+impl Call {
+    /// Reads the headers of a call that came at `began`.
+    pub(super) fn of(began: Timestamp, headers: &HeaderMap) -> Self {
+        Self {
+            deadline: grpc::timeout(headers).map(|timeout| began + timeout),
+        }
+    }
+
+    /// Returns whether the client waits no longer.
+    pub(super) fn is_late(&self, now: Timestamp) -> bool {
+        self.deadline.is_some_and(|deadline| now >= deadline)
+    }
+
+    /// Returns the deadline, or this one if it comes earlier.
+    pub(super) fn or_earlier(&self, other: Timestamp) -> Timestamp {
+        self.deadline.map_or(other, |deadline| deadline.min(other))
+    }
+
+    /// Makes a request one of HTTP/2 for this worker, which is told how much
+    /// time is left.
+    pub(super) fn address<B>(
+        &self,
+        request: &mut Request<B>,
+        upstream: &Upstream,
+        now: Timestamp,
+    ) -> Result<(), hyper::http::Error> {
+        let target = request.uri().path_and_query().cloned();
+        let target = target.ok_or_else(|| Uri::try_from("").expect_err("no address"))?;
+        let address = Uri::builder()
+            .scheme("http")
+            .authority(upstream.host())
+            .path_and_query(target);
+        *request.uri_mut() = address.build()?;
+        *request.version_mut() = Version::HTTP_2;
+        let headers = request.headers_mut();
+        headers.remove(HOST);
+        if let Some(deadline) = self.deadline {
+            headers.insert(grpc::TIMEOUT, grpc::timeout_text(deadline.since(now)));
+        }
+        Ok(())
+    }
+}
+
+/// Returns the number of the field that names the model, for the methods that
+/// have one.
+fn field_of(path: &str) -> Option<u64> {
+    match path.strip_prefix(INFERENCE)? {
+        "ModelInfer" | "ModelStreamInfer" | "ModelMetadata" | "ModelConfig" | "ModelStatistics"
+        | "ModelReady" => Some(1),
+        "TraceSetting" => Some(2),
+        _ => None,
+    }
+}
+
+/// Looks for the model in metadata and first message, reading no more of the
+/// body than needed.
+pub(super) async fn by_content(
+    head: &request::Parts,
+    held: &mut Held,
+    prefix: Bytes,
+) -> Result<Option<String>, Fault> {
+    if let Some(name) = by_header(head)? {
+        return Ok(Some(name));
+    }
+    let Some(field) = field_of(head.uri.path()) else {
+        return Ok(None);
+    };
+    let bad = |why: &str| Err(Fault::BadRequest(why.to_owned()));
+    let mut finder = Finder::new(field);
+    loop {
+        let left = prefix.get().saturating_sub(held.size());
+        let left = usize::try_from(left).unwrap_or(usize::MAX);
+        if left == 0 {
+            return Err(Fault::PrefixTooLong(prefix));
+        }
+        let Some(piece) = held.read().await? else {
+            return bad("the call ended before its first message");
+        };
+        match finder.feed(&piece[..piece.len().min(left)]) {
+            Found::More => {}
+            Found::Text(name) => return Ok(Some(name)),
+            Found::Absent => return Ok(None),
+            Found::Compressed => {
+                return bad(
+                    "the message is compressed, so its model cannot be read: name it in the metadata x-model",
+                );
+            }
+            Found::Malformed => {
+                return bad(
+                    "the first message cannot be read for its model: name it in the metadata x-model",
+                );
+            }
+        }
+    }
+}
+
+/// Reads a call of one message to its end if it is at most about `size`, so that
+/// it can be sent again. Of other services it is not known which calls are
+/// streams, whose end may be far.
+pub(super) async fn read_whole(
+    head: &request::Parts,
+    held: &mut Held,
+    size: u64,
+) -> Result<(), Fault> {
+    let path = head.uri.path();
+    if field_of(path).is_some() && !path.ends_with("/ModelStreamInfer") {
+        while held.size() < size && held.read().await?.is_some() {}
+    }
+    Ok(())
+}
+
+/// Tells a client that its time was over, and what it waited for.
+pub(super) fn too_late(fault: &Fault) -> Response<ProxyBody> {
+    let (code, why) = (Code::DeadlineExceeded, fault.to_string());
+    reply::refusal(code, &why, None, ProxyBody::text)
+}
+
+/// Returns the end of a call whose worker broke off in the midst of it.
+pub(super) fn broken_off() -> HeaderMap {
+    grpc::status(Code::Unavailable, "the worker broke off")
+}
