@@ -181,7 +181,11 @@ impl Proxy {
             }
             Err(failed) => {
                 let Some(error) = failed.error else {
-                    return Tried::Unsent("the connection has ended".into());
+                    let cause = "the connection has ended".to_owned();
+                    return match failed.unsent {
+                        true => Tried::Unsent(cause),
+                        false => Tried::Broke(cause),
+                    };
                 };
                 let cause = telemetry::chain(&error).to_string();
                 match fault_of_body(&error) {

@@ -8,6 +8,7 @@ use std::collections::HashMap;
 use std::io;
 use std::pin::pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::time::Duration;
 
 use futures_util::FutureExt;
 use hyper::body::Incoming;
@@ -25,6 +26,9 @@ use crate::telemetry;
 
 /// Idle connections kept for one worker; more than engines serve at once.
 const MOST_IDLE: usize = 64;
+/// How long an answer that came over HTTP/2 may take from the end of its
+/// connection to whoever waits for it.
+const LAST_WORD: Duration = Duration::from_secs(1);
 /// Bytes of an answer that a worker may send over HTTP/2 before its client has
 /// read them.
 const WINDOW: u32 = 256 << 10;
@@ -73,6 +77,7 @@ impl Sender {
         &mut self,
         request: Request<RequestBody>,
     ) -> Result<Response<Incoming>, Unanswered> {
+        let wire = self.wire();
         let requests = &mut self.requests;
         let mut answer = pin!(async {
             match requests {
@@ -83,11 +88,15 @@ impl Sender {
         let answered = tokio::select! {
             biased;
             answered = &mut answer => Some(answered),
-            // What hyper had to say it has said by now.
-            () = self.ended.cancelled() => (&mut answer).now_or_never(),
+            // What hyper had to say of HTTP/1 it has said by now; of HTTP/2 other
+            // tasks of its own may be about to.
+            () = self.ended.cancelled() => match wire {
+                Wire::Http1 => (&mut answer).now_or_never(),
+                Wire::Http2 => tokio::time::timeout(LAST_WORD, &mut answer).await.ok(),
+            },
         };
         let forgotten = Unanswered {
-            unsent: true,
+            unsent: wire == Wire::Http1,
             error: None,
         };
         answered.ok_or(forgotten)?.map_err(|failed| Unanswered {
@@ -320,7 +329,6 @@ fn sender(
 #[cfg(test)]
 mod tests {
     use std::collections::VecDeque;
-    use std::time::Duration;
 
     use super::*;
     use crate::model::Bytes;
