@@ -73,10 +73,20 @@ fn a_stream_that_waits_for_a_load_hears_comments_and_then_the_whole_stream() {
         text.contains("\n\ndata: {") && text.ends_with("data: [DONE]\n\n"),
         "{text}"
     );
-    // Once it is ready there is nothing to wait for.
-    let answer = residentd.ask("POST", "/v1/completions", Some(&body));
-    assert!(answer.text().starts_with("data: {"), "{}", answer.text());
-    assert!(answer.header("x-stub-pid").is_some());
+}
+
+#[test]
+fn an_answer_that_begins_in_time_is_the_workers_own() {
+    let played = Played::with("heartbeat = true");
+    let mut client = played.client();
+    client.ask("POST /v1/x", "", ASK);
+    let mut worker = played.worker();
+    let head = worker.head();
+    worker.body(&head);
+    worker.put(EVENTS.replace("\r\n\r\n", "\r\nx-own: 1\r\n\r\n"));
+    assert_eq!(client.head().get("x-own"), Some("1"));
+    worker.put_chunk("data: 1\n\n");
+    assert_eq!(client.chunk().expect("an event"), b"data: 1\n\n");
 }
 
 #[test]
