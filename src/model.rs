@@ -18,6 +18,7 @@ mod health;
 mod park;
 mod prefetch;
 mod record;
+mod secret;
 
 pub use bytes::Bytes;
 pub use difference::{ChangedModel, Difference, Takes};
@@ -27,6 +28,7 @@ pub use health::{Ailment, Live};
 pub use park::{ParkCall, ParkSpec};
 pub use prefetch::{Prefetch, PrefetchEnd, PrefetchReason};
 pub use record::WorkerRecord;
+pub use secret::Secret;
 
 /// What a client asks for: 1 to 128 of letters, digits and `._-/:@+`.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]

@@ -6,7 +6,7 @@
 
 use std::time::Duration;
 
-use hyper::header::{CONTENT_TYPE, HeaderValue, RETRY_AFTER};
+use hyper::header::{CONTENT_TYPE, HeaderValue, RETRY_AFTER, WWW_AUTHENTICATE};
 use hyper::{Response, StatusCode};
 use serde_json::{Value, json};
 
@@ -17,6 +17,9 @@ use crate::model::{Bytes, ModelName};
 const SOON: Duration = Duration::from_secs(1);
 /// When to come back after there was no room.
 const LATER: Duration = Duration::from_secs(5);
+
+/// How a token is to be sent, where one is needed.
+pub const BEARER: HeaderValue = HeaderValue::from_static("Bearer");
 
 /// Returns the status of a refusal.
 #[must_use]
@@ -63,6 +66,9 @@ pub enum Fault {
     /// The request cannot be understood.
     #[error("{0}")]
     BadRequest(String),
+    /// A token is asked for, and none that came is right.
+    #[error("a token is needed: send it as `Authorization: Bearer …` or as `x-api-key`")]
+    Unauthorized,
     /// No model is named and there are several.
     #[error("no model is named: put `model` into the body, the header x-model or ?model=")]
     NoModel,
@@ -117,6 +123,7 @@ impl Fault {
     pub const fn status(&self) -> StatusCode {
         match self {
             Self::BadRequest(_) | Self::NoModel => StatusCode::BAD_REQUEST,
+            Self::Unauthorized => StatusCode::UNAUTHORIZED,
             Self::ModelNotFound { .. } => StatusCode::NOT_FOUND,
             Self::ParkPath { .. } => StatusCode::FORBIDDEN,
             Self::BodyTooLarge(_) | Self::PrefixTooLong(_) => StatusCode::PAYLOAD_TOO_LARGE,
@@ -130,6 +137,7 @@ impl Fault {
     pub const fn code(&self) -> &'static str {
         match self {
             Self::BadRequest(_) | Self::NoModel => "bad_request",
+            Self::Unauthorized => "unauthorized",
             Self::ModelNotFound { .. } => "model_not_found",
             Self::ParkPath { .. } => "forbidden",
             Self::BodyTooLarge(_) | Self::PrefixTooLong(_) => "body_too_large",
@@ -173,6 +181,7 @@ impl Fault {
                 Refusal::UnknownDomain(_) | Refusal::Overloaded | Refusal::ShuttingDown => None,
             },
             Self::BadRequest(_)
+            | Self::Unauthorized
             | Self::NoModel
             | Self::ModelNotFound { .. }
             | Self::BodyTooLarge(_)
@@ -196,6 +205,9 @@ impl Fault {
         response
             .headers_mut()
             .insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
+        if matches!(self, Self::Unauthorized) {
+            response.headers_mut().insert(WWW_AUTHENTICATE, BEARER);
+        }
         let retry = match self {
             Self::Refused(refusal) => retry_after(refusal),
             Self::WorkerBroke { .. } => Some(SOON),

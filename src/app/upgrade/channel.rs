@@ -69,6 +69,9 @@ pub(super) enum Word {
 pub(in crate::app) struct Sent {
     /// As it was configured; absent when the service manager opened it.
     pub(in crate::app) configured: Option<String>,
+    /// Whether it was the operators' own.
+    #[serde(default)]
+    pub(in crate::app) is_admin: bool,
 }
 
 /// A worker that answers.
@@ -234,7 +237,10 @@ mod tests {
             inside: 1,
         });
         let word = Word::Take {
-            listeners: vec![Sent { configured: None }],
+            listeners: vec![Sent {
+                configured: None,
+                is_admin: false,
+            }],
             has_parent: false,
             stays: true,
             workers: workers.collect(),

@@ -11,7 +11,7 @@ use tracing::{debug, info};
 
 use super::channel::{Channel, Listening, Sent, Word, inside};
 use crate::app::listen::{Server, listen};
-use crate::app::sockets::Listener;
+use crate::app::sockets::{Listener, Scope};
 use crate::app::{AppError, supervisor};
 use crate::config::Config;
 use crate::control::{Controller, Lease};
@@ -155,7 +155,8 @@ impl Inherited {
         let server = server.clone();
         telemetry::spawn("handover", async move {
             // Connections that are open then are served to their end.
-            gone.run_until_cancelled(listen(listener, server)).await;
+            let serving = listen(listener, Scope::All, server);
+            gone.run_until_cancelled(serving).await;
         });
         Ok(parent)
     }

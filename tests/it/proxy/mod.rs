@@ -13,5 +13,5 @@ mod kept;
 mod naming;
 mod port;
 mod refusals;
-mod rig;
+pub(crate) mod rig;
 mod upgrade;
