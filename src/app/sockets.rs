@@ -271,3 +271,48 @@ async fn remove_stale_socket(path: &PathBuf) -> std::io::Result<()> {
         Err(error) => Err(error),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn tcp(text: &str) -> Listen {
+        Listen::Tcp(text.parse().expect("an address"))
+    }
+
+    fn sent(text: Option<&str>, is_admin: bool) -> Sent {
+        Sent {
+            configured: text.map(str::to_owned),
+            is_admin,
+        }
+    }
+
+    #[test]
+    fn a_socket_that_is_handed_over_is_for_whom_the_new_configuration_says() {
+        let (main, admin) = (
+            [tcp("127.0.0.1:1"), tcp("127.0.0.1:0")],
+            [tcp("127.0.0.1:2"), tcp("127.0.0.1:0")],
+        );
+        let wanted = Wanted {
+            main: &main,
+            admin: &admin,
+        };
+        for was in [false, true] {
+            assert_eq!(
+                wanted.is_admin(&sent(Some("127.0.0.1:1"), was)),
+                Some(false)
+            );
+            assert_eq!(wanted.is_admin(&sent(Some("127.0.0.1:2"), was)), Some(true));
+            assert_eq!(wanted.is_admin(&sent(Some("127.0.0.1:3"), was)), None);
+            assert_eq!(wanted.is_admin(&sent(Some("127.0.0.1:0"), was)), Some(was));
+            assert_eq!(wanted.is_admin(&sent(None, was)), Some(false));
+        }
+        assert_eq!(wanted.scope(true), Scope::Admin);
+        assert_eq!(wanted.scope(false), Scope::Inference);
+        let alone = Wanted {
+            admin: &[],
+            ..wanted
+        };
+        assert_eq!(alone.scope(false), Scope::All);
+    }
+}

@@ -4,8 +4,9 @@ use std::io::BufRead;
 
 use serde_json::json;
 
-use super::{BOSS, bearer, call, with};
+use super::{BOSS, USER, bearer, call, with};
 use crate::support::residentd::{command, write_config};
+use crate::support::wire::Wire;
 use crate::support::{PATIENCE, Residentd, wait_until};
 
 /// Starts with an address for operators, and returns that too.
@@ -92,4 +93,33 @@ fn it_says_where_operators_are_to_call() {
         "{lines:?}"
     );
     assert!(lines[1].ends_with(" for operators"), "{lines:?}");
+}
+
+#[test]
+fn a55_a_connection_from_before_an_upgrade_is_asked_for_its_token_as_ever() {
+    let tokens = format!("[auth]\ninference_tokens = [\"{USER}\"]\nadmin_tokens = [\"{BOSS}\"]");
+    let residentd = Residentd::start(&with(&tokens));
+    // Some for requests that are let in, some for those that are not: an answer
+    // after the upgrade ends its connection.
+    let mut wires: Vec<Wire> = (0..4).map(|_| Wire::to(residentd.address())).collect();
+    let ask = |wire: &mut Wire, line: &str, token: &str| {
+        wire.ask(line, &format!("x-api-key: {token}\r\n"), "x");
+        wire.answer().0.status()
+    };
+    for wire in &mut wires {
+        assert_eq!(ask(wire, "POST /upstream/m/echo", USER), 200);
+    }
+    let token = bearer(BOSS);
+    let with_token = [("authorization", &*token)];
+    let upgraded = call(residentd.address(), "POST /api/v1/upgrade", &with_token, "");
+    assert_eq!(upgraded.status, 200, "{}", upgraded.text());
+    let asked = [
+        ("POST /upstream/m/echo", USER, 200),
+        ("POST /upstream/m/echo", "sk-else", 401),
+        ("GET /api/v1/models", BOSS, 200),
+        ("GET /api/v1/models", USER, 403),
+    ];
+    for (wire, (line, token, status)) in wires.iter_mut().zip(asked) {
+        assert_eq!(ask(wire, line, token), status, "{line}");
+    }
 }

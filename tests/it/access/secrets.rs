@@ -2,9 +2,14 @@
 
 use std::path::{Path, PathBuf};
 
+use bytes::Bytes;
+use http_body_util::Full;
+use hyper::client::conn::http2::SendRequest;
+use hyper::{Request, StatusCode};
 use serde_json::json;
 
 use super::{BOSS, USER, bearer, call, with};
+use crate::proxy::http2;
 use crate::support::residentd::{RESIDENTD, STUB};
 use crate::support::{Answer, Residentd, processes_with, wait_until};
 
@@ -80,6 +85,26 @@ fn call_all(residentd: &Residentd) -> Vec<(String, Answer)> {
     answers
 }
 
+/// Calls by HTTP/2, whose library logs frames, and returns how many were refused.
+fn call_by_http2(residentd: &Residentd) -> usize {
+    let ask = |mut sender: SendRequest<Full<Bytes>>| async move {
+        let mut refused = 0;
+        for token in ALL {
+            let request = Request::post("http://models.test/v1/completions")
+                .header("authorization", bearer(token))
+                .header("x-api-key", token)
+                .body(Full::new(Bytes::from_static(
+                    b"{\"model\": \"m\", \"prompt\": \"x\"}",
+                )))
+                .expect("a good request");
+            let answer = sender.send_request(request).await.expect("an answer");
+            refused += usize::from(answer.status() == StatusCode::UNAUTHORIZED);
+        }
+        refused
+    };
+    http2::with(residentd.address(), ask)
+}
+
 fn files_below(folder: &Path) -> Vec<PathBuf> {
     let mut found = Vec::new();
     for entry in std::fs::read_dir(folder).expect("a folder") {
@@ -102,6 +127,7 @@ fn a55_planted_tokens_and_secrets_of_models_appear_nowhere() {
     ];
     let residentd = Residentd::start_with(&config(tokens.path(), OF_MODEL), &environment);
     let mut answers = call_all(&residentd);
+    assert_eq!(call_by_http2(&residentd), ALL.len() - 3);
 
     // A reload that changes a secret, and one with an error where secrets are.
     residentd.configure(&config(tokens.path(), NEXT));

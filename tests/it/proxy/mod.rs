@@ -8,7 +8,7 @@ mod bodies;
 mod endings;
 mod headers;
 mod hostile;
-mod http2;
+pub(crate) mod http2;
 mod kept;
 mod naming;
 mod port;
