@@ -393,7 +393,7 @@ mod tests {
             "logs gemma -n many",
             "events -n many",
             "events --model a,b",
-            "ps --server https://example.org",
+            "ps --server ftp://example.org",
             "completions tcsh",
         ] {
             let error = parse(line).expect_err(line);
