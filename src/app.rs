@@ -6,6 +6,7 @@
 //! the controller refuses new work and drains, workers end, listeners close.
 
 mod core;
+mod entrance;
 mod inputs;
 mod keeper;
 mod listen;
@@ -31,12 +32,12 @@ use self::core::Core;
 use self::listen::{Doors, Server, listen};
 use self::reload::{Grace, Reloading, proxy_settings};
 pub use self::sockets::address_text;
-use self::sockets::{Bound, Opened};
+use self::sockets::{Opened, Wanted};
 pub use self::supervisor::{PassedError, passed_sockets};
 pub use self::survivors::keep_guard;
 pub use self::upgrade::{HandoverError, Heir, Inherited, Predecessor, Program};
 use self::upgrade::{Succession, Upgrading};
-use crate::api::{self, ApiState};
+use crate::api::ApiState;
 use crate::config::{Config, Listen, Sources};
 use crate::control::{Controller, ReloadOrigin, Reloader, Upgrader};
 use crate::model::ModelName;
@@ -122,6 +123,7 @@ pub struct App {
     core: Core,
     owns_process: bool,
     addresses: Vec<Listen>,
+    admin_addresses: Vec<Listen>,
     /// Unix sockets that are not the service manager's; they are taken away at the end.
     own_paths: Vec<PathBuf>,
     doors: states::Receiver<Doors>,
@@ -162,8 +164,8 @@ impl App {
             passed: options.sockets,
             inherited: std::mem::take(&mut inherited.listeners),
         };
-        let (bound, dropped) = sockets::open(&config.server.listen, opened).await?;
-        let addresses = bound.iter().map(|bound| bound.address.clone()).collect();
+        let (bound, dropped) = sockets::open(Wanted::of(&config), opened).await?;
+        let (addresses, admin_addresses) = sockets::addresses(&bound);
         let mut own_paths = sockets::own_paths(&bound);
         own_paths.extend(dropped);
         // One that was killed may have left it.
@@ -179,13 +181,8 @@ impl App {
         let (heir, heirs) = states::channel(None);
         let state = ApiState::new(controller.clone(), Some(reloader.clone()));
         let state = state.with_upgrader(options.program.is_some().then(|| upgrader.clone()));
-        let server = Server {
-            proxy: proxy.clone(),
-            api: api::router(state.with_past(keeper::past(&store))),
-            closing: CancellationToken::new(),
-            connections: tokio_util::task::TaskTracker::new(),
-            doors: seen.clone(),
-        };
+        let state = state.with_past(keeper::past(&store));
+        let server = Server::new(&config, proxy, state, seen.clone());
         let grace = Arc::new(Grace::new(config.server.shutdown_grace));
         let sources = Arc::new(sources);
         if config.server.watch_config {
@@ -207,7 +204,7 @@ impl App {
             defaults: core.defaults,
             store,
             controller,
-            proxy,
+            server: server.clone(),
             grace: Arc::clone(&grace),
             refused: None,
         };
@@ -216,6 +213,7 @@ impl App {
             core,
             owns_process,
             addresses,
+            admin_addresses,
             own_paths,
             doors: seen,
             abandoned,
@@ -226,8 +224,9 @@ impl App {
             closing: server.closing.clone(),
             connections: server.connections.clone(),
         };
-        for Bound { listener, .. } in bound {
-            telemetry::spawn("listener", listen(listener, server.clone()));
+        for each in bound {
+            let serving = listen(each.listener, each.scope, server.clone());
+            telemetry::spawn("listener", serving);
         }
         if owns_process {
             stay();
@@ -238,10 +237,16 @@ impl App {
     }
 
     /// Returns the addresses that are listened on, ports as given by the
-    /// system.
+    /// system, but for those that are the operators' own.
     #[must_use]
     pub fn addresses(&self) -> &[Listen] {
         &self.addresses
+    }
+
+    /// Returns the operators' own addresses.
+    #[must_use]
+    pub fn admin_addresses(&self) -> &[Listen] {
+        &self.admin_addresses
     }
 
     /// Returns the handle to the controller.

@@ -19,6 +19,7 @@ mod park;
 mod prefetch;
 mod record;
 mod requests;
+mod secret;
 
 pub use bytes::Bytes;
 pub use difference::{ChangedModel, Difference, Takes};
@@ -29,6 +30,7 @@ pub use park::{ParkCall, ParkSpec};
 pub use prefetch::{Prefetch, PrefetchEnd, PrefetchReason};
 pub use record::WorkerRecord;
 pub use requests::{Filter, RequestSpec};
+pub use secret::Secret;
 
 /// What a client asks for: 1 to 128 of letters, digits and `._-/:@+`.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]

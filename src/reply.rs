@@ -9,6 +9,7 @@ mod speech;
 
 use std::time::Duration;
 
+use hyper::header::{HeaderValue, WWW_AUTHENTICATE};
 use hyper::{Response, StatusCode};
 use serde_json::{Value, json};
 
@@ -20,6 +21,9 @@ use crate::model::{Bytes, ModelName};
 const SOON: Duration = Duration::from_secs(1);
 /// When to come back after there was no room.
 const LATER: Duration = Duration::from_secs(5);
+
+/// How a token is to be sent, where one is needed.
+pub const BEARER: HeaderValue = HeaderValue::from_static("Bearer");
 
 /// Returns the status of a refusal.
 #[must_use]
@@ -66,6 +70,9 @@ pub enum Fault {
     /// The request cannot be understood.
     #[error("{0}")]
     BadRequest(String),
+    /// A token is asked for, and none that came is right.
+    #[error("a token is needed: send it as `Authorization: Bearer …` or as `x-api-key`")]
+    Unauthorized,
     /// No model is named and there are several.
     #[error("no model is named: put `model` into the body, the header x-model or ?model=")]
     NoModel,
@@ -138,6 +145,7 @@ impl Fault {
     pub const fn status(&self) -> StatusCode {
         match self {
             Self::BadRequest(_) | Self::NoModel => StatusCode::BAD_REQUEST,
+            Self::Unauthorized => StatusCode::UNAUTHORIZED,
             Self::ModelNotFound { .. } => StatusCode::NOT_FOUND,
             Self::ParkPath { .. } => StatusCode::FORBIDDEN,
             Self::BodyTooLarge(_) | Self::PrefixTooLong(_) | Self::FilterTooLong { .. } => {
@@ -154,6 +162,7 @@ impl Fault {
     pub const fn code(&self) -> &'static str {
         match self {
             Self::BadRequest(_) | Self::NoModel => "bad_request",
+            Self::Unauthorized => "unauthorized",
             Self::ModelNotFound { .. } => "model_not_found",
             Self::ParkPath { .. } => "forbidden",
             Self::BodyTooLarge(_) | Self::PrefixTooLong(_) | Self::FilterTooLong { .. } => {
@@ -203,6 +212,7 @@ impl Fault {
                 Refusal::UnknownDomain(_) | Refusal::Overloaded | Refusal::ShuttingDown => None,
             },
             Self::BadRequest(_)
+            | Self::Unauthorized
             | Self::NoModel
             | Self::ModelNotFound { .. }
             | Self::BodyTooLarge(_)
@@ -225,6 +235,9 @@ impl Fault {
         *response.status_mut() = self.status();
         speech::set_json(&mut response);
         speech::set_retry(&mut response, self.retry_after());
+        if matches!(self, Self::Unauthorized) {
+            response.headers_mut().insert(WWW_AUTHENTICATE, BEARER);
+        }
         response
     }
 

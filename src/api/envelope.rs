@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use axum::body::Body;
-use axum::http::header::{ALLOW, CONTENT_TYPE, RETRY_AFTER};
+use axum::http::header::{ALLOW, CONTENT_TYPE, RETRY_AFTER, WWW_AUTHENTICATE};
 use axum::http::{HeaderValue, StatusCode};
 use axum::response::{IntoResponse, Response};
 use serde::Serialize;
@@ -24,7 +24,10 @@ pub(crate) enum ApiError {
     /// The body is larger than any call needs.
     #[error("the body is larger than {0}")]
     BodyTooLarge(Bytes),
-    /// Whoever asks may not change anything.
+    /// An operator's token is asked for, and none that came is right.
+    #[error("a token is needed: send it as `Authorization: Bearer …`; see [auth] admin_tokens")]
+    Unauthorized,
+    /// Whoever asks may not do that.
     #[error("{0}")]
     Forbidden(&'static str),
     /// No such path.
@@ -65,6 +68,7 @@ impl ApiError {
         match self {
             Self::BadRequest(_) => StatusCode::BAD_REQUEST,
             Self::BodyTooLarge(_) => StatusCode::PAYLOAD_TOO_LARGE,
+            Self::Unauthorized => StatusCode::UNAUTHORIZED,
             Self::Forbidden(_) => StatusCode::FORBIDDEN,
             Self::NotFound(_) | Self::UnknownModel(_) | Self::UnknownDevice(_) => {
                 StatusCode::NOT_FOUND
@@ -86,6 +90,7 @@ impl ApiError {
         match self {
             Self::BadRequest(_) => "bad_request",
             Self::BodyTooLarge(_) => "body_too_large",
+            Self::Unauthorized => "unauthorized",
             Self::Forbidden(_) => "forbidden",
             Self::NotFound(_) => "not_found",
             Self::MethodNotAllowed { .. } => "method_not_allowed",
@@ -150,6 +155,11 @@ impl IntoResponse for ApiError {
             response
                 .headers_mut()
                 .insert(RETRY_AFTER, HeaderValue::from(seconds));
+        }
+        if matches!(self, Self::Unauthorized) {
+            response
+                .headers_mut()
+                .insert(WWW_AUTHENTICATE, reply::BEARER);
         }
         if let Self::MethodNotAllowed {
             allow: Some(allow), ..

@@ -1,6 +1,12 @@
-//! Who may change state: callers on this machine, and of those no web page
-//! that came from somewhere else.
+//! Who may read, and who may change state.
 //!
+//! Without operators' tokens everybody may read, and callers on this machine may
+//! change. With them nobody may do either without one, on this machine neither:
+//! what forwards from here, a reverse proxy or a service mesh's sidecar, would
+//! make its callers local. Probes, metrics and the page that says what else
+//! there is stay open.
+//!
+//! No web page that came from somewhere else changes anything.
 //! A page in the operator's own browser reaches loopback too. Browsers name
 //! where the page came from in `Origin`, so that must be the address called;
 //! and because a hostile name server can make its own name point to loopback,
@@ -17,7 +23,7 @@ use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 
 use super::envelope::ApiError;
-use super::rpc;
+use super::{is_probe, only_reads};
 
 /// Where a connection came from, put into each request's extensions by whoever
 /// accepted it. `None` is a Unix socket, which counts as local.
@@ -33,38 +39,79 @@ impl PeerAddr {
     }
 }
 
-/// Refuses a call that changes state unless it may. Nothing changes by `GET`.
+/// What a caller's tokens prove, put into each request's extensions by whoever
+/// accepted it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Standing {
+    /// No operators' tokens are configured.
+    #[default]
+    NotAsked,
+    /// None is right.
+    Unknown,
+    /// One is that of a user of models.
+    Inference,
+    /// One is an operator's.
+    Admin,
+}
+
+/// Marks a call of a web page that `server.cors_origins` names.
+#[derive(Clone, Copy, Debug)]
+pub struct KnownPage;
+
+/// Refuses a call unless it may. Nothing changes by `GET`.
 pub(crate) async fn guard(request: Request, next: Next) -> Response {
+    match check(&request) {
+        Ok(()) => next.run(request).await,
+        Err(error) => error.into_response(),
+    }
+}
+
+/// Returns whether everybody may read a path, tokens or not.
+fn is_open(path: &str) -> bool {
+    is_probe(path) || matches!(path, "/" | "/metrics")
+}
+
+fn check(request: &Request) -> Result<(), ApiError> {
     let harmless = matches!(
         *request.method(),
         Method::GET | Method::HEAD | Method::OPTIONS
     ) || only_reads(request.uri().path());
-    if !harmless && let Err(error) = check(&request) {
-        return error.into_response();
+    if harmless && is_open(request.uri().path()) {
+        return Ok(());
     }
-    next.run(request).await
+    let standing = request.extensions().get().copied().unwrap_or_default();
+    match standing {
+        Standing::Unknown => Err(ApiError::Unauthorized),
+        Standing::Inference => Err(ApiError::Forbidden(
+            "this token is for models only: see [auth] admin_tokens",
+        )),
+        Standing::NotAsked | Standing::Admin if harmless => Ok(()),
+        Standing::NotAsked => {
+            check_local(request)?;
+            check_browser(request.headers(), request.uri(), false)
+        }
+        Standing::Admin if request.extensions().get::<KnownPage>().is_some() => Ok(()),
+        Standing::Admin => check_browser(request.headers(), request.uri(), true),
+    }
 }
 
-/// Returns whether this path changes nothing, though it is for `POST`.
-fn only_reads(path: &str) -> bool {
-    path == "/v2/repository/index" || rpc::only_reads(path)
-}
-
-fn check(request: &Request) -> Result<(), ApiError> {
+fn check_local(request: &Request) -> Result<(), ApiError> {
     // A request nobody marked came from who knows where.
     let local = request
         .extensions()
         .get::<PeerAddr>()
         .is_some_and(PeerAddr::is_local);
-    if !local {
-        return Err(ApiError::Forbidden(
-            "only callers on this machine may change state",
-        ));
+    match local {
+        true => Ok(()),
+        false => Err(ApiError::Forbidden(
+            "only callers on this machine may change state, or those with a token: see [auth]",
+        )),
     }
-    check_browser(request.headers(), request.uri())
 }
 
-fn check_browser(headers: &HeaderMap, uri: &Uri) -> Result<(), ApiError> {
+/// Refuses pages of other origins. One that has a token cannot be a hostile
+/// name server's, so the address may have any name then.
+fn check_browser(headers: &HeaderMap, uri: &Uri, has_token: bool) -> Result<(), ApiError> {
     let site = headers.get("sec-fetch-site");
     if site.is_some_and(|site| site != "same-origin" && site != "none") {
         return Err(ApiError::Forbidden("a page of another site called"));
@@ -87,7 +134,7 @@ fn check_browser(headers: &HeaderMap, uri: &Uri) -> Result<(), ApiError> {
     if !came_from.eq_ignore_ascii_case(called) {
         return Err(ApiError::Forbidden("a page of another origin called"));
     }
-    if !is_local_name(called) {
+    if !has_token && !is_local_name(called) {
         return Err(ApiError::Forbidden(
             "a page called by a name that is neither localhost nor an address",
         ));
@@ -122,7 +169,7 @@ mod tests {
         if let Some(site) = site {
             headers.insert("sec-fetch-site", value(site));
         }
-        check_browser(&headers, &Uri::from_static("/")).map_err(|error| error.to_string())
+        check_browser(&headers, &Uri::from_static("/"), false).map_err(|error| error.to_string())
     }
 
     #[test]

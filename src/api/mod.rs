@@ -34,7 +34,7 @@ use axum::middleware::from_fn;
 use axum::routing::{any, get, post};
 
 use self::envelope::ApiError;
-pub use self::guard::PeerAddr;
+pub use self::guard::{KnownPage, PeerAddr, Standing};
 use self::metrics::Page;
 pub use self::past::{Past, written};
 pub use self::rpc::answers;
@@ -80,8 +80,45 @@ impl ApiState {
     }
 }
 
+/// Builds what is answered where operators have a listener of their own and this
+/// is not it: probes.
+pub fn probes(state: ApiState) -> Router {
+    finish(probe_routes(), state)
+}
+
+fn probe_routes() -> Router<ApiState> {
+    Router::new()
+        .route("/health", get(probes::health))
+        .route("/startupz", get(probes::startupz))
+        .route("/livez", get(probes::livez))
+        .route("/readyz", get(probes::readyz))
+}
+
+/// Returns whether a path is asked by whoever only uses models: a probe, or what of
+/// the Open Inference Protocol changes nothing.
+#[must_use]
+pub fn is_probe(path: &str) -> bool {
+    let of_http = [
+        "/health",
+        "/startupz",
+        "/livez",
+        "/readyz",
+        "/v2",
+        "/v2/",
+        "/v2/health/live",
+        "/v2/health/ready",
+    ];
+    of_http.contains(&path) || only_reads(path)
+}
+
+/// Returns whether this path changes nothing, though it is for `POST`.
+fn only_reads(path: &str) -> bool {
+    path == "/v2/repository/index" || rpc::only_reads(path)
+}
+
 /// Builds the API. Whoever accepts the connection puts a [`PeerAddr`] into
-/// each request's extensions; without one nothing can be changed.
+/// each request's extensions, without which nothing can be changed, and a
+/// [`Standing`] where tokens are configured.
 pub fn router(state: ApiState) -> Router {
     let memory = Router::new()
         .route("/stats", get(memory::stats))
@@ -90,7 +127,7 @@ pub fn router(state: ApiState) -> Router {
         .route("/system", get(system::system))
         .route("/cleanup", post(cleanup::cleanup))
         .route("/limit", post(limit::limit));
-    Router::new()
+    let routes = probe_routes()
         .nest("/api/v1/memory", memory)
         .route("/api/v1/models", get(memory::models))
         .route(
@@ -101,12 +138,13 @@ pub fn router(state: ApiState) -> Router {
         .route("/api/v1/reload", post(reload::reload))
         .route("/api/v1/upgrade", post(upgrade::upgrade))
         .route("/", get(probes::index))
-        .route("/health", get(probes::health))
-        .route("/startupz", get(probes::startupz))
-        .route("/livez", get(probes::livez))
-        .route("/readyz", get(probes::readyz))
         .route("/metrics", get(metrics::metrics))
-        .merge(open_inference())
+        .merge(open_inference());
+    finish(routes, state)
+}
+
+fn finish(routes: Router<ApiState>, state: ApiState) -> Router {
+    routes
         .fallback(not_found)
         .method_not_allowed_fallback(wrong_method)
         .layer(from_fn(guard::guard))

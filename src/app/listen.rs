@@ -3,37 +3,48 @@
 use std::convert::Infallible;
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use arc_swap::ArcSwapOption;
 use axum::body::Body as ApiBody;
 use http_body_util::Either;
 use hyper::body::Incoming;
-use hyper::header::{CONNECTION, HeaderMap, HeaderValue, UPGRADE};
+use hyper::header::{CONNECTION, Entry, HeaderMap, HeaderValue, TRANSFER_ENCODING, UPGRADE};
 use hyper::service::service_fn;
 use hyper::{Method, Request, Response, StatusCode, Version};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto;
 use tokio::sync::watch;
+use tokio_rustls::TlsAcceptor;
+use tokio_rustls::rustls::ServerConfig;
 use tokio_util::sync::CancellationToken;
 use tower::ServiceExt;
 use tracing::{debug, warn};
 
-use super::sockets::Listener;
+use super::entrance::{self, Entrance, Page, Rules};
+use super::reload::proxy_settings;
+use super::sockets::{Listener, Scope};
 use super::upgrade::{named_peer, pass};
-use crate::api::{self, PeerAddr};
+use crate::api::{self, ApiState, KnownPage, PeerAddr};
+use crate::config::Config;
 use crate::grpc;
 use crate::model::Bytes;
 use crate::proxy::{Proxy, ProxyBody, TRIED};
-use crate::reply::Fault;
+use crate::reply::{Fault, Speech};
 use crate::telemetry;
 
 /// Longest time for a client to send a request's head.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(30);
+/// How long one on which nothing was asked may take to end.
+const LEAVE: Duration = Duration::from_secs(2);
 /// Wait after an accept that failed, as it does when descriptors run out.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// The body of a call of the API is this long at most.
 const LONGEST_CALL: usize = 1 << 20;
+/// What TCP connections are encrypted with, as it is configured now.
+type Encryption = Arc<ArcSwapOption<ServerConfig>>;
 
 /// Whether connections are taken.
 #[derive(Clone, Debug)]
@@ -46,13 +57,17 @@ pub(super) enum Doors {
 }
 
 /// What every connection is served with.
-#[derive(Clone)]
+#[derive(Clone, Debug)]
 pub(super) struct Server {
-    pub(super) proxy: Proxy,
-    pub(super) api: axum::Router,
+    proxy: Proxy,
+    api: axum::Router,
+    /// What is left of it where operators have an address of their own.
+    probes: axum::Router,
+    entrance: Entrance,
+    tls: Encryption,
     pub(super) closing: CancellationToken,
     pub(super) connections: tokio_util::task::TaskTracker,
-    pub(super) doors: watch::Receiver<Doors>,
+    doors: watch::Receiver<Doors>,
 }
 
 impl Doors {
@@ -66,7 +81,7 @@ impl Doors {
 
 /// Takes connections until the server is closing or another residentd has taken
 /// over, and none while one is about to.
-pub(super) async fn listen(listener: Listener, server: Server) {
+pub(super) async fn listen(listener: Listener, scope: Scope, server: Server) {
     let mut doors = server.doors.clone();
     loop {
         let state = doors.borrow_and_update().clone();
@@ -88,8 +103,7 @@ pub(super) async fn listen(listener: Listener, server: Server) {
             () = server.closing.cancelled() => return,
         };
         match accepted {
-            Ok((Stream::Tcp(stream), peer)) => server.serve(TokioIo::new(stream), peer),
-            Ok((Stream::Unix(stream), peer)) => server.serve(TokioIo::new(stream), peer),
+            Ok((stream, origin)) => server.take(stream, At { scope, origin }),
             Err(error) => {
                 warn!(%error, "accepting a connection failed");
                 tokio::time::sleep(ACCEPT_PAUSE).await;
@@ -103,10 +117,19 @@ enum Stream {
     Unix(tokio::net::UnixStream),
 }
 
+/// Where a connection was taken, and from whom.
+#[derive(Clone, Copy)]
+struct At {
+    scope: Scope,
+    origin: Origin,
+}
+
 /// Where a request came from.
 #[derive(Clone, Copy)]
 enum Origin {
     Client(PeerAddr),
+    /// As a client, encrypted.
+    Encrypted(PeerAddr),
     /// The residentd before this one, which names the client.
     Handover,
 }
@@ -114,7 +137,7 @@ enum Origin {
 impl Origin {
     fn peer(self, headers: &HeaderMap) -> PeerAddr {
         match self {
-            Self::Client(peer) => peer,
+            Self::Client(peer) | Self::Encrypted(peer) => peer,
             Self::Handover => named_peer(headers),
         }
     }
@@ -138,59 +161,207 @@ async fn accept(listener: &Listener) -> std::io::Result<(Stream, Origin)> {
     }
 }
 
+fn builder() -> auto::Builder<TokioExecutor> {
+    let mut builder = auto::Builder::new(TokioExecutor::new());
+    builder
+        .http1()
+        .timer(TokioTimer::new())
+        .header_read_timeout(HEAD_TIMEOUT);
+    // A client that is gone without a word does not answer.
+    builder
+        .http2()
+        .timer(TokioTimer::new())
+        .keep_alive_interval(HEAD_TIMEOUT);
+    builder
+}
+
+/// Returns whether a body is not simply in chunks: whoever reads on could take
+/// another part of it for its end.
+fn is_recoded(headers: &HeaderMap) -> bool {
+    let mut codings = headers.get_all(TRANSFER_ENCODING).iter();
+    let is_chunked = |coding: &HeaderValue| coding.as_bytes().eq_ignore_ascii_case(b"chunked");
+    codings.next().is_some_and(|coding| !is_chunked(coding)) || codings.next().is_some()
+}
+
+/// Tells workers how the client called, unless a proxy before this one has.
+fn set_encrypted(headers: &mut HeaderMap) {
+    if let Entry::Vacant(place) = headers.entry("x-forwarded-proto") {
+        place.insert(HeaderValue::from_static("https"));
+    }
+}
+
 type Body = Either<ProxyBody, ApiBody>;
 
 impl Server {
-    fn serve<I>(&self, io: TokioIo<I>, origin: Origin)
-    where
-        TokioIo<I>: hyper::rt::Read + hyper::rt::Write + Unpin + Send + 'static,
-        I: Send + 'static,
-    {
+    pub(super) fn new(
+        config: &Config,
+        proxy: Proxy,
+        state: ApiState,
+        doors: watch::Receiver<Doors>,
+    ) -> Self {
+        let made = Self {
+            proxy,
+            probes: api::probes(state.clone()),
+            api: api::router(state),
+            entrance: Entrance::new(config),
+            tls: Encryption::default(),
+            closing: CancellationToken::new(),
+            connections: tokio_util::task::TaskTracker::new(),
+            doors,
+        };
+        made.set(config);
+        made
+    }
+
+    /// Serves as this says from now on, as far as that needs no restart.
+    pub(super) fn set(&self, config: &Config) {
+        self.proxy.set(proxy_settings(config));
+        self.entrance.set(config);
+        let tls = config.tls.as_ref().map(|tls| Arc::clone(&tls.server));
+        self.tls.store(tls);
+    }
+
+    /// Serves a connection in a task of its own.
+    fn take(&self, stream: Stream, at: At) {
         let server = self.clone();
-        let closing = self.closing.clone();
         let task = async move {
-            let service = service_fn(move |request| {
-                let server = server.clone();
-                async move { Ok::<_, Infallible>(server.answer(request, origin).await) }
-            });
-            let mut builder = auto::Builder::new(TokioExecutor::new());
-            builder
-                .http1()
-                .timer(TokioTimer::new())
-                .header_read_timeout(HEAD_TIMEOUT);
-            builder.http2().timer(TokioTimer::new());
-            let connection = builder.serve_connection_with_upgrades(io, service);
-            tokio::pin!(connection);
-            let ended = tokio::select! {
-                ended = connection.as_mut() => ended,
-                () = closing.cancelled() => {
-                    connection.as_mut().graceful_shutdown();
-                    connection.await
-                }
+            let (stream, peer) = match (stream, at.origin) {
+                (Stream::Unix(stream), _) => return server.serve(TokioIo::new(stream), at).await,
+                (Stream::Tcp(stream), Origin::Client(peer)) => (stream, peer),
+                (Stream::Tcp(stream), _) => return server.serve(TokioIo::new(stream), at).await,
             };
-            if let Err(error) = ended {
-                debug!(error = %error, "a connection ended early");
+            let Some(config) = server.tls.load_full() else {
+                return server.serve(TokioIo::new(stream), at).await;
+            };
+            let shaken = TlsAcceptor::from(config).accept(stream);
+            let shaken = tokio::select! {
+                shaken = tokio::time::timeout(HEAD_TIMEOUT, shaken) => shaken,
+                () = server.closing.cancelled() => return,
+            };
+            let origin = Origin::Encrypted(peer);
+            match shaken {
+                Ok(Ok(stream)) => {
+                    server
+                        .serve(TokioIo::new(stream), At { origin, ..at })
+                        .await;
+                }
+                Ok(Err(error)) => debug!(%error, "a client does not speak TLS as it should"),
+                Err(_) => debug!("a client took too long to begin TLS"),
             }
         };
         telemetry::spawn("connection", self.connections.track_future(task));
     }
 
-    async fn answer(&self, request: Request<Incoming>, origin: Origin) -> Response<Body> {
-        let (peer, version) = (origin.peer(request.headers()), request.version());
-        let is_ours = Proxy::takes(request.uri().path());
-        if is_ours || grpc::is_call(&request) && !api::answers(&request) {
+    async fn serve<I>(&self, io: TokioIo<I>, at: At)
+    where
+        TokioIo<I>: hyper::rt::Read + hyper::rt::Write + Unpin + Send + 'static,
+        I: Send + 'static,
+    {
+        let asked = Arc::new(AtomicBool::new(false));
+        let (server, asks) = (self.clone(), Arc::clone(&asked));
+        let service = service_fn(move |request| {
+            asks.store(true, Ordering::Relaxed);
+            let server = server.clone();
+            async move { Ok::<_, Infallible>(server.answer(request, at).await) }
+        });
+        let builder = builder();
+        let connection = builder.serve_connection_with_upgrades(io, service);
+        tokio::pin!(connection);
+        // The time-out for heads begins with the first byte only.
+        let first = tokio::time::timeout(HEAD_TIMEOUT, connection.as_mut());
+        let ended = tokio::select! {
+            ended = first => ended.ok(),
+            () = self.closing.cancelled() => {
+                connection.as_mut().graceful_shutdown();
+                Some(connection.as_mut().await)
+            }
+        };
+        let ended = match ended {
+            Some(ended) => ended,
+            None => {
+                if !asked.load(Ordering::Relaxed) {
+                    connection.as_mut().graceful_shutdown();
+                    let left = tokio::time::timeout(LEAVE, connection.as_mut()).await;
+                    if left.is_ok() || !asked.load(Ordering::Relaxed) {
+                        debug!("nothing was asked on a connection");
+                        return;
+                    }
+                }
+                tokio::select! {
+                    ended = connection.as_mut() => ended,
+                    () = self.closing.cancelled() => {
+                        connection.as_mut().graceful_shutdown();
+                        connection.await
+                    }
+                }
+            }
+        };
+        if let Err(error) = ended {
+            debug!(error = %error, "a connection ended early");
+        }
+    }
+
+    async fn answer(&self, request: Request<Incoming>, at: At) -> Response<Body> {
+        let rules = self.entrance.rules();
+        let (version, page) = (request.version(), rules.page(request.headers()));
+        if is_recoded(request.headers()) {
+            let fault = Fault::BadRequest("the body has a coding other than chunked".into());
+            let mut response = fault.response(ProxyBody::text).map(Either::Left);
+            let close = HeaderValue::from_static("close");
+            response.headers_mut().insert(CONNECTION, close);
+            return response;
+        }
+        let mut response = match entrance::is_preflight(request.method(), request.headers()) {
+            true => entrance::preflight(page.as_ref(), request.headers()).map(Either::Left),
+            false => self.let_in(request, at, &rules, page.as_ref()).await,
+        };
+        entrance::tell(page.as_ref(), response.headers_mut());
+        self.part(version, response.headers_mut());
+        response
+    }
+
+    async fn let_in(
+        &self,
+        mut request: Request<Incoming>,
+        At { scope, origin }: At,
+        rules: &Rules,
+        page: Option<&Page>,
+    ) -> Response<Body> {
+        let peer = origin.peer(request.headers());
+        let is_ours = Proxy::takes(request.uri().path())
+            || grpc::is_call(&request) && !api::answers(&request);
+        if scope != Scope::Admin && is_ours {
             let (client, tried) = match origin {
                 Origin::Client(_) => (peer.0, false),
+                Origin::Encrypted(_) => {
+                    set_encrypted(request.headers_mut());
+                    (peer.0, false)
+                }
                 // That one has named the client to workers.
                 Origin::Handover => (None, request.headers().contains_key(TRIED)),
             };
-            let mut response = self.proxy.handle(request, client, tried).await;
-            self.part(version, response.headers_mut());
+            // It has asked for a token too.
+            let is_known = matches!(origin, Origin::Handover);
+            let speech = Speech::of(&request);
+            if !is_known && let Err(fault) = rules.admit(request.headers_mut()) {
+                return speech.answer(&fault, ProxyBody::text).map(Either::Left);
+            }
+            let response = self.proxy.handle(request, client, tried).await;
             return response.map(Either::Left);
         }
-        let mut response = self.call(request, peer).await;
-        self.part(version, response.headers_mut());
-        response.map(Either::Right)
+        let standing = rules.standing(request.headers());
+        request.extensions_mut().insert(standing);
+        request.extensions_mut().insert(peer);
+        if page.is_some() {
+            request.extensions_mut().insert(KnownPage);
+        }
+        if scope == Scope::Inference && !api::is_probe(request.uri().path()) {
+            let answer = self.probes.clone().oneshot(request).await;
+            return answer
+                .unwrap_or_else(|never| match never {})
+                .map(Either::Right);
+        }
+        self.call(request, peer).await.map(Either::Right)
     }
 
     /// Answers a call of the API: here, or by the residentd that has taken over.
@@ -201,7 +372,7 @@ impl Server {
             return pass(request.map(ApiBody::new), peer, &socket).await;
         }
         if request.method() != Method::POST || grpc::is_call(&request) {
-            return self.answer_call(request.map(ApiBody::new), peer).await;
+            return self.answer_call(request.map(ApiBody::new)).await;
         }
         // Kept for the one who may take over while it waits.
         let (head, body) = request.into_parts();
@@ -212,7 +383,7 @@ impl Server {
         };
         let again = Request::from_parts(head.clone(), ApiBody::from(body.clone()));
         let request = Request::from_parts(head, ApiBody::from(body));
-        let answer = self.answer_call(request, peer).await;
+        let answer = self.answer_call(request).await;
         if answer.status() != StatusCode::SERVICE_UNAVAILABLE {
             return answer;
         }
@@ -223,12 +394,7 @@ impl Server {
         }
     }
 
-    async fn answer_call(
-        &self,
-        mut request: Request<ApiBody>,
-        peer: PeerAddr,
-    ) -> Response<ApiBody> {
-        request.extensions_mut().insert(peer);
+    async fn answer_call(&self, request: Request<ApiBody>) -> Response<ApiBody> {
         let answer = self.api.clone().oneshot(request).await;
         answer.unwrap_or_else(|never| match never {})
     }

@@ -11,6 +11,7 @@ use tokio::sync::mpsc;
 use tracing::warn;
 
 use super::inputs::Defaults;
+use super::listen::Server;
 use crate::config::{self, Config, Problems, Severity, Sources, diff};
 use crate::control::{
     Controller, Reconfiguration, Refusal, ReloadError, ReloadOrigin, ReloadProblem, ReloadReport,
@@ -18,7 +19,7 @@ use crate::control::{
 };
 use crate::model::{Bytes, Difference, ModelName, Takes};
 use crate::policy::{Change, ModelChange, Setup};
-use crate::proxy::{Proxy, ProxySettings};
+use crate::proxy::ProxySettings;
 use crate::store::{Fingerprints, Store};
 use crate::telemetry;
 
@@ -60,7 +61,7 @@ pub(super) struct Reloading {
     pub(super) defaults: Defaults,
     pub(super) store: Store,
     pub(super) controller: Controller,
-    pub(super) proxy: Proxy,
+    pub(super) server: Server,
     pub(super) grace: Arc<Grace>,
     /// What was wrong with the last one, until one was right.
     pub(super) refused: Option<Vec<ReloadProblem>>,
@@ -180,7 +181,7 @@ impl Reloading {
     /// Has hold what neither policy nor routes know of.
     fn take_in(&mut self, config: Config) {
         self.grace.set(config.server.shutdown_grace);
-        self.proxy.set(proxy_settings(&config));
+        self.server.set(&config);
         if config.server.log_level != self.running.server.log_level
             && let Err(why) = telemetry::set_level(&config.server.log_level)
         {

@@ -14,7 +14,7 @@ use tracing::{debug, info};
 
 use super::AppError;
 use super::upgrade::Sent;
-use crate::config::Listen;
+use crate::config::{Config, Listen};
 
 /// A bound address.
 pub(super) enum Listener {
@@ -24,12 +24,74 @@ pub(super) enum Listener {
     Handover(UnixListener),
 }
 
+/// What is answered at an address.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Scope {
+    /// Everything.
+    All,
+    /// Inference and probes: operators have an address of their own.
+    Inference,
+    /// All but inference.
+    Admin,
+}
+
+/// Which addresses are configured.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Wanted<'a> {
+    /// For inference.
+    main: &'a [Listen],
+    /// For operators; empty when it is the same.
+    admin: &'a [Listen],
+}
+
+impl<'a> Wanted<'a> {
+    pub(super) fn of(config: &'a Config) -> Self {
+        Self {
+            main: &config.server.listen,
+            admin: &config.admin_listen,
+        }
+    }
+
+    /// Returns whether a socket that was opened before is to be the operators'
+    /// own; `None` when it is not wanted any more.
+    fn is_admin(self, sent: &Sent) -> Option<bool> {
+        let Some(text) = &sent.configured else {
+            return Some(false);
+        };
+        let among = |all: &[Listen]| all.iter().any(|listen| listen.to_string() == *text);
+        match (among(self.main), among(self.admin)) {
+            (false, false) => None,
+            // Only port 0 may be both.
+            (true, true) => Some(sent.is_admin),
+            (_, is_admin) => Some(is_admin),
+        }
+    }
+
+    /// Returns what is answered at an address.
+    fn scope(self, is_admin: bool) -> Scope {
+        match (self.admin.is_empty(), is_admin) {
+            (true, _) => Scope::All,
+            (false, true) => Scope::Admin,
+            (false, false) => Scope::Inference,
+        }
+    }
+}
+
 /// A socket that is listened on.
 pub(super) struct Bound {
+    pub(super) scope: Scope,
     pub(super) address: Listen,
     pub(super) listener: Listener,
     /// What another residentd that takes over is told of it.
     pub(super) sent: Sent,
+}
+
+/// Returns the addresses, and after them those of operators alone.
+pub(super) fn addresses(bound: &[Bound]) -> (Vec<Listen>, Vec<Listen>) {
+    let (admin, main): (Vec<_>, Vec<_>) =
+        bound.iter().partition(|bound| bound.scope == Scope::Admin);
+    let of = |all: Vec<&Bound>| all.iter().map(|bound| bound.address.clone()).collect();
+    (of(main), of(admin))
 }
 
 /// Returns the files of Unix sockets that are not the service manager's.
@@ -62,20 +124,25 @@ pub(super) struct Opened {
 
 /// Returns a listener for each configured address, and the files of Unix sockets on
 /// which nobody listens any more. What the service manager has opened takes the
-/// place of all that is configured.
+/// place of all that is configured but the operators' own.
 pub(super) async fn open(
-    configured: &[Listen],
+    wanted: Wanted<'_>,
     opened: Opened,
 ) -> Result<(Vec<Bound>, Vec<PathBuf>), AppError> {
     let (mut bound, mut dropped) = (Vec::new(), Vec::new());
     let by_manager = opened.passed.into_iter();
-    let by_manager = by_manager.map(|socket| (Sent { configured: None }, socket));
-    for (sent, socket) in by_manager.chain(opened.inherited) {
-        let text = sent.configured.as_deref();
-        let is_wanted = text.is_none_or(|text| configured.iter().any(|l| l.to_string() == text));
+    let unnamed = Sent {
+        configured: None,
+        is_admin: false,
+    };
+    let by_manager = by_manager.map(|socket| (unnamed.clone(), socket));
+    for (mut sent, socket) in by_manager.chain(opened.inherited) {
+        let is_admin = wanted.is_admin(&sent);
         let (address, listener) = Listener::passed(socket)?;
-        if is_wanted {
+        if let Some(is_admin) = is_admin {
+            sent.is_admin = is_admin;
             bound.push(Bound {
+                scope: wanted.scope(is_admin),
                 address,
                 listener,
                 sent,
@@ -87,16 +154,24 @@ pub(super) async fn open(
             }
         }
     }
-    if bound.iter().any(|bound| bound.sent.configured.is_none()) {
-        debug!("the service manager opened the sockets; server.listen is not used");
-        return Ok((bound, dropped));
-    }
-    for listen in configured {
-        let text = Some(listen.to_string());
-        if !bound.iter().any(|bound| bound.sent.configured == text) {
+    let is_managed = bound.iter().any(|bound| bound.sent.configured.is_none());
+    let main = match is_managed {
+        true => {
+            debug!("the service manager opened the sockets; server.listen is not used");
+            &[]
+        }
+        false => wanted.main,
+    };
+    let main = main.iter().map(|listen| (listen, false));
+    for (listen, is_admin) in main.chain(wanted.admin.iter().map(|listen| (listen, true))) {
+        let sent = Sent {
+            configured: Some(listen.to_string()),
+            is_admin,
+        };
+        if !bound.iter().any(|bound| bound.sent == sent) {
             let (address, listener) = bind(listen).await?;
-            let sent = Sent { configured: text };
             bound.push(Bound {
+                scope: wanted.scope(is_admin),
                 address,
                 listener,
                 sent,
@@ -203,5 +278,50 @@ async fn remove_stale_socket(path: &PathBuf) -> std::io::Result<()> {
             std::fs::remove_file(path)
         }
         Err(error) => Err(error),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn tcp(text: &str) -> Listen {
+        Listen::Tcp(text.parse().expect("an address"))
+    }
+
+    fn sent(text: Option<&str>, is_admin: bool) -> Sent {
+        Sent {
+            configured: text.map(str::to_owned),
+            is_admin,
+        }
+    }
+
+    #[test]
+    fn a_socket_that_is_handed_over_is_for_whom_the_new_configuration_says() {
+        let (main, admin) = (
+            [tcp("127.0.0.1:1"), tcp("127.0.0.1:0")],
+            [tcp("127.0.0.1:2"), tcp("127.0.0.1:0")],
+        );
+        let wanted = Wanted {
+            main: &main,
+            admin: &admin,
+        };
+        for was in [false, true] {
+            assert_eq!(
+                wanted.is_admin(&sent(Some("127.0.0.1:1"), was)),
+                Some(false)
+            );
+            assert_eq!(wanted.is_admin(&sent(Some("127.0.0.1:2"), was)), Some(true));
+            assert_eq!(wanted.is_admin(&sent(Some("127.0.0.1:3"), was)), None);
+            assert_eq!(wanted.is_admin(&sent(Some("127.0.0.1:0"), was)), Some(was));
+            assert_eq!(wanted.is_admin(&sent(None, was)), Some(false));
+        }
+        assert_eq!(wanted.scope(true), Scope::Admin);
+        assert_eq!(wanted.scope(false), Scope::Inference);
+        let alone = Wanted {
+            admin: &[],
+            ..wanted
+        };
+        assert_eq!(alone.scope(false), Scope::All);
     }
 }

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
 
+use super::access::AccessArgs;
 use super::client::Server;
 use super::settings::SettingArgs;
 use crate::config::units;
@@ -110,7 +111,7 @@ pub(super) struct GuardArgs {
 /// What every command needs that talks to a running residentd.
 #[derive(Args, Clone, Debug)]
 pub(super) struct ClientArgs {
-    /// Where residentd listens: http://HOST:PORT or unix:PATH
+    /// Where residentd listens: http://HOST:PORT, https://HOST:PORT or unix:PATH
     #[arg(
         long,
         value_name = "URL",
@@ -118,6 +119,9 @@ pub(super) struct ClientArgs {
         default_value = "http://127.0.0.1:8080"
     )]
     pub(super) server: Server,
+    /// How to get in.
+    #[command(flatten)]
+    pub(super) access: AccessArgs,
     /// Print the server's answer as it came
     #[arg(long)]
     pub(super) json: bool,
@@ -389,7 +393,7 @@ mod tests {
             "logs gemma -n many",
             "events -n many",
             "events --model a,b",
-            "ps --server https://example.org",
+            "ps --server ftp://example.org",
             "completions tcsh",
         ] {
             let error = parse(line).expect_err(line);

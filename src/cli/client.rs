@@ -9,14 +9,18 @@ use bytes::Bytes;
 use http_body_util::{BodyExt, Full};
 use hyper::body::Incoming;
 use hyper::client::conn::http1;
-use hyper::header::{ACCEPT, CONTENT_TYPE, HOST};
+use hyper::header::{ACCEPT, AUTHORIZATION, CONTENT_TYPE, HOST, HeaderValue};
 use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::TokioIo;
+use rustls_pki_types::ServerName;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpStream, UnixStream};
+use tokio_rustls::TlsConnector;
 
+use super::access::{self, AccessError};
+use super::args::ClientArgs;
 use crate::telemetry;
 
 /// How long a connection may take to come about.
@@ -27,6 +31,8 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 pub enum Server {
     /// `http://HOST:PORT`, kept as `HOST:PORT`.
     Tcp(String),
+    /// `https://HOST:PORT`, likewise.
+    Tls(String),
     /// `unix:PATH`.
     Unix(PathBuf),
 }
@@ -35,7 +41,7 @@ impl FromStr for Server {
     type Err = &'static str;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
-        const EXPECTED: &str = "a server is http://HOST:PORT or unix:PATH";
+        const EXPECTED: &str = "a server is http://HOST:PORT, https://HOST:PORT or unix:PATH";
         if let Some(path) = text.strip_prefix("unix:") {
             return if path.is_empty() {
                 Err(EXPECTED)
@@ -43,16 +49,22 @@ impl FromStr for Server {
                 Ok(Self::Unix(path.into()))
             };
         }
-        let authority = text.strip_prefix("http://").ok_or(EXPECTED)?;
+        let plain = text.strip_prefix("http://");
+        let encrypted = text.strip_prefix("https://");
+        let authority = plain.or(encrypted).ok_or(EXPECTED)?;
         let authority = authority.strip_suffix('/').unwrap_or(authority);
         let authority: hyper::http::uri::Authority = authority.parse().map_err(|_| EXPECTED)?;
         if authority.host().is_empty() || authority.as_str().contains('@') {
             return Err(EXPECTED);
         }
-        Ok(Self::Tcp(match authority.port() {
+        let or = |port: u16| match authority.port() {
             Some(_) => authority.to_string(),
-            None => format!("{authority}:80"),
-        }))
+            None => format!("{authority}:{port}"),
+        };
+        Ok(match plain {
+            Some(_) => Self::Tcp(or(80)),
+            None => Self::Tls(or(443)),
+        })
     }
 }
 
@@ -60,6 +72,7 @@ impl fmt::Display for Server {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Tcp(authority) => write!(f, "http://{authority}"),
+            Self::Tls(authority) => write!(f, "https://{authority}"),
             Self::Unix(path) => write!(f, "unix:{}", path.display()),
         }
     }
@@ -183,12 +196,50 @@ struct FailureParts {
 #[derive(Debug)]
 pub(super) struct Client {
     server: Server,
+    token: Option<HeaderValue>,
+    way: Way,
+}
+
+/// How the server is reached.
+enum Way {
+    Tcp(String),
+    Tls(String, ServerName<'static>, TlsConnector),
+    Unix(PathBuf),
+}
+
+impl fmt::Debug for Way {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Tcp(_) => "Tcp",
+            Self::Tls(..) => "Tls",
+            Self::Unix(_) => "Unix",
+        })
+    }
 }
 
 impl Client {
-    /// Names whom to ask; nothing is sent yet.
-    pub(super) const fn new(server: Server) -> Self {
-        Self { server }
+    /// Names whom to ask, and reads what is needed for that; nothing is sent yet.
+    pub(super) fn new(args: &ClientArgs) -> Result<Self, AccessError> {
+        let token = args.access.token()?.map(|token| {
+            let value = format!("Bearer {}", token.reveal());
+            let value = HeaderValue::try_from(value);
+            let mut value = value.expect("a token is visible ASCII");
+            value.set_sensitive(true);
+            value
+        });
+        let way = match &args.server {
+            Server::Tcp(authority) => Way::Tcp(authority.clone()),
+            Server::Tls(authority) => {
+                let name = access::server_name(authority)?;
+                Way::Tls(authority.clone(), name, args.access.tls()?)
+            }
+            Server::Unix(path) => Way::Unix(path.clone()),
+        };
+        Ok(Self {
+            server: args.server.clone(),
+            token,
+            way,
+        })
     }
 
     /// Asks and reads the whole answer.
@@ -233,10 +284,10 @@ impl Client {
         accept: &str,
     ) -> Result<Response<Incoming>, CallError> {
         let host = match &self.server {
-            Server::Tcp(authority) => authority.as_str(),
+            Server::Tcp(authority) | Server::Tls(authority) => authority.as_str(),
             Server::Unix(_) => "localhost",
         };
-        let request = Request::builder()
+        let mut request = Request::builder()
             .method(method)
             .uri(path)
             .header(HOST, host)
@@ -244,12 +295,23 @@ impl Client {
             .header(CONTENT_TYPE, "application/json")
             .body(Full::new(Bytes::from(body)))
             .expect("paths are built from checked names and numbers");
-        let response = match &self.server {
-            Server::Tcp(authority) => {
+        if let Some(token) = &self.token {
+            request.headers_mut().insert(AUTHORIZATION, token.clone());
+        }
+        let response = match &self.way {
+            Way::Tcp(authority) => {
                 let stream = self.connected(TcpStream::connect(authority)).await?;
                 self.exchange(stream, request).await?
             }
-            Server::Unix(path) => {
+            Way::Tls(authority, name, tls) => {
+                let encrypted = async {
+                    let stream = TcpStream::connect(authority).await?;
+                    tls.connect(name.clone(), stream).await
+                };
+                let stream = self.connected(encrypted).await?;
+                self.exchange(stream, request).await?
+            }
+            Way::Unix(path) => {
                 let stream = self.connected(UnixStream::connect(path)).await?;
                 self.exchange(stream, request).await?
             }
@@ -334,6 +396,7 @@ mod tests {
             ("http://127.0.0.1:8080", "http://127.0.0.1:8080"),
             ("http://box.lan:9911/", "http://box.lan:9911"),
             ("http://box.lan", "http://box.lan:80"),
+            ("https://box.lan", "https://box.lan:443"),
             ("http://[::1]:8080", "http://[::1]:8080"),
             (
                 "unix:/run/residentd/http.sock",
@@ -346,7 +409,8 @@ mod tests {
             "",
             "unix:",
             "http://",
-            "https://box.lan",
+            "https://",
+            "ftp://box.lan",
             "127.0.0.1:8080",
             "http://box.lan/api",
             "http://me@box.lan",

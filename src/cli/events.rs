@@ -12,7 +12,7 @@ use super::{output, show};
 /// Prints the last events, and follows until the server ends.
 pub(super) async fn events(args: EventsArgs) -> anyhow::Result<()> {
     let path = path(&args);
-    let client = Client::new(args.client.server);
+    let client = Client::new(&args.client)?;
     let json = args.client.json;
     if !args.follow {
         let answer = client.call(Method::GET, &path, String::new()).await?;

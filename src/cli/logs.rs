@@ -10,7 +10,7 @@ use super::output;
 pub(super) async fn logs(args: LogsArgs) -> anyhow::Result<()> {
     let model = model_path(&args.model.model);
     let path = format!("{model}/logs?lines={}&follow={}", args.lines, args.follow);
-    let client = Client::new(args.model.client.server);
+    let client = Client::new(&args.model.client)?;
     let accept = if args.model.client.json {
         "application/json"
     } else {

@@ -19,7 +19,7 @@ pub(super) async fn cleanup(args: CleanupArgs) -> anyhow::Result<()> {
         dry_run: args.dry_run,
     };
     let body = serde_json::to_string(&wish)?;
-    let client = Client::new(args.client.server);
+    let client = Client::new(&args.client)?;
     let path = "/api/v1/memory/cleanup";
     let answer = client.call(Method::POST, path, body).await?;
     show(&answer, args.client.json, cleaned)
@@ -66,7 +66,7 @@ impl Cleaned {
 /// Sets or shows the limit.
 pub(super) async fn limit(args: LimitArgs) -> anyhow::Result<()> {
     let path = limit_path(&args);
-    let client = Client::new(args.client.server);
+    let client = Client::new(&args.client)?;
     let answer = client.call(Method::POST, &path, String::new()).await?;
     show(&answer, args.client.json, limited)
 }
@@ -105,6 +105,7 @@ fn limited(answer: &Answer) -> Result<String, CallError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cli::access::AccessArgs;
     use crate::cli::args::ClientArgs;
     use crate::cli::client::Server;
 
@@ -115,6 +116,7 @@ mod tests {
             persist,
             client: ClientArgs {
                 server: Server::Tcp("127.0.0.1:1".to_owned()),
+                access: AccessArgs::default(),
                 json: false,
             },
         }

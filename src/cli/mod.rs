@@ -3,6 +3,7 @@
 //!
 //! Exit codes: 0 done, 1 failed, 2 wrong use or configuration.
 
+mod access;
 mod args;
 mod client;
 mod events;

@@ -21,7 +21,7 @@ pub(super) async fn load(args: LoadArgs) -> anyhow::Result<()> {
 /// Has an action carried out on a model and tells what became of it.
 pub(super) async fn act(args: ModelArgs, action: &str) -> anyhow::Result<()> {
     let path = format!("{}/{action}", model_path(&args.model));
-    let client = Client::new(args.client.server);
+    let client = Client::new(&args.client)?;
     let answer = client.call(Method::POST, &path, String::new()).await?;
     show(&answer, args.client.json, message)
 }

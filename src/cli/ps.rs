@@ -13,7 +13,7 @@ use crate::model::Bytes;
 
 /// Prints the table and the totals below it.
 pub(super) async fn ps(args: ClientArgs) -> anyhow::Result<()> {
-    let client = Client::new(args.server);
+    let client = Client::new(&args)?;
     let path = "/api/v1/models";
     let models = client.call(Method::GET, path, String::new()).await?;
     if args.json {

@@ -13,7 +13,7 @@ pub(super) async fn reload(args: ReloadArgs) -> anyhow::Result<()> {
         true => "/api/v1/reload?dry_run=true",
         false => "/api/v1/reload",
     };
-    let client = Client::new(args.client.server);
+    let client = Client::new(&args.client)?;
     let answer = client.call(Method::POST, path, String::new()).await?;
     show(&answer, args.client.json, words)
 }

@@ -112,11 +112,18 @@ async fn serve(sources: Sources, config: Config, options: Options) -> anyhow::Re
     }
     // Before the first worker, so that no signal finds nobody listening.
     let mut signals = Signals::listen()?;
+    let is_encrypted = config.tls.is_some();
     let app = App::start(sources, config, options).await?;
-    for address in app.addresses() {
+    let shown = |address| match app::address_text(address) {
+        text if is_encrypted => text.replacen("http:", "https:", 1),
+        text => text,
+    };
+    let own = app.admin_addresses().iter().map(shown);
+    let own = own.map(|address| format!("{address} for operators"));
+    for address in app.addresses().iter().map(shown).chain(own) {
         // Scripts wait for this line; logs go to standard error. Whoever started
         // this may have stopped to read by the time another one takes over.
-        let line = format!("residentd is listening on {}", app::address_text(address));
+        let line = format!("residentd is listening on {address}");
         if let Err(error) = writeln!(std::io::stdout().lock(), "{line}") {
             info!(%error, "{line}");
         }

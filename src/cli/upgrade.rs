@@ -9,7 +9,7 @@ use super::show;
 
 /// Upgrades, and says who has taken over.
 pub(super) async fn upgrade(args: ClientArgs) -> anyhow::Result<()> {
-    let client = Client::new(args.server);
+    let client = Client::new(&args)?;
     let path = "/api/v1/upgrade";
     let answer = client.call(Method::POST, path, String::new()).await?;
     show(&answer, args.json, words)

@@ -18,6 +18,9 @@ pub(super) fn check(
     let state_dir = server.state_dir.to_string_lossy().into_owned();
     let scope = Scope::new(raw.variables, state_dir, context.environment, problems);
     let pressure = pressure(raw.pressure, problems);
+    let admin_listen = raw.admin.check(&server.listen, context, problems);
+    let auth = raw.auth.check(context, problems);
+    let tls = raw.tls.check(context, problems);
     if !context.is_whole {
         return None;
     }
@@ -34,6 +37,9 @@ pub(super) fn check(
     let models = models::check(raw.models, &raw.defaults, &facts, problems);
     Some(Config {
         server,
+        admin_listen,
+        auth,
+        tls,
         memory: memory(raw.memory, context),
         gpu_limits: raw
             .gpus
@@ -59,26 +65,37 @@ fn server(raw: RawServer, context: &Context<'_>, problems: &mut Problems) -> Ser
         adopt: given(raw.adopt),
         access_log: given(raw.access_log),
         watch_config: given(raw.watch_config),
+        cors_origins: given(raw.cors_origins),
     };
     if let Some(place) = listen {
         check_listen(&server.listen, &place, problems);
     }
-    for listen in &mut server.listen {
+    make_absolute(&mut server.listen, context);
+    server
+}
+
+/// Has paths of sockets begin at the root.
+pub(super) fn make_absolute(listen: &mut [Listen], context: &Context<'_>) {
+    for listen in listen {
         if let Listen::Unix(path) = listen {
             *path = context.working_dir.join(&path);
         }
     }
-    server
 }
 
-fn check_listen(listen: &[Listen], place: &Place, problems: &mut Problems) {
+/// Returns whether the system chooses the port.
+pub(super) fn is_any(address: &Listen) -> bool {
+    matches!(address, Listen::Tcp(address) if address.port() == 0)
+}
+
+/// Tells when there is no address, or one twice.
+pub(super) fn check_listen(listen: &[Listen], place: &Place, problems: &mut Problems) {
     if listen.is_empty() {
         let fix = r#"write at least one address, e.g. "127.0.0.1:8080""#;
         problems.error(place, "is empty", fix);
     }
     for (index, address) in listen.iter().enumerate() {
-        let is_any = matches!(address, Listen::Tcp(address) if address.port() == 0);
-        if !is_any && listen[..index].contains(address) {
+        if !is_any(address) && listen[..index].contains(address) {
             problems.error(place, format!("names {address} twice"), "remove one");
         }
     }

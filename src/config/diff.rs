@@ -18,19 +18,25 @@ use crate::template::Template;
 /// The variable that names our own state folder.
 const STATE_DIR: &str = "STATE_DIR";
 
-/// Returns a text that changes when the configuration does; the same for the
-/// same configuration in one build.
+/// Returns a text that changes when the configuration does, tokens apart; the
+/// same for the same configuration in one build.
 #[must_use]
 pub fn hash(config: &Config) -> String {
     let Config {
         server,
+        admin_listen,
+        // Tokens are not shown, so another one is no other text.
+        auth,
+        tls,
         memory,
         pressure,
         gpu_limits,
         models,
         warnings: _,
     } = config;
-    let text = format!("{server:?}{memory:?}{pressure:?}{gpu_limits:?}{models:?}");
+    let text = format!(
+        "{server:?}{admin_listen:?}{auth:?}{tls:?}{memory:?}{pressure:?}{gpu_limits:?}{models:?}"
+    );
     let mut print = Fingerprint::default();
     print.feed(text.as_bytes());
     print.to_string()
@@ -47,6 +53,11 @@ pub fn apply(old: &Config, new: Config) -> (Config, Difference) {
     let mut keys = Keys::default();
     pressure(&old.pressure, &new.pressure, &mut keys);
     keys.compare("gpus", &old.gpu_limits, &new.gpu_limits);
+    keys.compare("auth", &old.auth, &new.auth);
+    keys.compare("tls", &old.tls, &new.tls);
+    if old.admin_listen != new.admin_listen {
+        difference.needs_restart.push("admin.listen");
+    }
     difference.settings.extend(keys.0);
 
     let before: BTreeMap<&ModelName, &Arc<ModelSpec>> =
@@ -72,6 +83,9 @@ pub fn apply(old: &Config, new: Config) -> (Config, Difference) {
     difference.removed = gone.filter(|name| !stays(name)).cloned().collect();
     let config = Config {
         server,
+        admin_listen: old.admin_listen.clone(),
+        auth: new.auth,
+        tls: new.tls,
         memory,
         pressure: new.pressure,
         gpu_limits: new.gpu_limits,
@@ -111,7 +125,7 @@ macro_rules! settle {
 
 fn server(old: &Server, new: Server, difference: &mut Difference) -> Server {
     settle!(difference, "server", old, new,
-        at_once: [shutdown_grace, log_level, max_body, model_prefix],
+        at_once: [shutdown_grace, log_level, max_body, model_prefix, cors_origins],
         at_start: [listen, state_dir, adopt, log_format, access_log, watch_config],
         Server)
 }

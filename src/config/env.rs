@@ -9,6 +9,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use super::access::RawAuth;
 use super::problem::{Origin, Place, Problems};
 use super::raw::{RawConfig, RawMemory, RawServer};
 use super::section::{Section, nearest};
@@ -65,6 +66,7 @@ struct Variable {
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Table {
+    Auth,
     Server,
     Memory,
 }
@@ -72,6 +74,7 @@ enum Table {
 impl Table {
     const fn name(self) -> &'static str {
         match self {
+            Self::Auth => "auth",
             Self::Server => "server",
             Self::Memory => "memory",
         }
@@ -87,7 +90,23 @@ const fn variable(name: &'static str, table: Table, key: &'static str) -> Variab
     }
 }
 
-const VARIABLES: [Variable; 20] = [
+const VARIABLES: [Variable; 24] = [
+    variable(
+        "RESIDENTD_INFERENCE_TOKENS",
+        Table::Auth,
+        "inference_tokens",
+    ),
+    variable(
+        "RESIDENTD_INFERENCE_TOKENS_FILE",
+        Table::Auth,
+        "inference_tokens_file",
+    ),
+    variable("RESIDENTD_ADMIN_TOKENS", Table::Auth, "admin_tokens"),
+    variable(
+        "RESIDENTD_ADMIN_TOKENS_FILE",
+        Table::Auth,
+        "admin_tokens_file",
+    ),
     variable("RESIDENTD_LISTEN", Table::Server, "listen"),
     variable("RESIDENTD_STATE_DIR", Table::Server, "state_dir"),
     variable("RESIDENTD_SHUTDOWN_GRACE", Table::Server, "shutdown_grace"),
@@ -119,7 +138,13 @@ const VARIABLES: [Variable; 20] = [
 pub(super) const CONFIG_VARIABLE: &str = "RESIDENTD_CONFIG";
 
 /// Variables of the client commands, which are not read here.
-const CLIENT_VARIABLES: [&str; 3] = ["RESIDENTD_SERVER", "RESIDENTD_TOKEN_FILE", "RESIDENTD_JSON"];
+const CLIENT_VARIABLES: [&str; 5] = [
+    "RESIDENTD_SERVER",
+    "RESIDENTD_TOKEN",
+    "RESIDENTD_TOKEN_FILE",
+    "RESIDENTD_CA",
+    "RESIDENTD_JSON",
+];
 
 /// Reads what the variables say of keys. Other variables are none of our
 /// business, unless one is likely a slip of ours.
@@ -131,11 +156,20 @@ pub(super) fn read(
     warn_of_slips(environment, origin, problems);
     let server = of_variables(environment, Table::Server, origin, problems);
     let memory = of_variables(environment, Table::Memory, origin, problems);
+    let auth = of_variables(environment, Table::Auth, origin, problems);
     RawConfig {
+        auth: RawAuth::read(auth, problems),
         server: RawServer::read(server, problems),
         memory: RawMemory::read(memory, problems),
         ..RawConfig::default()
     }
+}
+
+/// Returns the files of tokens that variables name.
+pub(super) fn token_files(environment: &Environment) -> impl Iterator<Item = PathBuf> {
+    let of_file = |v: &&Variable| v.table == Table::Auth && v.key.ends_with("_file");
+    let named = VARIABLES.iter().filter(of_file);
+    named.filter_map(|v| environment.get(v.name).map(PathBuf::from))
 }
 
 /// Reads what the flags say of keys.

@@ -143,8 +143,8 @@ fn find(
     (files, found_all)
 }
 
-/// Returns every file and folder that the configuration is read from, whether
-/// it is there or not, as absolute paths.
+/// Returns every file and folder that the configuration is read from, with those
+/// of tokens, certificate and key, whether it is there or not, as absolute paths.
 #[must_use]
 pub fn places(sources: &Sources) -> Vec<PathBuf> {
     // What is wrong with them is told by whoever reads them.
@@ -154,7 +154,12 @@ pub fn places(sources: &Sources) -> Vec<PathBuf> {
     let (files, _) = find(sources, &environment, &mut ignored);
     let named = named(sources, &environment);
     let fixed = [PathBuf::from(".env")];
+    let theirs = read(sources, &environment, &mut ignored).merged;
+    let theirs = theirs.auth.files().chain(theirs.tls.files()).cloned();
+    let theirs: Vec<PathBuf> = theirs.collect();
+    let by_variable = super::env::token_files(&environment);
     let all = fixed.into_iter().chain(named).chain(files);
+    let all = all.chain(theirs).chain(by_variable);
     all.map(|path| sources.working_dir.join(path)).collect()
 }
 
@@ -188,7 +193,7 @@ fn files_within(working_dir: &Path, folder: &Path) -> io::Result<Vec<PathBuf>> {
 }
 
 /// Says why a file cannot be read, without the error's number.
-fn unreadable(error: &io::Error) -> String {
+pub(super) fn unreadable(error: &io::Error) -> String {
     let why = match error.kind() {
         io::ErrorKind::NotFound => "no such file or folder".to_owned(),
         io::ErrorKind::PermissionDenied => "permission denied".to_owned(),

@@ -12,6 +12,7 @@
 //!                      what values mean together in `check`
 //! ```
 
+mod access;
 mod check;
 mod context;
 pub mod diff;
@@ -40,6 +41,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+pub use access::{Auth, Tls};
 pub use env::{Environment, Sources};
 pub use files::{DEFAULTS, places};
 pub use problem::{Complaint, Problem, Problems, Severity};
@@ -52,6 +54,12 @@ use crate::model::{Bytes, DeviceRef, EvictionPolicy, ModelSpec, Prefetch};
 pub struct Config {
     /// Listeners, files, logs.
     pub server: Server,
+    /// Where operators have an address of their own; empty: where everybody is.
+    pub admin_listen: Vec<Listen>,
+    /// Who may call.
+    pub auth: Auth,
+    /// What TCP listeners are encrypted with; absent: they are not.
+    pub tls: Option<Tls>,
     /// The memory workers may have.
     pub memory: Memory,
     /// When memory counts as tight.
@@ -88,6 +96,8 @@ pub struct Server {
     pub access_log: bool,
     /// Whether the configuration is read anew when its files change.
     pub watch_config: bool,
+    /// Origins, in lower case, whose pages may call in a browser; `*` is any.
+    pub cors_origins: Vec<String>,
 }
 
 /// An address to listen on.

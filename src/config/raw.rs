@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use toml::de::DeTable;
 
+use super::access::{self, RawAdmin, RawAuth, RawTls};
 use super::live::RawLive;
 use super::problem::{Complaint, Origin, Place, Problems};
 use super::requests::RawRequests;
@@ -17,14 +18,16 @@ use super::value::{NAME_FIX, Value};
 use super::{Listen, LogFormat, Threshold, gpus, park, ready};
 use crate::model::{Bytes, DeviceRef, EvictionPolicy, GpuRequest, ModelName, Prefetch, ReadyCheck};
 
-/// Tables and keys of the documentation that this version has no feature for.
-const LATER: [&str; 3] = ["admin", "auth", "tls"];
+/// Keys of the documentation that this version has no feature for.
 const LATER_MODEL: [&str; 1] = ["stop_command"];
 
 /// One source, or several merged.
 #[derive(Clone, Debug, Default)]
 pub(super) struct RawConfig {
     pub(super) server: RawServer,
+    pub(super) admin: RawAdmin,
+    pub(super) auth: RawAuth,
+    pub(super) tls: RawTls,
     pub(super) memory: RawMemory,
     pub(super) pressure: RawPressure,
     /// Limits of GPUs.
@@ -46,6 +49,7 @@ pub(super) struct RawServer {
     pub(super) model_prefix: Option<Setting<Bytes>>,
     pub(super) access_log: Option<Setting<bool>>,
     pub(super) watch_config: Option<Setting<bool>>,
+    pub(super) cors_origins: Option<Setting<Vec<String>>>,
 }
 
 #[derive(Clone, Debug, Default)]
@@ -109,6 +113,15 @@ impl RawConfig {
         if let Some(section) = top.table("server", problems) {
             raw.server = RawServer::read(section, problems);
         }
+        if let Some(section) = top.table("admin", problems) {
+            raw.admin = RawAdmin::read(section, problems);
+        }
+        if let Some(section) = top.table("auth", problems) {
+            raw.auth = RawAuth::read(section, problems);
+        }
+        if let Some(section) = top.table("tls", problems) {
+            raw.tls = RawTls::read(section, problems);
+        }
         if let Some(section) = top.table("memory", problems) {
             raw.memory = RawMemory::read(section, problems);
         }
@@ -135,7 +148,7 @@ impl RawConfig {
                 raw.take_model(&name, section, problems);
             }
         }
-        top.finish(&LATER, problems);
+        top.finish(&[], problems);
         raw
     }
 
@@ -167,6 +180,9 @@ impl RawConfig {
         }
         Self {
             server: self.server.over(weaker.server),
+            admin: self.admin.over(weaker.admin),
+            auth: self.auth.over(weaker.auth),
+            tls: self.tls.over(weaker.tls),
             memory: self.memory.over(weaker.memory),
             pressure: self.pressure.over(weaker.pressure),
             gpus: over(self.gpus, weaker.gpus),
@@ -198,6 +214,7 @@ impl RawServer {
             model_prefix: s.get("model_prefix", Value::size_over_zero, problems),
             access_log: s.get("access_log", Value::flag, problems),
             watch_config: s.get("watch_config", Value::flag, problems),
+            cors_origins: s.list("cors_origins", access::origin, problems),
         };
         section.finish(&[], problems);
         raw
@@ -215,6 +232,7 @@ impl RawServer {
             model_prefix: self.model_prefix.or(weaker.model_prefix),
             access_log: self.access_log.or(weaker.access_log),
             watch_config: self.watch_config.or(weaker.watch_config),
+            cors_origins: self.cors_origins.or(weaker.cors_origins),
         }
     }
 }

@@ -178,7 +178,8 @@ impl<'a> Section<'a> {
         tables
     }
 
-    /// Reads every entry as a text, under its key.
+    /// Reads every entry as a text, under its key. It may be a secret, so what
+    /// it is instead is not shown.
     pub(super) fn texts(self, problems: &mut Problems) -> BTreeMap<String, Setting<String>> {
         self.each(Value::text, problems)
     }
@@ -194,6 +195,9 @@ impl<'a> Section<'a> {
             match read(&value) {
                 Ok(value) => {
                     all.insert(key, Setting { value, place });
+                }
+                Err(_) if value.as_text().is_none() => {
+                    problems.error(&place, "is not a text", "write it in quotes");
                 }
                 Err(complaint) => problems.complain(&place, complaint),
             }

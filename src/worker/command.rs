@@ -18,6 +18,12 @@ const OF_THE_SERVICE: [&str; 5] = [
     "WATCHDOG_PID",
     "WATCHDOG_USEC",
 ];
+/// What residentd is told that no worker needs to know.
+const SECRET: [&str; 3] = [
+    "RESIDENTD_INFERENCE_TOKENS",
+    "RESIDENTD_ADMIN_TOKENS",
+    "RESIDENTD_TOKEN",
+];
 /// Tells a worker the file in which it may report its own GPU memory.
 const REPORT: &str = "RESIDENTD_REPORT";
 
@@ -100,7 +106,7 @@ impl Launch {
     ) -> Command {
         use std::os::unix::process::CommandExt;
         let mut command = Command::new(&self.program);
-        for variable in OF_THE_SERVICE {
+        for variable in OF_THE_SERVICE.iter().chain(&SECRET) {
             command.env_remove(variable);
         }
         command

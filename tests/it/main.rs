@@ -1,5 +1,6 @@
 //! Integration tests: the app with real stub workers.
 
+mod access;
 mod access_log;
 mod adapter;
 mod adopt;

@@ -82,6 +82,9 @@ pub(super) struct Wishes {
 pub(in crate::app) struct Sent {
     /// As it was configured; absent when the service manager opened it.
     pub(in crate::app) configured: Option<String>,
+    /// Whether it was the operators' own.
+    #[serde(default)]
+    pub(in crate::app) is_admin: bool,
 }
 
 /// A worker that answers.
@@ -255,7 +258,10 @@ mod tests {
             inside: 1,
         });
         let word = Word::Take {
-            listeners: vec![Sent { configured: None }],
+            listeners: vec![Sent {
+                configured: None,
+                is_admin: false,
+            }],
             has_parent: false,
             stays: true,
             workers: workers.collect(),

@@ -11,7 +11,7 @@ use tracing::{debug, info};
 use super::channel::{Channel, Listening, Sent, Wishes, Word, inside};
 use crate::app::core::Core;
 use crate::app::listen::{Server, listen};
-use crate::app::sockets::Listener;
+use crate::app::sockets::{Listener, Scope};
 use crate::app::{AppError, survivors};
 use crate::config::Config;
 use crate::control::{Guests, Inheritance};
@@ -195,7 +195,7 @@ impl Inherited {
         if core.controller.take_again().await.is_err() {
             return Err(AppError::CalledOff);
         }
-        telemetry::spawn("handover", listen(listener, server.clone()));
+        telemetry::spawn("handover", listen(listener, Scope::All, server.clone()));
         survivors::settle(&core.controller, &core.ready).await;
         if let Some(parent) = &parent {
             let parent = parent.try_clone().map_err(AppError::Handover)?;

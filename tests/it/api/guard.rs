@@ -3,7 +3,7 @@
 use std::net::SocketAddr;
 
 use axum::http::{HeaderValue, Version};
-use residentd::api::PeerAddr;
+use residentd::api::{PeerAddr, Standing};
 use residentd::control::{Command, LimitReport};
 use residentd::model::Bytes;
 
@@ -100,4 +100,56 @@ async fn nothing_changes_by_get() {
         assert_eq!(answer.status, 405, "{path}");
         assert_eq!(answer.header("allow"), "POST", "{path}");
     }
+}
+
+#[tokio::test]
+async fn a55_an_operators_token_is_good_from_anywhere_and_nothing_else_is() {
+    let away = Some(PeerAddr(Some(SocketAddr::from(([192, 168, 1, 20], 5000)))));
+    let with = |method, path, standing: Standing| {
+        let mut request = call(method, path, "");
+        request.extensions_mut().insert(standing);
+        request
+    };
+    let world = World::new(agree);
+    let admin = with("POST", CHANGE, Standing::Admin);
+    assert_eq!(world.send(admin, away).await.status, 200);
+    let world = World::new(nobody_asks);
+    for (standing, status) in [
+        (Standing::NotAsked, 403),
+        (Standing::Unknown, 401),
+        (Standing::Inference, 403),
+    ] {
+        let refused = world.send(with("POST", CHANGE, standing), away).await;
+        assert_eq!(refused.status, status, "{standing:?}");
+    }
+    for standing in [Standing::Unknown, Standing::Inference] {
+        // Also from this machine, which a proxy on it would make of everybody.
+        let refused = world.send(with("POST", CHANGE, standing), Some(local()));
+        assert!(
+            [401, 403].contains(&refused.await.status.as_u16()),
+            "{standing:?}"
+        );
+        let probe = world.send(with("GET", "/readyz", standing), away).await;
+        assert!([200, 503].contains(&probe.status.as_u16()), "{standing:?}");
+    }
+}
+
+#[tokio::test]
+async fn with_a_token_a_page_may_be_at_any_name_but_not_at_another_origin() {
+    let page = |origin: &str| {
+        let mut request = call("POST", CHANGE, "");
+        request.extensions_mut().insert(Standing::Admin);
+        let value = |text: &str| text.parse().expect("a header");
+        request
+            .headers_mut()
+            .insert("host", value("models.example"));
+        request.headers_mut().insert("origin", value(origin));
+        request
+    };
+    let world = World::new(agree);
+    let own = world.send(page("https://models.example"), Some(local()));
+    assert_eq!(own.await.status, 200);
+    let world = World::new(nobody_asks);
+    let other = world.send(page("https://evil.example"), Some(local()));
+    assert_eq!(other.await.status, 403);
 }

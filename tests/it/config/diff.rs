@@ -155,3 +155,51 @@ fn a44_what_needs_a_restart_is_told_again_until_it_was() {
     assert_eq!(first.needs_restart, ["server.listen"]);
     assert_eq!(again, first);
 }
+
+#[test]
+fn a44_tokens_hold_at_once_and_an_address_for_operators_needs_a_restart() {
+    let with = |more: &str| format!("{more}\n{TWO}");
+    let (before, after, difference) = between(
+        &with("[auth]\nadmin_tokens = ['one']"),
+        &with("[auth]\nadmin_tokens = ['two']\n[server]\ncors_origins = ['http://A.example']"),
+    );
+    assert_eq!(difference.settings, ["server.cors_origins", "auth"]);
+    assert_ne!(before.auth, after.auth);
+    assert_eq!(after.server.cors_origins, ["http://a.example"]);
+    let shown = format!("{before:?}{after:?}");
+    assert!(
+        !shown.contains("one\"") && !shown.contains("two\""),
+        "{shown}"
+    );
+
+    let (_, after, difference) = between(TWO, &with("[admin]\nlisten = '127.0.0.1:9911'"));
+    assert_eq!(difference.needs_restart, ["admin.listen"]);
+    assert!(difference.settings.is_empty() && after.admin_listen.is_empty());
+}
+
+#[test]
+fn addresses_and_origins_that_make_no_sense_are_told() {
+    let told = |text: &str| one(&format!("{text}\n{TWO}")).problems();
+    let both = told("[server]\nlisten = '127.0.0.1:80'\n[admin]\nlisten = '127.0.0.1:80'");
+    assert!(
+        both.contains("admin.listen: names 127.0.0.1:80, as server.listen does"),
+        "{both}"
+    );
+    for origin in [
+        "chat.example",
+        "https://",
+        "https://a.example/path",
+        "https://*.example",
+        "null",
+    ] {
+        let told = told(&format!("[server]\ncors_origins = ['{origin}']"));
+        assert!(told.contains("server.cors_origins: "), "{origin}: {told}");
+    }
+    let empty = told("[auth]\nadmin_tokens = []");
+    assert!(empty.contains("auth.admin_tokens: is empty"), "{empty}");
+    let text = told("[auth]\nadmin_tokens = 'two words'");
+    assert!(
+        !text.contains("two words") && text.contains("auth.admin_tokens"),
+        "{text}"
+    );
+}

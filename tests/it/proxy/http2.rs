@@ -13,7 +13,7 @@ use super::checksum::Checksum;
 use super::rig::{Played, one};
 
 /// Runs `talk` with one connection to residentd.
-fn with<F, T>(address: &str, talk: impl FnOnce(SendRequest<Full<Bytes>>) -> F) -> T
+pub(crate) fn with<F, T>(address: &str, talk: impl FnOnce(SendRequest<Full<Bytes>>) -> F) -> T
 where
     F: Future<Output = T>,
 {

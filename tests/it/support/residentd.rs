@@ -245,8 +245,11 @@ fn try_serve(mut command: Command, folder: &Path) -> Result<(Child, String), Str
     let mut lines = BufReader::new(child.stdout.take().expect("its output is piped")).lines();
     let address = lines.find_map(|line| {
         let line = line.ok()?;
-        line.strip_prefix("residentd is listening on http://")
-            .map(str::to_owned)
+        let address = line.strip_prefix("residentd is listening on ")?;
+        let bare = address
+            .strip_prefix("http://")
+            .or_else(|| address.strip_prefix("https://"));
+        bare.map(str::to_owned)
     });
     let Some(address) = address else {
         let status = child.wait();
