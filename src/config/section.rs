@@ -181,7 +181,14 @@ impl<'a> Section<'a> {
     /// Reads every entry as a text, under its key. It may be a secret, so what
     /// it is instead is not shown.
     pub(super) fn texts(self, problems: &mut Problems) -> BTreeMap<String, Setting<String>> {
-        self.each(Value::text, problems)
+        let text = |value: &Value<'a>| {
+            let is_text = value.as_text().is_some();
+            value.text().map_err(|complaint| match is_text {
+                true => complaint,
+                false => Complaint::new("is not a text", "write it in quotes"),
+            })
+        };
+        self.each(text, problems)
     }
 
     /// Reads every entry, under its key; each bad one is told and left out.
@@ -195,9 +202,6 @@ impl<'a> Section<'a> {
             match read(&value) {
                 Ok(value) => {
                     all.insert(key, Setting { value, place });
-                }
-                Err(_) if value.as_text().is_none() => {
-                    problems.error(&place, "is not a text", "write it in quotes");
                 }
                 Err(complaint) => problems.complain(&place, complaint),
             }

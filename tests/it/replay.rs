@@ -22,7 +22,9 @@ const SPAN: Duration = Duration::from_secs(15 * 60);
 const SHRINK: u64 = 256;
 /// What a worker that holds nothing has, at most.
 const BASE: Bytes = Bytes::mib(12);
-const LIMIT: Bytes = Bytes::mib(370);
+/// In the midst of a range in which some MiB more or less, as of the pages that
+/// workers share, change no count.
+const LIMIT: Bytes = Bytes::mib(350);
 
 /// The slice, small and fast.
 fn slice() -> (Vec<ModelFacts>, Vec<Demand>) {
