@@ -28,11 +28,10 @@ use super::sockets::{Listener, Scope};
 use super::upgrade::{named_peer, pass};
 use crate::api::{self, ApiState, KnownPage, PeerAddr};
 use crate::config::Config;
-use crate::grpc;
 use crate::model::Bytes;
 use crate::proxy::{Proxy, ProxyBody, TRIED};
 use crate::reply::{Fault, Speech};
-use crate::telemetry;
+use crate::{grpc, telemetry};
 
 /// Longest time for a client to send a request's head.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(30);

@@ -1,8 +1,6 @@
 //! The end of residentd: requests finish, whole trees go, a second signal is
 //! at once; and as the first process of a container (A43).
 
-use std::io::Read;
-use std::net::TcpStream;
 use std::path::PathBuf;
 use std::process::Command;
 use std::time::Duration;
@@ -10,9 +8,9 @@ use std::time::Duration;
 use nix::sys::signal::Signal;
 use serde_json::json;
 
-use crate::support::http::send;
+use crate::support::http::{self, Begun, finish};
 use crate::support::residentd::{RESIDENTD, STUB};
-use crate::support::{Answer, Residentd, kill, now, processes_with, runs, wait_until};
+use crate::support::{Residentd, kill, now, processes_with, runs, wait_until};
 
 fn config(mark: &str, grace: &str, flags: &str) -> String {
     format!(
@@ -43,23 +41,9 @@ fn mark(test: &str) -> String {
     format!("{test}-{}", std::process::id())
 }
 
-/// Begins a stream of so many events, 10 ms apart, and waits for its first.
-fn begin(residentd: &Residentd, chunks: u32) -> (TcpStream, Vec<u8>) {
-    let body =
-        json!({"model": "m", "prompt": "x", "stream": true, "x_chunks": chunks, "x_pace_ms": 10})
-            .to_string();
-    let address = residentd.address();
-    let mut stream = send(address, "POST", "/v1/completions", Some(&body)).expect("a connection");
-    let mut raw = vec![0_u8; 64];
-    let read = stream.read(&mut raw).expect("it begins");
-    raw.truncate(read);
-    (stream, raw)
-}
-
-fn finish((mut stream, mut raw): (TcpStream, Vec<u8>)) -> Answer {
-    // A stream that is cut ends with an error; whether it was whole is in it.
-    let _ = stream.read_to_end(&mut raw);
-    Answer::parse(&raw).expect("an answer")
+/// Begins a stream of so many events, 10 ms apart.
+fn begin(residentd: &Residentd, chunks: u32) -> Begun {
+    http::begin(residentd.address(), "m", chunks)
 }
 
 #[test]

@@ -19,7 +19,7 @@ use std::time::Duration;
 use nix::sys::signal::Signal;
 use serde_json::json;
 
-use crate::support::http::send;
+use crate::support::http::{self, Begun, finish};
 use crate::support::residentd::{RESIDENTD, STUB, command};
 use crate::support::{Answer, Residentd, pause, request, runs, wait_until};
 
@@ -80,23 +80,9 @@ fn upgrade(residentd: &Residentd) -> u32 {
     u32::try_from(pid.expect("a pid")).expect("a pid fits")
 }
 
-/// Begins a stream of so many events, 10 ms apart, and waits for its first.
-fn begin(residentd: &Residentd, model: &str, chunks: u32) -> (TcpStream, Vec<u8>) {
-    let body =
-        json!({"model": model, "prompt": "x", "stream": true, "x_chunks": chunks, "x_pace_ms": 10})
-            .to_string();
-    let address = residentd.address();
-    let mut stream = send(address, "POST", "/v1/completions", Some(&body)).expect("a connection");
-    let mut raw = vec![0_u8; 64];
-    let read = stream.read(&mut raw).expect("it begins");
-    raw.truncate(read);
-    (stream, raw)
-}
-
-fn finish((mut stream, mut raw): (TcpStream, Vec<u8>)) -> Answer {
-    // A stream that is cut ends with an error; whether it was whole is in it.
-    let _ = stream.read_to_end(&mut raw);
-    Answer::parse(&raw).expect("an answer")
+/// Begins a stream of so many events, 10 ms apart.
+fn begin(residentd: &Residentd, model: &str, chunks: u32) -> Begun {
+    http::begin(residentd.address(), model, chunks)
 }
 
 /// Asks a model again and again, each time on a connection of its own, and

@@ -14,10 +14,9 @@ use tracing::debug;
 
 use crate::api::PeerAddr;
 use crate::control::Refusal;
-use crate::grpc;
 use crate::proxy::PEER;
 use crate::reply::{Fault, Speech};
-use crate::telemetry;
+use crate::{grpc, telemetry};
 
 /// What [`PEER`] says of a client on a Unix socket. It is believed on the socket
 /// between the two only.

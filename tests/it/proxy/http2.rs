@@ -1,40 +1,13 @@
 //! Clients that speak HTTP/2 without TLS, knowing that residentd does.
 
-use std::future::Future;
-
 use bytes::Bytes;
 use http_body_util::{BodyExt, Full};
-use hyper::client::conn::http2::{self, SendRequest};
 use hyper::{Request, StatusCode};
-use hyper_util::rt::{TokioExecutor, TokioIo};
 use serde_json::{Value, json};
 
 use super::checksum::Checksum;
 use super::rig::{Played, one};
-
-/// Runs `talk` with one connection to residentd.
-pub(crate) fn with<F, T>(address: &str, talk: impl FnOnce(SendRequest<Full<Bytes>>) -> F) -> T
-where
-    F: Future<Output = T>,
-{
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .expect("a runtime");
-    runtime.block_on(async {
-        let stream = tokio::net::TcpStream::connect(address)
-            .await
-            .expect("a connection");
-        let (sender, connection) = http2::handshake(TokioExecutor::new(), TokioIo::new(stream))
-            .await
-            .expect("it speaks HTTP/2");
-        tokio::select! {
-            biased;
-            done = tokio::time::timeout(crate::support::PATIENCE, talk(sender)) => done.expect("in time"),
-            ended = connection => panic!("the connection ended: {ended:?}"),
-        }
-    })
-}
+pub(crate) use crate::support::calls::with;
 
 fn request(path: &str, body: impl Into<Bytes>) -> Request<Full<Bytes>> {
     Request::post(format!("http://models.test{path}"))

@@ -25,8 +25,11 @@ pub(crate) type Client = SendRequest<Body>;
 pub(crate) const INFERENCE: &str = "/inference.GRPCInferenceService";
 
 /// Runs `talk` with one connection to residentd.
-pub(crate) fn with<F, T>(address: &str, talk: impl FnOnce(Client) -> F) -> T
+pub(crate) fn with<B, F, T>(address: &str, talk: impl FnOnce(SendRequest<B>) -> F) -> T
 where
+    B: hyper::body::Body + Send + Unpin + 'static,
+    B::Data: Send,
+    B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
     F: Future<Output = T>,
 {
     let runtime = tokio::runtime::Builder::new_current_thread()

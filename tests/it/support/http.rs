@@ -147,3 +147,26 @@ pub(crate) fn request(
         })),
     }
 }
+
+/// A stream that has begun: its connection, and what came so far.
+pub(crate) type Begun = (TcpStream, Vec<u8>);
+
+/// Begins a stream of so many events of a stub, 10 ms apart, and waits for its
+/// first.
+pub(crate) fn begin(address: &str, model: &str, chunks: u32) -> Begun {
+    let body = format!(
+        "{{\"model\": {model:?}, \"prompt\": \"x\", \"stream\": true, \"x_chunks\": {chunks}, \"x_pace_ms\": 10}}"
+    );
+    let mut stream = send(address, "POST", "/v1/completions", Some(&body)).expect("a connection");
+    let mut raw = vec![0_u8; 64];
+    let read = stream.read(&mut raw).expect("it begins");
+    raw.truncate(read);
+    (stream, raw)
+}
+
+/// Reads the rest of a stream.
+pub(crate) fn finish((mut stream, mut raw): Begun) -> Answer {
+    // A stream that is cut ends with an error; whether it was whole is in it.
+    let _ = stream.read_to_end(&mut raw);
+    Answer::parse(&raw).expect("an answer")
+}
