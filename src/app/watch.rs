@@ -42,6 +42,8 @@ pub(super) async fn watch(sources: Arc<Sources>, reloader: Reloader, closing: Ca
         warned: false,
     };
     let (mut watcher, mut known) = state.look().await;
+    // They may have changed since they were read for the start.
+    reload(&reloader).await;
     loop {
         tokio::select! {
             () = closing.cancelled() => return,
@@ -68,12 +70,17 @@ pub(super) async fn watch(sources: Arc<Sources>, reloader: Reloader, closing: Ca
             continue;
         }
         known = stamps;
-        match reloader.reload(ReloadOrigin::Watch, false).await {
-            // The controller has told what is wrong.
-            Ok(_) | Err(ReloadError::Invalid(_)) => {}
-            Err(error @ (ReloadError::Refused(_) | ReloadError::Impossible)) => {
-                debug!(%error, "a changed configuration was not read");
-            }
+        reload(&reloader).await;
+    }
+}
+
+/// Has the files read; when nothing is different in them, nothing is told.
+async fn reload(reloader: &Reloader) {
+    match reloader.reload(ReloadOrigin::Watch, false).await {
+        // The controller has told what is wrong.
+        Ok(_) | Err(ReloadError::Invalid(_)) => {}
+        Err(error @ (ReloadError::Refused(_) | ReloadError::Impossible)) => {
+            debug!(%error, "a changed configuration was not read");
         }
     }
 }
