@@ -328,9 +328,7 @@ impl App {
     pub async fn shutdown(&self, grace: Duration) {
         supervisor::stopping();
         self.core.controller.shutdown(grace).await;
-        let mut doors = self.doors.clone();
-        let open = doors.wait_for(|doors| !matches!(doors, Doors::Shut)).await;
-        if open.is_ok_and(|doors| matches!(*doors, Doors::Moved(_))) {
+        if Doors::settled(&mut self.doors.clone()).await.is_some() {
             // Workers are another one's by now, which ends in this one's place.
             std::future::pending::<()>().await;
         }

@@ -8,8 +8,8 @@ use std::time::Duration;
 
 use arc_swap::ArcSwapOption;
 use axum::body::Body as ApiBody;
-use http_body_util::Either;
-use hyper::body::Incoming;
+use http_body_util::{BodyExt, Either};
+use hyper::body::{Body as _, Incoming};
 use hyper::header::{CONNECTION, Entry, HeaderMap, HeaderValue, TRANSFER_ENCODING, UPGRADE};
 use hyper::service::service_fn;
 use hyper::{Method, Request, Response, StatusCode, Version};
@@ -28,7 +28,6 @@ use super::sockets::{Listener, Scope};
 use super::upgrade::{named_peer, pass};
 use crate::api::{self, ApiState, KnownPage, PeerAddr};
 use crate::config::Config;
-use crate::model::Bytes;
 use crate::proxy::{Proxy, ProxyBody, TRIED};
 use crate::reply::{Fault, Speech};
 use crate::{grpc, telemetry};
@@ -40,8 +39,9 @@ const LEAVE: Duration = Duration::from_secs(2);
 /// Wait after an accept that failed, as it does when descriptors run out.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
-/// The body of a call of the API is this long at most.
-const LONGEST_CALL: usize = 1 << 20;
+/// The body of a call of the API that is kept, in bytes, while it is answered; calls
+/// are shorter.
+const KEPT: u64 = 64 << 10;
 /// What TCP connections are encrypted with, as it is configured now.
 type Encryption = Arc<ArcSwapOption<ServerConfig>>;
 
@@ -70,6 +70,14 @@ pub(super) struct Server {
 }
 
 impl Doors {
+    /// Waits while another residentd is about to take over, and returns where it
+    /// listens if it has.
+    pub(super) async fn settled(doors: &mut watch::Receiver<Self>) -> Option<Arc<Path>> {
+        let settled = doors.wait_for(|doors| !matches!(doors, Self::Shut)).await;
+        // Without anybody who could take over nobody has.
+        settled.ok().and_then(|doors| doors.moved())
+    }
+
     fn moved(&self) -> Option<Arc<Path>> {
         match self {
             Self::Moved(socket) => Some(Arc::clone(socket)),
@@ -366,19 +374,23 @@ impl Server {
     /// Answers a call of the API: here, or by the residentd that has taken over.
     async fn call(&self, request: Request<Incoming>, peer: PeerAddr) -> Response<ApiBody> {
         let mut doors = self.doors.clone();
-        let open = doors.wait_for(|doors| !matches!(doors, Doors::Shut)).await;
-        if let Some(socket) = open.ok().and_then(|doors| doors.moved()) {
+        if let Some(socket) = Doors::settled(&mut doors).await {
             return pass(request.map(ApiBody::new), peer, &socket).await;
         }
-        if request.method() != Method::POST || grpc::is_call(&request) {
+        let most = request.body().size_hint().upper();
+        let is_kept = request.method() == Method::POST && most.is_some_and(|most| most <= KEPT);
+        if !is_kept {
             return self.answer_call(request.map(ApiBody::new)).await;
         }
-        // Kept for the one who may take over while it waits.
+        // For the one who may take over while it waits.
         let (head, body) = request.into_parts();
-        let body = axum::body::to_bytes(ApiBody::new(body), LONGEST_CALL).await;
-        let Ok(body) = body else {
-            let limit = u64::try_from(LONGEST_CALL).unwrap_or(u64::MAX);
-            return Fault::BodyTooLarge(Bytes(limit)).response(ApiBody::from);
+        let body = match body.collect().await {
+            Ok(body) => body.to_bytes(),
+            Err(error) => {
+                debug!(%error, "a call broke");
+                let fault = Fault::BadRequest("the body ended early".into());
+                return fault.response(ApiBody::from);
+            }
         };
         let again = Request::from_parts(head.clone(), ApiBody::from(body.clone()));
         let request = Request::from_parts(head, ApiBody::from(body));
@@ -386,8 +398,7 @@ impl Server {
         if answer.status() != StatusCode::SERVICE_UNAVAILABLE {
             return answer;
         }
-        let open = doors.wait_for(|doors| !matches!(doors, Doors::Shut)).await;
-        match open.ok().and_then(|doors| doors.moved()) {
+        match Doors::settled(&mut doors).await {
             Some(socket) => pass(again, peer, &socket).await,
             None => answer,
         }

@@ -152,9 +152,10 @@ impl Proxy {
             ByPath::Unknown(name) => return Err(self.not_found(&name)),
             ByPath::Silent => {
                 let prefix = settings.model_prefix;
-                let name = match call {
-                    Some(_) => rpc::by_content(&head, &mut held, prefix).await?,
-                    None => resolve::by_content(&head, &mut held, prefix).await?,
+                let name = match (resolve::by_header(&head)?, &call) {
+                    (Some(name), _) => Some(name),
+                    (None, Some(_)) => rpc::by_content(&head, &mut held, prefix).await?,
+                    (None, None) => resolve::by_content(&head, &mut held, prefix).await?,
                 };
                 let target = head.uri.path_and_query().map_or("/", |both| both.as_str());
                 (self.route(name)?, target.to_owned())

@@ -110,16 +110,13 @@ pub(super) fn parks(route: &ModelRoute, target: &str) -> Option<String> {
     park.is_control(&path).then_some(path)
 }
 
-/// Looks for the model in header, body and query, reading no more of the body
+/// Looks for the model in body and query, reading no more of the body
 /// than needed.
 pub(super) async fn by_content(
     head: &request::Parts,
     held: &mut Held,
     prefix: Bytes,
 ) -> Result<Option<String>, Fault> {
-    if let Some(name) = by_header(head)? {
-        return Ok(Some(name));
-    }
     let in_query = by_query(head);
     Ok(match by_body(head, held, prefix).await? {
         Named::Model(name) => Some(name),

@@ -11,7 +11,6 @@ use hyper::{Request, Response, Uri, Version};
 
 use super::body::ProxyBody;
 use super::held::Held;
-use super::resolve::by_header;
 use crate::clock::Timestamp;
 use crate::grpc::{self, Code, Finder, Found};
 use crate::model::{Bytes, Upstream};
@@ -80,16 +79,13 @@ fn field_of(path: &str) -> Option<u64> {
     }
 }
 
-/// Looks for the model in metadata and first message, reading no more of the
+/// Looks for the model in the first message, reading no more of the
 /// body than needed.
 pub(super) async fn by_content(
     head: &request::Parts,
     held: &mut Held,
     prefix: Bytes,
 ) -> Result<Option<String>, Fault> {
-    if let Some(name) = by_header(head)? {
-        return Ok(Some(name));
-    }
     let Some(field) = field_of(head.uri.path()) else {
         return Ok(None);
     };

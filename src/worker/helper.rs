@@ -2,18 +2,16 @@
 //! residentd that takes over.
 
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::process::{Child, Command};
 use std::sync::Arc;
 
-use rustix::process::{
-    Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, pidfd_open, pidfd_send_signal, waitid,
-};
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use tokio::io::unix::AsyncFd;
 
-use super::ExitStatus;
 use super::reaper::Leaders;
 use super::watched::readable;
+use super::{ExitStatus, process};
 
 /// A process that the reaper leaves to whoever holds this.
 #[derive(Debug)]
@@ -85,19 +83,9 @@ impl Helper {
     /// Waits for its end and reaps it.
     pub async fn exited(&self) -> ExitStatus {
         self.ended().await;
-        let status = waitid(
-            WaitId::PidFd(self.pidfd.get_ref().as_fd()),
-            WaitIdOptions::EXITED | WaitIdOptions::NOHANG,
-        );
+        let status = process::reap(&self.pidfd);
         self.leaders.helpers().remove(&self.pid);
         // It may be somebody else's child, who then reaps it.
-        let Ok(Some(status)) = status else {
-            return ExitStatus::Unknown;
-        };
-        match (status.exit_status(), status.terminating_signal()) {
-            (Some(code), _) => ExitStatus::Code(code),
-            (_, Some(signal)) => ExitStatus::Signal(signal),
-            _ => ExitStatus::Unknown,
-        }
+        status.unwrap_or(ExitStatus::Unknown)
     }
 }

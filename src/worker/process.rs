@@ -239,7 +239,7 @@ pub(super) async fn end(tree: &ProcessTree, clock: Clock, patience: Option<Durat
 }
 
 /// Reaps the process behind the pidfd if it has ended.
-fn reap(pidfd: &AsyncFd<OwnedFd>) -> Option<ExitStatus> {
+pub(super) fn reap(pidfd: &AsyncFd<OwnedFd>) -> Option<ExitStatus> {
     use std::os::fd::AsFd;
     let options = WaitIdOptions::EXITED | WaitIdOptions::NOHANG;
     match waitid(WaitId::PidFd(pidfd.get_ref().as_fd()), options) {

@@ -95,6 +95,7 @@ impl Predecessor {
         else {
             return Err(HandoverError::CalledOff);
         };
+        let workers = inside(&workers);
         let parent = sockets.split_off(listeners.len().min(sockets.len()));
         Ok(Inherited {
             link: Some(self.0),
@@ -102,8 +103,8 @@ impl Predecessor {
             wishes,
             parent: (has_parent.then_some(parent).into_iter().flatten().next()).map(Channel::new),
             listeners: listeners.into_iter().zip(sockets).collect(),
-            answering: inside(&workers).into_keys().collect(),
-            guests: Guests::new(inside(&workers)),
+            answering: workers.keys().cloned().collect(),
+            guests: Guests::new(workers),
         })
     }
 }

@@ -128,6 +128,19 @@ impl Wire {
         (head, String::from_utf8_lossy(&body).into_owned())
     }
 
+    /// Reads the event that says why a stream of events breaks, which names this, and
+    /// then the break.
+    pub(crate) fn error_event(mut self, names: &str) {
+        let said = self.chunk().expect("an error event");
+        let said = String::from_utf8_lossy(&said).into_owned();
+        assert!(
+            said.starts_with("event: error\ndata: {\"error\":"),
+            "{said}"
+        );
+        assert!(said.contains(names) && said.ends_with("\n\n"), "{said}");
+        assert_eq!(self.rest().0, b"", "no last chunk");
+    }
+
     /// Reads one chunk; `None` is the last.
     pub(crate) fn chunk(&mut self) -> Option<Vec<u8>> {
         let line = self.until(b"\r\n");
