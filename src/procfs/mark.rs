@@ -308,6 +308,14 @@ pub fn left_behind(owner: &Owner, kept: &[Mark], table: &ProcessTable) -> Vec<Pr
 mod tests {
     use super::*;
 
+    /// Waits until these processes carry a mark: a spawn returns in the middle
+    /// of the exec, when the environment is not there yet.
+    fn wait_for_marks(pids: &[i32]) {
+        while pids.iter().any(|pid| Mark::read(*pid).is_none()) {
+            std::thread::yield_now();
+        }
+    }
+
     #[test]
     fn the_mark_is_found_whole_among_other_variables() {
         let environment = b"A=1\0NOT_RESIDENTD_WORKER=x\0RESIDENTD_WORKER=s 7 9 m#1\0B=2\0";
@@ -385,10 +393,7 @@ mod tests {
         };
         let mut children = [sleep(Some(&mark)), sleep(Some(&mark)), sleep(None)];
         let pids = [0, 1, 2].map(|n: usize| i32::try_from(children[n].id()).expect("a pid fits"));
-        // In the middle of an exec the environment is not there yet.
-        while pids[..2].iter().any(|pid| Mark::read(*pid).is_none()) {
-            std::thread::yield_now();
-        }
+        wait_for_marks(&pids[..2]);
         let leader = ProcessStat::read(pids[0]).expect("it runs").key;
         let tree = crate::procfs::ProcessTree::marked(leader, mark, Arc::clone(&marks));
         let members: Vec<_> = tree.refresh(&scan()).iter().map(|key| key.pid).collect();
@@ -428,14 +433,16 @@ mod tests {
                     .expect("sleep can be spawned")
             })
             .into();
+        let spawned =
+            [0, 1, 2].map(|n: usize| i32::try_from(children[n].id()).expect("a pid fits"));
+        wait_for_marks(&spawned);
         let table = ProcessTable::scan().expect("/proc can be listed");
         let left = left_behind(&me, &[], &table);
-        let pids: Vec<_> = left.iter().map(|key| key.pid.unsigned_abs()).collect();
-        let expected = children[1].id();
+        let pids: Vec<_> = left.iter().map(|key| key.pid).collect();
         for child in &mut children {
             child.kill().expect("it runs");
             child.wait().expect("it is our child");
         }
-        assert_eq!(pids, [expected]);
+        assert_eq!(pids, [spawned[1]]);
     }
 }
