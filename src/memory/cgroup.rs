@@ -61,15 +61,13 @@ impl Cgroup {
         })
     }
 
-    /// Returns how many processes of our own cgroup the kernel has ended for
-    /// want of memory.
-    pub(super) fn oom_kills(&self) -> Option<u64> {
-        let file = match self.version {
+    /// Returns the file that tells, as `oom_kill`, how many processes of our own
+    /// cgroup the kernel has ended for want of memory.
+    pub(super) fn oom_file(&self) -> PathBuf {
+        self.own().join(match self.version {
             Version::One => "memory.oom_control",
             Version::Two => "memory.events",
-        };
-        let text = fs::read_to_string(self.own().join(file)).ok()?;
-        number(&text, "oom_kill")
+        })
     }
 
     /// Returns the folder of our own cgroup.
@@ -204,6 +202,7 @@ fn unescape(text: &str) -> String {
 mod tests {
     use tempfile::TempDir;
 
+    use super::super::oom::OomFiles;
     use super::*;
 
     /// A root folder with the given files.
@@ -327,7 +326,9 @@ mod tests {
             ),
         ]);
         let cgroup = Cgroup::locate(two.path()).expect("a cgroup");
-        assert_eq!(cgroup.oom_kills(), Some(1));
+        let count =
+            |root: &TempDir, cgroup| OomFiles::new(root.path(), cgroup).read(&mut Vec::new());
+        assert_eq!(count(&two, Some(&cgroup)).cgroup, Some(1));
         let one = root(&[
             (
                 "proc/self/mountinfo",
@@ -340,7 +341,7 @@ mod tests {
             ),
         ]);
         let cgroup = Cgroup::locate(one.path()).expect("a cgroup");
-        assert_eq!(cgroup.oom_kills(), Some(7));
+        assert_eq!(count(&one, Some(&cgroup)).cgroup, Some(7));
     }
 
     #[test]

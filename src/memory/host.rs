@@ -6,7 +6,7 @@ use sysinfo::System;
 
 use super::cgroup::{Cgroup, Levels};
 use super::kept::KeptFile;
-use super::oom::OomCounters;
+use super::oom::{OomCounters, OomFiles};
 use super::usage::kib_line;
 use super::{HostReading, PsiReading, psi};
 use crate::model::Bytes;
@@ -20,6 +20,7 @@ pub(super) struct Host {
     meminfo: KeptFile,
     pressure: KeptFile,
     cgroup: Option<Levels>,
+    oom_files: OomFiles,
     oom: OomCounters,
     psi: Option<PsiReading>,
     text: Vec<u8>,
@@ -44,6 +45,7 @@ impl Host {
             system,
             meminfo: KeptFile::new(root.join("proc/meminfo")),
             pressure: KeptFile::new(root.join("proc/pressure/memory")),
+            oom_files: OomFiles::new(&root, None),
             root,
             cgroup: None,
             oom: OomCounters::default(),
@@ -59,6 +61,7 @@ impl Host {
     pub(super) fn relocate(&mut self) {
         let place = Cgroup::locate(&self.root);
         if self.place() != place.as_ref() {
+            self.oom_files = OomFiles::new(&self.root, place.as_ref());
             self.cgroup = place.map(Levels::of);
         }
         if let Some(system) = &mut self.system {
@@ -75,7 +78,7 @@ impl Host {
     /// What cannot be read is zero or absent.
     pub(super) fn read(&mut self, all: bool) -> HostReading {
         if all {
-            self.oom = OomCounters::read(&self.root, self.place());
+            self.oom = self.oom_files.read(&mut self.text);
             self.psi = self.pressure.read(&mut self.text).and_then(psi::parse);
         }
         let totals = self.totals();

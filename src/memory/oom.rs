@@ -6,11 +6,11 @@
 //! the whole system. See `memory.events` in the kernel's cgroup v2 document,
 //! `memory.oom_control` in that of version 1, and `oom_kill` of `/proc/vmstat`.
 
-use std::fs;
 use std::path::Path;
 use std::time::Duration;
 
 use super::cgroup::{self, Cgroup};
+use super::kept::KeptFile;
 use crate::clock::Timestamp;
 
 /// A kill and the exit it caused are noticed within this time of each other.
@@ -25,13 +25,27 @@ pub struct OomCounters {
     pub system: Option<u64>,
 }
 
-impl OomCounters {
-    /// Reads both, below `root`.
-    pub(super) fn read(root: &Path, cgroup: Option<&Cgroup>) -> Self {
-        let vmstat = fs::read_to_string(root.join("proc/vmstat")).unwrap_or_default();
+/// The files that hold these counts.
+#[derive(Debug)]
+pub(super) struct OomFiles {
+    cgroup: Option<KeptFile>,
+    system: KeptFile,
+}
+
+impl OomFiles {
+    /// Looks below `root`.
+    pub(super) fn new(root: &Path, cgroup: Option<&Cgroup>) -> Self {
         Self {
-            cgroup: cgroup.and_then(Cgroup::oom_kills),
-            system: cgroup::number(&vmstat, "oom_kill"),
+            cgroup: cgroup.map(|cgroup| KeptFile::new(cgroup.oom_file())),
+            system: KeptFile::new(root.join("proc/vmstat")),
+        }
+    }
+
+    pub(super) fn read(&mut self, text: &mut Vec<u8>) -> OomCounters {
+        let mut count = |file: &mut KeptFile| cgroup::number(file.read(text)?, "oom_kill");
+        OomCounters {
+            cgroup: self.cgroup.as_mut().and_then(&mut count),
+            system: count(&mut self.system),
         }
     }
 }

@@ -28,6 +28,7 @@ use super::drm::Drm;
 use super::host::Host;
 use super::nvml::Gpus;
 use super::observer::{Depth, Followed, Observer};
+use super::oom::OomFiles;
 use super::wake::Wake;
 use super::walker::Walker;
 use super::{MemorySource, OomCounters, Pace, Reading, Subject};
@@ -200,7 +201,7 @@ impl MemorySource for Sampler {
     }
 
     fn oom_counters(&self) -> OomCounters {
-        OomCounters::read(&self.root, Cgroup::locate(&self.root).as_ref())
+        OomFiles::new(&self.root, Cgroup::locate(&self.root).as_ref()).read(&mut Vec::new())
     }
 
     fn readings(&self) -> watch::Receiver<Arc<Reading>> {

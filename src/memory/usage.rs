@@ -25,7 +25,13 @@ impl ProcessMemory {
     /// Reads `/proc/<pid>/status`; `None` when the process is gone or holds no
     /// memory of its own any more, as a zombie.
     pub(super) fn read(pid: i32) -> Option<Self> {
-        Self::parse(&fs::read(format!("/proc/{pid}/status")).ok()?)
+        let path = format!("/proc/{pid}/status");
+        let mut text = [0; MOST_STATUS];
+        let length = File::open(&path).ok()?.read_at(&mut text, 0).ok()?;
+        if length < text.len() {
+            return Self::parse(&text[..length]);
+        }
+        Self::parse(&fs::read(path).ok()?)
     }
 
     /// Parses the lines of `/proc/<pid>/status`. The command's name may hold
@@ -95,6 +101,9 @@ pub(super) struct Sizes {
     pub(super) shared: Bytes,
 }
 
+/// More than `status` mostly takes, some 1.5 KiB, so that it is read at one go.
+/// A user in a great many groups has a longer one.
+const MOST_STATUS: usize = 4096;
 /// Seven numbers of at most 20 digits.
 const LONGEST_STATM: usize = 160;
 
