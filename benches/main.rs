@@ -26,7 +26,7 @@ fn main() {
         .skip(1)
         .filter(|argument| !argument.starts_with('-'))
         .collect();
-    let all: [(&str, fn()); 10] = [
+    let all: [(&str, fn()); 11] = [
         ("S21", policy::steps),
         ("policies", policies::waits),
         ("S20", measuring::passes),
@@ -36,6 +36,7 @@ fn main() {
         ("S11", serving::readiness),
         ("S12", respawn::spawn),
         ("S14", respawn::warm),
+        ("S14", respawn::engine),
         ("A41", serving::noticed_exit),
     ];
     for (name, bench) in all {
@@ -52,6 +53,12 @@ fn print(name: &str, ours: f64, base: f64, unit: &str) {
         "BENCH {name} ours={ours:.3} base={base:.3} ratio={:.3} unit={unit}",
         ours / base
     );
+}
+
+/// Says that a figure was not taken, and why.
+#[expect(clippy::print_stdout, reason = "that is what a bench is for")]
+fn skip(name: &str, why: &str) {
+    println!("SKIP {name}: {why}");
 }
 
 fn median(mut values: Vec<f64>) -> f64 {

@@ -14,11 +14,12 @@ use residentd::model::{ModelName, ModelSpec, ReadyCheck, UpstreamSpec, WorkerId}
 use residentd::procfs::mark::Owner;
 use residentd::worker::{ProcessSpawner, SpawnOrder, Spawner, Stop, WorkerEvent, WorkerSettings};
 use rustix::fs::{Advice, fadvise};
+use serde_json::json;
 
 use crate::serving::{BODY, Bare, LOG};
 use crate::support::residentd::STUB;
-use crate::support::{Residentd, now, pause, request};
-use crate::{median, millis, print};
+use crate::support::{Residentd, now, pause, request, wait_until};
+use crate::{median, millis, print, skip};
 
 const SPAWNS: usize = 21;
 const ROUNDS: usize = 6;
@@ -187,6 +188,73 @@ pub(crate) fn warm() {
     for (name, (ours, base)) in names.into_iter().zip(rows) {
         print(name, median(ours), median(base), "ms");
     }
+}
+
+/// S14 with llama.cpp and Gemma 3 270M, where `scripts/setup-engines` has put them:
+/// evicted and asked for again with its file cached, from the request to the whole
+/// answer of one token, beside the same command started by hand, in turns.
+pub(crate) fn engine() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let python = root.join(".cache/engines/bin/python");
+    let weights = root.join(".cache/models/gemma-3-270m-q4_k_m.gguf");
+    if !python.exists() || !weights.exists() {
+        skip("S14-llamacpp", "scripts/setup-engines was not run");
+        return;
+    }
+    let adapter = root.join("workers/llamacpp/llama_server.py");
+    let command = format!(
+        "{} {} -m {} --host 127.0.0.1 --port ${{PORT}} -c 512 -np 1 -t 1 --cache-ram 0",
+        python.display(),
+        adapter.display(),
+        weights.display()
+    );
+    let residentd = Residentd::start_with(&format!("[models.m]\ncommand = '{command}'\n"), &LOG);
+    let body = json!({"model": "m", "prompt": "One", "max_tokens": 1, "temperature": 0});
+    let body = body.to_string();
+    let (mut ours, mut base) = (Vec::new(), Vec::new());
+    for round in 0..=ROUNDS {
+        let began = now();
+        let answer = residentd.ask("POST", "/v1/completions", Some(&body));
+        assert_eq!(answer.status, 200, "{}", answer.text());
+        let took = millis(began.elapsed());
+        let unloaded = residentd.ask("POST", "/api/v1/models/m/unload", None);
+        assert_eq!(unloaded.status, 200);
+        let alone = engine_alone(&command, &body);
+        // The first round brings the files in.
+        if round > 0 {
+            ours.push(took);
+            base.push(alone);
+        }
+    }
+    print("S14-llamacpp", median(ours), median(base), "ms");
+}
+
+/// Time from the start of the command to the whole answer, in ms.
+fn engine_alone(command: &str, body: &str) -> f64 {
+    let free = std::net::TcpListener::bind("127.0.0.1:0")
+        .and_then(|listener| listener.local_addr())
+        .expect("a free port");
+    let command = command.replace("${PORT}", &free.port().to_string());
+    let mut words = command.split(' ');
+    let began = now();
+    let mut child = Command::new(words.next().expect("a program"))
+        .args(words)
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .expect("the engine can be spawned");
+    let address = free.to_string();
+    wait_until("the engine to be ready", || {
+        let health = request(&address, "GET", "/health", None);
+        health.ok().filter(|answer| answer.status == 200)
+    });
+    let answer = request(&address, "POST", "/v1/completions", Some(body));
+    assert_eq!(answer.expect("an answer").status, 200);
+    let took = millis(began.elapsed());
+    let pid = nix::unistd::Pid::from_raw(i32::try_from(child.id()).expect("a pid fits"));
+    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM).expect("it runs");
+    child.wait().expect("it is our child");
+    took
 }
 
 fn weights(folder: &Path) -> PathBuf {

@@ -5,7 +5,8 @@
 //! publishes the newest [`Reading`] on a `watch` channel; nobody waits for it.
 //!
 //! ```text
-//! sampler ── thread: pace, publishing ── wake (thread): pressure, events
+//! sampler ── thread: orders, publishing ── wake (thread): pressure, events
+//!    ├ rounds     when to look at what
 //!    └ observer ── one pass ─┬ host ── cgroup, psi, oom ── kept (files)
 //!                            ├ usage      statm and status of each process
 //!                            ├ sharing ── walker (thread) ── maps
@@ -24,6 +25,7 @@ mod nvml;
 mod observer;
 mod oom;
 mod psi;
+mod rounds;
 mod sampler;
 mod sharing;
 mod stay;

@@ -29,7 +29,7 @@ use crate::model::{ModelSpec, PlacedGpu, ReadyCheck, WorkerId};
 use crate::procfs::ProcessTree;
 use crate::telemetry;
 
-/// The net under the log lines: polls come after 2 % of the time waited,
+/// The net under the log lines: polls come after 2.5 % of the time waited,
 /// within these bounds.
 const POLL: (Duration, Duration) = (Duration::from_millis(10), Duration::from_millis(250));
 /// How long what the leader left behind may take to end by itself after a
@@ -261,7 +261,7 @@ impl Life {
         let tree = Arc::clone(&body.process.tree);
         loop {
             let waited = clock.now().since(since);
-            let poll = (waited / 50).clamp(POLL.0, POLL.1);
+            let poll = (waited / 40).clamp(POLL.0, POLL.1);
             let lines;
             tokio::select! {
                 _ = body.process.exited() => return End::ByItself,
