@@ -4,11 +4,12 @@
 //! walks page tables. `statm` tells anonymous from the rest, `status` tells
 //! all parts.
 
-use std::fs::{self, File};
+use std::fs::File;
 use std::os::unix::fs::FileExt;
 
 use super::Usage;
 use crate::model::Bytes;
+use crate::procfs;
 
 /// One process' memory.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -25,13 +26,7 @@ impl ProcessMemory {
     /// Reads `/proc/<pid>/status`; `None` when the process is gone or holds no
     /// memory of its own any more, as a zombie.
     pub(super) fn read(pid: i32) -> Option<Self> {
-        let path = format!("/proc/{pid}/status");
-        let mut text = [0; MOST_STATUS];
-        let length = File::open(&path).ok()?.read_at(&mut text, 0).ok()?;
-        if length < text.len() {
-            return Self::parse(&text[..length]);
-        }
-        Self::parse(&fs::read(path).ok()?)
+        Self::parse(&procfs::read(format!("/proc/{pid}/status")).ok()?)
     }
 
     /// Parses the lines of `/proc/<pid>/status`. The command's name may hold
@@ -101,9 +96,6 @@ pub(super) struct Sizes {
     pub(super) shared: Bytes,
 }
 
-/// More than `status` mostly takes, some 1.5 KiB, so that it is read at one go.
-/// A user in a great many groups has a longer one.
-const MOST_STATUS: usize = 4096;
 /// Seven numbers of at most 20 digits.
 const LONGEST_STATM: usize = 160;
 
@@ -136,7 +128,7 @@ impl Sizes {
 /// Reads how often the process took a page fault that needed no disk: field 10
 /// of `/proc/<pid>/stat`. Writing to inherited pages shows in no other figure.
 pub(super) fn minor_faults(pid: i32) -> Option<u64> {
-    let text = fs::read(format!("/proc/{pid}/stat")).ok()?;
+    let text = procfs::read(format!("/proc/{pid}/stat")).ok()?;
     parse_minor_faults(&String::from_utf8_lossy(&text))
 }
 

@@ -2,12 +2,11 @@
 //! workers' trees.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs;
 use std::path::Path;
 
 use super::{VramSource, VramUsage};
 use crate::model::Bytes;
-use crate::procfs::ProcessStat;
+use crate::procfs::{self, ProcessStat};
 
 /// One process on one device, as the driver lists it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -115,7 +114,7 @@ fn leader_of_thread(proc: &Path, thread: i32) -> Option<i32> {
 }
 
 fn read_status(proc: &Path, pid: i32) -> Option<String> {
-    let text = fs::read(proc.join(pid.to_string()).join("status")).ok()?;
+    let text = procfs::read(proc.join(pid.to_string()).join("status")).ok()?;
     Some(String::from_utf8_lossy(&text).into_owned())
 }
 
@@ -130,6 +129,8 @@ fn start_time(proc: &Path, pid: i32) -> Option<u64> {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
 
     fn row(device: u32, pid: i32, mib: Option<u64>) -> Row {

@@ -54,6 +54,7 @@ mod tests {
     use super::super::testing::{World, granted, name, spec};
     use super::super::{Effect, ExpectedSource, Phase};
     use super::*;
+    use crate::model::{ModelSpec, Prefetch};
 
     fn adopted(world: &mut World, generation: u64, peak: u64) -> WorkerId {
         let worker = WorkerId {
@@ -74,7 +75,11 @@ mod tests {
 
     #[test]
     fn a_worker_that_is_taken_back_is_charged_waited_for_and_counts_as_no_load() {
-        let mut world = World::with(1000, vec![spec("a", None)], &[("a", 300)]);
+        let spec = ModelSpec {
+            prefetch: Prefetch::Waiting,
+            ..spec("a", None)
+        };
+        let mut world = World::with(1000, vec![spec], &[("a", 300)]);
         let worker = adopted(&mut world, 7, 300);
         let model = &world.policy.models()[&worker.model];
         assert_eq!((model.phase, model.generation), (Phase::Starting, 7));
@@ -87,6 +92,9 @@ mod tests {
             all.any(|effect| matches!(effect, Effect::Spawn { .. }))
         };
         assert!(!spawns(&effects) && !granted(&effects, ticket), "it waits");
+        let mut read = effects.iter();
+        let read = read.any(|effect| matches!(effect, Effect::Prefetch { .. }));
+        assert!(!read, "it has its files");
         let effects = world.ready("a");
         assert!(granted(&effects, ticket));
         let model = &world.policy.models()[&worker.model];

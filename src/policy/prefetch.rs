@@ -78,7 +78,8 @@ fn awaits_files(model: &ModelState) -> Option<PrefetchReason> {
         return None;
     }
     match model.phase {
-        Phase::Starting => Some(PrefetchReason::Starting),
+        // One that an earlier residentd started has mostly read its files.
+        Phase::Starting => (!model.adopted).then_some(PrefetchReason::Starting),
         Phase::Stopped | Phase::Draining | Phase::Stopping => {
             (!model.queue.is_empty()).then_some(PrefetchReason::Waiting)
         }

@@ -93,7 +93,7 @@ impl Mark {
     /// environment may not be read.
     #[must_use]
     pub fn read(pid: i32) -> Option<Self> {
-        let environment = std::fs::read(format!("/proc/{pid}/environ")).ok()?;
+        let environment = super::read(format!("/proc/{pid}/environ")).ok()?;
         Self::find(&environment)
     }
 
@@ -263,8 +263,9 @@ impl Marks {
 
 /// Reads the hard limit on message queues out of `/proc/<pid>/limits`.
 fn queue_limit(path: &Path) -> Option<u64> {
-    let text = std::fs::read_to_string(path).ok()?;
-    let line = text
+    let text = super::read(path).ok()?;
+    let line = std::str::from_utf8(&text)
+        .ok()?
         .lines()
         .find_map(|line| line.strip_prefix("Max msgqueue size"))?;
     line.split_ascii_whitespace().nth(1)?.parse().ok()

@@ -21,6 +21,8 @@ pub use tree::ProcessTree;
 
 /// 52 numbers of at most 20 digits, and a name of at most 64 bytes.
 const LONGEST_STAT: usize = 2048;
+/// Room for most files of a process.
+const ROOM: usize = 4096;
 
 /// `PF_EXITING` of the kernel's `sched.h`: the process ends, and its files are
 /// closed or about to be.
@@ -134,9 +136,20 @@ impl ProcessStat {
     }
 }
 
+/// Reads a file of `/proc` to its end. These files say that they are empty, so
+/// that `fs::read` takes its room in many small steps, each a call; here two are
+/// enough for most.
+///
+/// # Errors
+/// When the file cannot be opened or read.
+pub fn read(path: impl AsRef<Path>) -> io::Result<Vec<u8>> {
+    let mut text = Vec::with_capacity(ROOM);
+    fs::File::open(path)?.read_to_end(&mut text)?;
+    Ok(text)
+}
+
 /// Reads a process' line and returns its length. One read into a buffer that
-/// holds any such line: `fs::read` takes several, since these files say that
-/// they are empty.
+/// holds any such line.
 fn read_stat(proc: &Path, pid: i32, line: &mut [u8; LONGEST_STAT]) -> Option<usize> {
     let file = fs::File::open(proc.join(format!("{pid}/stat")));
     file.and_then(|mut file| file.read(line)).ok()

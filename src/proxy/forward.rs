@@ -23,7 +23,7 @@ use super::rpc::Call;
 use super::upload::{BodyError, RequestBody};
 use super::{Proxy, headers, limit, upgrade};
 use crate::clock::Timestamp;
-use crate::control::{Lease, ModelRoute};
+use crate::control::{Lease, ModelRoute, Refusal};
 use crate::gate::Visit;
 use crate::reply::Fault;
 use crate::telemetry;
@@ -101,7 +101,12 @@ impl Proxy {
             };
             debug!(worker = %lease.worker().id, cause, "a worker broke before it answered");
             if passage.tried || !passage.held.can_be_sent() {
-                return Err(passage.broke(cause));
+                return Err(match lease.worker().is_heir {
+                    // It says nothing of the model that the one who has taken over
+                    // is gone: the next one will do.
+                    true => Fault::Refused(Refusal::ShuttingDown),
+                    false => passage.broke(cause),
+                });
             }
             passage.tried = true;
             let ended = lease.worker().closing.clone();

@@ -8,8 +8,12 @@ use std::collections::BTreeSet;
 use std::fs::File;
 use std::io::{BufRead, BufReader};
 use std::path::Path;
+use std::sync::Arc;
 
-use crate::model::Upstream;
+use tracing::warn;
+
+use super::output::Tail;
+use crate::model::{Upstream, WorkerId};
 use crate::procfs::{ProcessTable, ProcessTree};
 
 /// Who listens.
@@ -21,6 +25,47 @@ pub(super) enum Owner {
     Stranger,
     /// It cannot be seen: open files of another user, another namespace.
     Hidden,
+}
+
+/// Looks who it is that answers on a worker's address while it starts.
+#[derive(Debug)]
+pub(super) struct Doorkeeper {
+    worker: WorkerId,
+    upstream: Upstream,
+    tree: Arc<ProcessTree>,
+    tail: Arc<Tail>,
+    warned: bool,
+}
+
+impl Doorkeeper {
+    pub(super) fn new(
+        worker: WorkerId,
+        upstream: Upstream,
+        tree: Arc<ProcessTree>,
+        tail: &Arc<Tail>,
+    ) -> Self {
+        Self {
+            worker,
+            upstream,
+            tree,
+            tail: Arc::clone(tail),
+            warned: false,
+        }
+    }
+
+    /// Returns whether it is the worker that listens, as far as that can be seen.
+    /// Of a stranger is told once, in the log and in the worker's own.
+    pub(super) fn lets_in(&mut self) -> bool {
+        let owner = owner(&self.upstream, &self.tree);
+        if owner == Owner::Stranger && !self.warned {
+            self.warned = true;
+            let upstream = &self.upstream;
+            warn!(worker = %self.worker, %upstream, "another program answers on the worker's address");
+            self.tail
+                .push(format!("another program answers on {upstream}"));
+        }
+        owner != Owner::Stranger
+    }
 }
 
 /// Returns who listens on `upstream`.

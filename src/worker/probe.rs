@@ -67,14 +67,21 @@ impl Turns {
 pub(super) type Kept = Option<Stream>;
 
 /// Returns whether a worker that starts passes the check now. Asks on the kept
-/// connection, and leaves there the one it asked on.
-pub(super) async fn passes(check: &ReadyCheck, upstream: &Upstream, kept: &mut Kept) -> bool {
-    probe(check, upstream, TIMEOUT, kept).await == Answer::Passes
+/// connection, and leaves there the one it asked on. Of each new connection
+/// `is_ours` says whether it is the worker that took it, and no stranger on its
+/// port; that is looked up while the answer is under way.
+pub(super) async fn passes(
+    check: &ReadyCheck,
+    upstream: &Upstream,
+    kept: &mut Kept,
+    is_ours: impl FnMut() -> bool,
+) -> bool {
+    probe(check, upstream, TIMEOUT, kept, is_ours).await == Answer::Passes
 }
 
 /// Asks a ready worker once.
 pub(super) async fn ask(check: &ReadyCheck, upstream: &Upstream, timeout: Duration) -> Answer {
-    probe(check, upstream, timeout, &mut None).await
+    probe(check, upstream, timeout, &mut None, || true).await
 }
 
 /// Asks a worker once. One that shows by a log line or by a notice that it is
@@ -84,24 +91,30 @@ async fn probe(
     upstream: &Upstream,
     timeout: Duration,
     kept: &mut Kept,
+    mut is_ours: impl FnMut() -> bool,
 ) -> Answer {
     let asked = tokio::time::timeout(timeout, async {
         let (path, status) = match check {
             ReadyCheck::Log(_) | ReadyCheck::Notify | ReadyCheck::Tcp => {
                 // Nothing is sent on it: it stays a new connection.
-                *kept = Some(Stream::connect(upstream).await?);
+                let stream = Stream::connect(upstream).await?;
+                if !is_ours() {
+                    return Err(a_stranger());
+                }
+                *kept = Some(stream);
                 return Ok(Answer::Passes);
             }
             ReadyCheck::Http { path, status } => (path, *status),
         };
         let asked = (upstream.host(), path.as_str());
         let code = match kept.take() {
-            Some(stream) => match get(stream, &asked, kept).await {
-                Ok(code) => code,
-                // The worker has closed it meanwhile, as it may.
-                Err(_) => get(Stream::connect(upstream).await?, &asked, kept).await?,
-            },
-            None => get(Stream::connect(upstream).await?, &asked, kept).await?,
+            Some(stream) => get(stream, &asked, kept, || true).await.ok(),
+            None => None,
+        };
+        let code = match code {
+            Some(code) => code,
+            // None was kept, or the worker has closed it meanwhile, as it may.
+            None => get(Stream::connect(upstream).await?, &asked, kept, is_ours).await?,
         };
         Ok(
             match status.map_or((200..300).contains(&code), |s| s == code) {
@@ -119,19 +132,28 @@ async fn probe(
 
 /// Asks on this connection and returns the status. The connection is kept when
 /// another request may follow on it.
-async fn get(stream: Stream, asked: &(String, &str), kept: &mut Kept) -> Result<u16> {
+async fn get(
+    stream: Stream,
+    asked: &(String, &str),
+    kept: &mut Kept,
+    is_ours: impl FnMut() -> bool,
+) -> Result<u16> {
     let (code, left) = match stream {
         Stream::Tcp(stream) => {
-            let (code, left) = exchange(stream, asked).await?;
+            let (code, left) = exchange(stream, asked, is_ours).await?;
             (code, left.map(Stream::Tcp))
         }
         Stream::Unix(stream) => {
-            let (code, left) = exchange(stream, asked).await?;
+            let (code, left) = exchange(stream, asked, is_ours).await?;
             (code, left.map(Stream::Unix))
         }
     };
     *kept = left;
     Ok(code)
+}
+
+fn a_stranger() -> Error {
+    ErrorKind::AddrInUse.into()
 }
 
 /// Whether it says that nothing listens there: also a Unix socket that was
@@ -148,9 +170,13 @@ fn is_refused(error: &Error) -> bool {
 async fn exchange<S: AsyncRead + AsyncWrite + Unpin>(
     mut stream: S,
     (host, path): &(String, &str),
+    mut is_ours: impl FnMut() -> bool,
 ) -> Result<(u16, Option<S>)> {
     let request = format!("GET {path} HTTP/1.1\r\nhost: {host}\r\nuser-agent: residentd\r\n\r\n");
     stream.write_all(request.as_bytes()).await?;
+    if !is_ours() {
+        return Err(a_stranger());
+    }
     let mut answer = Vec::with_capacity(512);
     while !answer.contains(&b'\n') {
         if answer.len() > LONGEST {
@@ -310,10 +336,26 @@ mod tests {
         };
         let upstream = Upstream::Tcp(address);
         let mut kept = None;
-        let (asked, passed) = tokio::join!(served, passes(&check, &upstream, &mut kept));
+        let (asked, passed) = tokio::join!(served, passes(&check, &upstream, &mut kept, || true));
         assert!(passed && kept.is_some());
         let host = format!("\r\nhost: {address}\r\n");
         assert!(asked.contains(&host), "{asked}");
+    }
+
+    #[tokio::test]
+    async fn a_stranger_is_not_believed_and_its_connection_not_kept() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+        let upstream = Upstream::Tcp(listener.local_addr().expect("an address"));
+        let http = ReadyCheck::Http {
+            path: "/health".into(),
+            status: None,
+        };
+        for check in [http, ReadyCheck::Tcp] {
+            let mut kept = None;
+            let asked = probe(&check, &upstream, TIMEOUT, &mut kept, || false).await;
+            assert_eq!(asked, Answer::Nothing);
+            assert!(kept.is_none());
+        }
     }
 
     #[tokio::test]
@@ -341,14 +383,20 @@ mod tests {
         let probes = async {
             let mut kept = None;
             let mut passed = Vec::new();
+            let mut looked_up = 0;
             for _ in 0..4 {
-                passed.push(passes(&check, &upstream, &mut kept).await);
+                let is_ours = || {
+                    looked_up += 1;
+                    true
+                };
+                passed.push(passes(&check, &upstream, &mut kept, is_ours).await);
             }
-            (passed, kept.is_some())
+            (passed, kept.is_some(), looked_up)
         };
-        let ((), (passed, is_kept)) = tokio::join!(served, probes);
+        let ((), (passed, is_kept, looked_up)) = tokio::join!(served, probes);
         assert_eq!(passed, [false, false, false, true]);
         assert!(is_kept);
+        assert_eq!(looked_up, 2, "once for each connection");
     }
 
     #[tokio::test(start_paused = true)]
@@ -370,7 +418,7 @@ mod tests {
         ] {
             let (ours, mut theirs) = duplex(4096);
             theirs.write_all(answer.as_bytes()).await.expect("it fits");
-            let asked = exchange(ours, &("x".into(), "/")).await;
+            let asked = exchange(ours, &("x".into(), "/"), || true).await;
             let asked = asked.ok().map(|(code, kept)| (code, kept.is_some()));
             assert_eq!(asked, expected, "{answer}");
         }

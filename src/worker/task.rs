@@ -16,7 +16,7 @@ use tracing::{debug, info, warn};
 
 use super::adopt::Adoptee;
 use super::body::Body;
-use super::listener::{self, Owner};
+use super::listener::Doorkeeper;
 use super::liveness::Watched;
 use super::notify::Notices;
 use super::opened::Opened;
@@ -255,10 +255,11 @@ impl Life {
         let clock = self.shared.clock;
         let since = clock.now();
         let deadline = clock.instant(since + patience);
-        let mut warned = false;
+        let mut doorkeeper = self.doorkeeper(body);
         let mut turns = probe::Turns::default();
         let mut kept = None;
         let tree = Arc::clone(&body.process.tree);
+        let spec = Arc::clone(&self.spec);
         loop {
             let waited = clock.now().since(since);
             let poll = (waited / 40).clamp(POLL.0, POLL.1);
@@ -271,7 +272,7 @@ impl Life {
                 () = body.log.changed() => lines = body.log.drain(&self.tail).await,
                 () = tokio::time::sleep(poll) => lines = body.log.drain(&self.tail).await,
             }
-            if was_ready && self.shows_once() && self.answers_for(body, &mut warned) {
+            if was_ready && self.shows_once() && doorkeeper.lets_in() {
                 return End::Ready;
             }
             if let ReadyCheck::Log(pattern) = &self.spec.ready {
@@ -288,7 +289,8 @@ impl Life {
             }
             let asked = async {
                 turns.next(clock).await;
-                probe::passes(&self.spec.ready, &body.record.upstream, &mut kept).await
+                let upstream = &body.record.upstream;
+                probe::passes(&spec.ready, upstream, &mut kept, || doorkeeper.lets_in()).await
             };
             let passes = tokio::select! {
                 passes = asked => passes,
@@ -296,7 +298,7 @@ impl Life {
                 () = stopped(&mut self.stop) => return End::Asked,
                 () = tokio::time::sleep_until(deadline) => return End::NeverReady,
             };
-            if passes && self.answers_for(body, &mut warned) {
+            if passes {
                 body.opened = Opened::new(kept);
                 return End::Ready;
             }
@@ -317,25 +319,25 @@ impl Life {
             return End::NeverReady;
         }
         let mut kept = None;
-        let passes = probe::passes(&self.spec.ready, &body.record.upstream, &mut kept).await;
-        if !passes || !self.answers_for(body, &mut false) {
+        let upstream = &body.record.upstream;
+        let mut doorkeeper = self.doorkeeper(body);
+        let is_ours = || doorkeeper.lets_in();
+        if !probe::passes(&self.spec.ready, upstream, &mut kept, is_ours).await {
             return End::NeverReady;
         }
         body.opened = Opened::new(kept);
         End::Ready
     }
 
-    /// Whether it is the worker that answered, and not a stranger on its port.
-    fn answers_for(&self, body: &Body, warned: &mut bool) -> bool {
-        let upstream = &body.record.upstream;
-        let owner = listener::owner(upstream, &body.process.tree);
-        if owner == Owner::Stranger && !*warned {
-            *warned = true;
-            warn!(worker = %self.worker, %upstream, "another program answers on the worker's address");
-            self.tail
-                .push(format!("another program answers on {upstream}"));
-        }
-        owner != Owner::Stranger
+    /// Tells the worker from a stranger on its port.
+    fn doorkeeper(&self, body: &Body) -> Doorkeeper {
+        let tree = Arc::clone(&body.process.tree);
+        Doorkeeper::new(
+            self.worker.clone(),
+            body.record.upstream.clone(),
+            tree,
+            &self.tail,
+        )
     }
 
     async fn serving(&mut self, body: &mut Body, used: &mut Used) -> End {

@@ -104,7 +104,8 @@ fn refused(
         "backing_off" => rests(),
         "model_not_found" => !is_known(ask) || struck(&[Blow::Changed]),
         "unloaded" => struck(&[Blow::Unloaded]),
-        "draining" => struck(&[Blow::Draining]),
+        // The latter when it came before an upgrade and whoever took over is killed.
+        "draining" => struck(&[Blow::Draining, Blow::Down]),
         "model_too_large" => struck(&[Blow::Limit]),
         "no_room" => struck(&[Blow::Limit, Blow::Pinned, Blow::Memory]),
         // Of these the whole run may have a few; see the end.

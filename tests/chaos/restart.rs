@@ -84,6 +84,11 @@ pub(crate) fn upgrade(doer: &mut Doer<'_>) {
     }
 }
 
+/// So many starts may be ended for want of memory.
+const STARTS_WITHOUT_MEMORY: u32 = 20;
+/// What is said of a start that SIGKILL ended.
+const KILLED: &str = "residentd did not start (Ok(ExitStatus(unix_wait_status(9)))";
+
 /// Has residentd end as it should, and starts the next one.
 pub(crate) fn end(doer: &mut Doer<'_>) {
     let site = doer.site;
@@ -106,7 +111,22 @@ fn start(doer: &mut Doer<'_>) {
     let site = doer.site;
     // One that is not valid would be refused, rightly.
     doer.mend_config();
-    if let Err(why) = doer.town.start_again() {
+    let mut started = doer.town.start_again();
+    // While a worker takes all memory there is, the kernel may end one that starts:
+    // it cannot ask to be spared before it runs. Whoever watches over it tries again.
+    for _ in 0..STARTS_WITHOUT_MEMORY {
+        let now = (site.time(), site.time());
+        let killed = started.as_ref().err();
+        let killed = killed.is_some_and(|why| why.starts_with(KILLED));
+        if !killed || !site.struck(None, &[Blow::Memory], now) {
+            break;
+        }
+        site.note("residentd was killed while it started");
+        site.count("starts without memory");
+        pause(Duration::from_millis(100));
+        started = doer.town.start_again();
+    }
+    if let Err(why) = started {
         let tail = &why[why.len().saturating_sub(2000)..];
         let full = site.struck(None, &[Blow::Disk], (site.time(), site.time()));
         if !full || !(tail.contains("disk is full") || tail.contains("make it writable")) {

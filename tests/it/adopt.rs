@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 
 use crate::support::http::{request, send};
 use crate::support::residentd::STUB;
-use crate::support::{Residentd, kill, now, pause, processes_with, runs, wait_until};
+use crate::support::{Residentd, kill, now, pause, processes_with, repeats, runs, wait_until};
 
 const ROOM: &str = "\n[memory]\nlimit = \"1GiB\"\nreserve = \"16MiB\"\n";
 
@@ -28,12 +28,9 @@ fn events(residentd: &Residentd, kind: &str) -> Vec<Value> {
     all.as_array().cloned().unwrap_or_default()
 }
 
+/// This claim wants two and a half times as many rounds as others.
 fn rounds() -> u64 {
-    let runs = std::env::vars().find(|(name, _)| name == "RESIDENTD_RUNS");
-    // Of the 20 or 2 that the harness sets, this claim wants two and a half
-    // times as many.
-    runs.and_then(|(_, runs)| runs.parse::<u64>().ok())
-        .map_or(3, |runs| runs * 5 / 2)
+    repeats().map_or(3, |runs| u64::from(runs) * 5 / 2)
 }
 
 /// Asks the model again and again until told to stop; counts what came whole.

@@ -8,7 +8,7 @@ use serde_json::Value;
 
 use crate::support::cgroup::MemoryCgroup;
 use crate::support::residentd::{STUB, command};
-use crate::support::{Residentd, kill, now, runs, wait_until};
+use crate::support::{Residentd, kill, now, repeats, runs, wait_until};
 
 const MIB: u64 = 1 << 20;
 
@@ -113,12 +113,7 @@ fn a20_idle_workers_go_before_the_oom_killer_comes_and_it_comes_when_that_is_off
         return;
     };
     drop(first);
-    let runs = std::env::var_os("RESIDENTD_RUNS");
-    let runs: u32 = runs.map_or(2, |runs| {
-        runs.to_str()
-            .and_then(|n| n.parse().ok())
-            .expect("a number")
-    });
+    let runs = repeats().unwrap_or(2);
     let mut good = 0;
     for run in 0..runs {
         let cgroup = MemoryCgroup::new(limit).expect("as just before");

@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use tokio::sync::oneshot;
 
-use crate::procfs::ProcessTree;
+use crate::procfs::{self, ProcessTree};
 use crate::telemetry;
 
 /// Smaller files are read sooner than they are looked for.
@@ -23,7 +23,10 @@ const SMALLEST: u64 = 1 << 20;
 const FIRST: Duration = Duration::from_millis(50);
 /// See [`FIRST`].
 const SLOWEST: Duration = Duration::from_secs(5);
-/// So long after it is ready it is looked for the last time: the first request
+/// So long after it is ready it is looked for again, when the first answer, which
+/// this would hold up, is under way.
+const SETTLES: Duration = Duration::from_millis(100);
+/// So long after that it is looked for the last time: the first request
 /// may bring more libraries.
 const LAST: Duration = Duration::from_secs(1);
 /// More files than any engine has of this size.
@@ -92,6 +95,7 @@ async fn watch(tree: Arc<ProcessTree>, mut ready: oneshot::Receiver<()>) -> Opti
     if !is_ready {
         return None;
     }
+    tokio::time::sleep(SETTLES).await;
     found = found.look(&tree).await?;
     tokio::time::sleep(LAST).await;
     Some(found.look(&tree).await?.files)
@@ -121,7 +125,7 @@ impl Found {
     }
 
     fn look_at(&mut self, pid: i32) {
-        let maps = fs::read(format!("/proc/{pid}/maps")).unwrap_or_default();
+        let maps = procfs::read(format!("/proc/{pid}/maps")).unwrap_or_default();
         for path in String::from_utf8_lossy(&maps).lines().filter_map(mapped) {
             self.add(Path::new(path));
         }
@@ -134,7 +138,7 @@ impl Found {
             };
             let number = descriptor.file_name();
             let info = format!("/proc/{pid}/fdinfo/{}", number.to_string_lossy());
-            if path.is_absolute() && is_read_only(&fs::read_to_string(info).unwrap_or_default()) {
+            if path.is_absolute() && is_read_only(&procfs::read(info).unwrap_or_default()) {
                 self.add(&path);
             }
         }
@@ -171,7 +175,8 @@ fn mapped(line: &str) -> Option<&str> {
 
 /// Returns whether `fdinfo` says that a descriptor is only read from; its
 /// flags are octal, and the last two bits say how it is open.
-fn is_read_only(info: &str) -> bool {
+fn is_read_only(info: &[u8]) -> bool {
+    let info = String::from_utf8_lossy(info);
     let flags = info.lines().find_map(|line| line.strip_prefix("flags:"));
     let flags = flags.and_then(|flags| u32::from_str_radix(flags.trim(), 8).ok());
     flags.is_some_and(|flags| flags & 3 == 0)
@@ -197,10 +202,10 @@ mod tests {
             mapped("7f1c2a000000-7f1c2b000000 rw-p 00000000 00:00 0 [heap]"),
             None
         );
-        assert!(is_read_only("pos:\t0\nflags:\t0100000\nmnt_id:\t29\n"));
-        assert!(!is_read_only("pos:\t0\nflags:\t0100001\n"));
-        assert!(!is_read_only("pos:\t0\nflags:\t02100002\n"));
-        assert!(!is_read_only(""));
+        assert!(is_read_only(b"pos:\t0\nflags:\t0100000\nmnt_id:\t29\n"));
+        assert!(!is_read_only(b"pos:\t0\nflags:\t0100001\n"));
+        assert!(!is_read_only(b"pos:\t0\nflags:\t02100002\n"));
+        assert!(!is_read_only(b""));
     }
 
     #[tokio::test(start_paused = true)]

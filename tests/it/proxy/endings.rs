@@ -30,6 +30,33 @@ fn a34_a_client_that_leaves_before_the_answer_is_heard_of_by_the_worker() {
     played.wait_for_leases(0);
 }
 
+/// Whoever closes its side for sending cannot be told from one that has left: most
+/// that leave send nothing else. The answer to a request that is under way is given
+/// up, as other proxies do.
+#[test]
+fn a37_a_client_that_closes_its_side_for_sending_counts_as_gone() {
+    let played = Played::start();
+    let mut client = played.client();
+    client.ask("POST /v1/x", "", "{\"model\":\"m\"}");
+    let mut worker = played.worker();
+    let head = worker.head();
+    worker.body(&head);
+    played.wait_for_leases(1);
+    client.finish();
+    assert_eq!(worker.rest(), (Vec::new(), None));
+    played.wait_for_leases(0);
+    assert_eq!(client.rest(), (Vec::new(), None));
+    // In the midst of a body it is one that broke off.
+    let mut client = played.client();
+    client.put("POST /upstream/m/x HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\nhalf");
+    let mut worker = played.worker();
+    worker.head();
+    client.finish();
+    let (rest, _) = worker.rest();
+    assert!(rest.is_empty() || rest == b"half", "{rest:?}");
+    played.wait_for_leases(0);
+}
+
 #[test]
 fn a34_a_client_that_leaves_in_the_middle_of_an_answer_is_heard_of_by_the_worker() {
     let played = Played::start();

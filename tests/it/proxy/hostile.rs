@@ -203,7 +203,6 @@ fn a37_clients_that_stop_in_the_middle_are_no_hindrance() {
         })
         .collect();
     others_are_unharmed(&residentd);
-    // A client may close its side for sending and still read its answer.
     let mut wire = Wire::to(residentd.address());
     wire.ask("POST /upstream/m/echo", "connection: close\r\n", "abc");
     let (head, text) = wire.answer();

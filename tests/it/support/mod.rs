@@ -32,6 +32,13 @@ pub(crate) fn wait_until<T>(what: &str, mut done: impl FnMut() -> Option<T>) -> 
     }
 }
 
+/// Returns how often a claim that is about many is to be tried, where the harness
+/// says so: 20 in full, 2 when it is to be fast.
+pub(crate) fn repeats() -> Option<u32> {
+    let runs = std::env::var_os("RESIDENTD_RUNS")?;
+    Some(runs.to_str()?.parse().expect("RESIDENTD_RUNS is a number"))
+}
+
 /// Returns the time, for measuring.
 #[expect(
     clippy::disallowed_methods,

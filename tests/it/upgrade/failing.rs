@@ -200,6 +200,26 @@ fn whichever_of_the_two_is_killed_whenever_no_worker_is_lost_and_nobody_is_in_th
 }
 
 #[test]
+fn what_waits_for_one_that_took_over_and_is_killed_is_told_to_come_again() {
+    let (mut residentd, _) = start(&config(), &[]);
+    let old = residentd.pid();
+    let body = json!({"model": "slow", "prompt": "x"}).to_string();
+    let path = "/v1/completions";
+    let mut asked = http::send(residentd.address(), "POST", path, Some(&body)).expect("connected");
+    wait_until("slow to be spawned", || residentd.worker_pid("slow"));
+    let new = upgrade(&residentd);
+    crate::support::kill(i64::from(new), Signal::SIGKILL);
+    let mut raw = Vec::new();
+    asked.read_to_end(&mut raw).expect("an answer");
+    let answer = Answer::parse(&raw).expect("an answer");
+    assert_eq!(answer.status, 503, "{}", answer.text());
+    assert_eq!(answer.json()["error"]["code"], "draining");
+    assert!(answer.header("retry-after").is_some());
+    residentd.wait();
+    assert!(!runs(i64::from(old)), "nothing came here that is left");
+}
+
+#[test]
 fn of_two_upgrades_at_once_one_is_made() {
     let (residentd, _) = start(&config(), &[]);
     let pid = residentd.complete("a").worker_pid();
