@@ -295,6 +295,26 @@ pub enum UpstreamSpec {
     Unix(String),
 }
 
+impl UpstreamSpec {
+    /// Returns the template.
+    #[must_use]
+    pub fn text(&self) -> &String {
+        match self {
+            Self::Tcp(text) | Self::Unix(text) => text,
+        }
+    }
+}
+
+/// As it is configured.
+impl fmt::Display for UpstreamSpec {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Tcp(address) => write!(f, "http://{address}"),
+            Self::Unix(path) => write!(f, "unix:{path}"),
+        }
+    }
+}
+
 /// Where a ready worker answers HTTP.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Upstream {
@@ -366,6 +386,8 @@ pub struct ModelSpec {
     pub variables: Arc<BTreeMap<String, String>>,
     /// Where the worker listens.
     pub upstream: UpstreamSpec,
+    /// Where its workers take gRPC, when that is elsewhere.
+    pub grpc_upstream: Option<UpstreamSpec>,
     /// How it shows that it can answer.
     pub ready: ReadyCheck,
     /// How it is watched once it does.
@@ -421,6 +443,7 @@ impl ModelSpec {
             env: BTreeMap::new(),
             variables: Arc::default(),
             upstream: UpstreamSpec::Tcp("127.0.0.1:${PORT}".into()),
+            grpc_upstream: None,
             ready: ReadyCheck::Tcp,
             live: Live::default(),
             start_timeout: Duration::from_secs(120),

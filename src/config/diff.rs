@@ -175,6 +175,7 @@ fn changed(old: &ModelSpec, new: &ModelSpec) -> Option<ChangedModel> {
         // What is used of them is compared where it is used.
         variables: _,
         upstream,
+        grpc_upstream,
         ready,
         live: watched,
         start_timeout,
@@ -215,8 +216,19 @@ fn changed(old: &ModelSpec, new: &ModelSpec) -> Option<ChangedModel> {
     );
     replaces.compare("cwd", &(&old.cwd, folder(old)), &(cwd, folder(new)));
     replaces.compare("env", &(&old.env, texts(old)), &(env, texts(new)));
-    let upstreams = (&old.upstream, asked(old)) != (upstream, asked(new));
-    replaces.compare("upstream", &false, &upstreams);
+    replaces.compare(
+        "upstream",
+        &(Some(&old.upstream), asked(old, Some(&old.upstream))),
+        &(Some(upstream), asked(new, Some(upstream))),
+    );
+    replaces.compare(
+        "grpc_upstream",
+        &(
+            old.grpc_upstream.as_ref(),
+            asked(old, old.grpc_upstream.as_ref()),
+        ),
+        &(grpc_upstream.as_ref(), asked(new, grpc_upstream.as_ref())),
+    );
     replaces.compare("ready", &shown(&old.ready), &shown(ready));
     replaces.compare("gpus", &old.gpus, gpus);
     replaces.compare("weights", &old.weights, weights);
@@ -270,11 +282,9 @@ fn of_requests(old: &RequestSpec, new: &RequestSpec, keys: &mut Keys) {
     keys.compare("heartbeat", &old.heartbeat, heartbeat);
 }
 
-/// The values of the variables in a model's upstream.
-fn asked(spec: &ModelSpec) -> Vec<Option<String>> {
-    match &spec.upstream {
-        UpstreamSpec::Tcp(text) | UpstreamSpec::Unix(text) => used(spec, text),
-    }
+/// The values of the variables in one of a model's upstreams.
+fn asked(spec: &ModelSpec, upstream: Option<&UpstreamSpec>) -> Vec<Option<String>> {
+    upstream.map_or_else(Vec::new, |upstream| used(spec, upstream.text()))
 }
 
 /// The values of the variables that a template uses, in order.

@@ -42,11 +42,22 @@ pub(super) fn check(
             raw: value.over(defaults.clone()),
             facts,
         };
-        let upstream = model.upstream(problems);
-        if let Some(address) = upstream.as_ref().and_then(|u| u.fixed.as_ref()) {
-            model.check_address(address, &mut fixed, problems);
+        let raw = (&model.raw.upstream, &model.raw.grpc_upstream);
+        let upstream = model.upstream(raw.0.as_ref(), problems);
+        let grpc_upstream = model.upstream(raw.1.as_ref(), problems);
+        let asked = [
+            ("upstream", raw.0, &upstream),
+            ("grpc_upstream", raw.1, &grpc_upstream),
+        ];
+        for (key, setting, checked) in asked {
+            if let Some(address) = checked.as_ref().and_then(|u| u.fixed.as_ref()) {
+                let place = model.place_of(setting.as_ref().map(|setting| &setting.place), key);
+                model.check_address((address, &place), &mut fixed, problems);
+            }
         }
-        specs.extend(model.into_spec(upstream.map(|u| u.spec), problems));
+        let specs_of = |checked: Option<upstream::Checked>| checked.map(|checked| checked.spec);
+        let upstreams = (specs_of(upstream), specs_of(grpc_upstream));
+        specs.extend(model.into_spec(upstreams, problems));
     }
     specs
 }
@@ -111,7 +122,7 @@ struct Templates {
 impl Model<'_> {
     fn into_spec(
         self,
-        upstream: Option<UpstreamSpec>,
+        (upstream, grpc_upstream): (Option<UpstreamSpec>, Option<UpstreamSpec>),
         problems: &mut Problems,
     ) -> Option<ModelSpec> {
         let templates = self.templates(problems);
@@ -122,7 +133,7 @@ impl Model<'_> {
         }
         let templates = templates?;
         if let Some(upstream) = &upstream {
-            self.check_port(&templates, upstream, problems);
+            self.check_port(&templates, (upstream, grpc_upstream.as_ref()), problems);
         }
         self.check_program(&templates, problems);
         self.check_cwd(&templates, problems);
@@ -146,6 +157,7 @@ impl Model<'_> {
             env: raw.env.into_iter().map(text).collect(),
             variables: Arc::default(),
             upstream: upstream?,
+            grpc_upstream,
             ready: given(raw.ready),
             live: raw.live.given(),
             start_timeout: given(raw.start_timeout),
@@ -194,8 +206,12 @@ impl Model<'_> {
         (is_good && self.raw.command.is_some()).then_some(templates)
     }
 
-    fn upstream(&self, problems: &mut Problems) -> Option<upstream::Checked> {
-        let setting = self.raw.upstream.as_ref()?;
+    fn upstream(
+        &self,
+        setting: Option<&Setting<String>>,
+        problems: &mut Problems,
+    ) -> Option<upstream::Checked> {
+        let setting = setting?;
         let template = self
             .facts
             .scope
@@ -213,58 +229,80 @@ impl Model<'_> {
     /// Tells a fixed address that somebody else has.
     fn check_address(
         &self,
-        address: &Address,
+        (address, place): (&Address, &Place),
         fixed: &mut BTreeMap<Address, String>,
         problems: &mut Problems,
     ) {
-        let place = self.place_of(self.raw.upstream.as_ref().map(|u| &u.place), "upstream");
         let fix = "use ${PORT} in command and upstream, and each worker gets its own";
         let context = self.facts.context;
         let is_ours = self.facts.listen.iter().any(|l| address.is(l, context));
         if is_ours {
             let what = format!("{address} is where residentd itself listens");
-            problems.error(&place, what, fix);
+            problems.error(place, what, fix);
         }
         if let Some(other) = fixed.insert(address.clone(), self.place.key.clone()) {
             let what = format!("{address} is the upstream of {other} too");
-            problems.error(&place, what, fix);
+            problems.error(place, what, fix);
         }
     }
 
     /// Tells a worker that would listen elsewhere than it is asked.
-    fn check_port(&self, templates: &Templates, upstream: &UpstreamSpec, problems: &mut Problems) {
+    fn check_port(
+        &self,
+        templates: &Templates,
+        (upstream, grpc_upstream): (&UpstreamSpec, Option<&UpstreamSpec>),
+        problems: &mut Problems,
+    ) {
         // After a problem with the user's own upstream this compares with the
         // default one.
-        let is_told = |key: &str| problems.mentions(&self.place.below(key).key);
-        if is_told("upstream") || problems.mentions("defaults.upstream") {
+        let is_told = |key: &str| {
+            let own = &self.place.below(key).key;
+            problems.mentions(own) || problems.mentions(&format!("defaults.{key}"))
+        };
+        if is_told("upstream") || is_told("grpc_upstream") {
             return;
         }
-        let text = match upstream {
-            UpstreamSpec::Tcp(address) => format!("http://{address}"),
-            UpstreamSpec::Unix(path) => format!("unix:{path}"),
+        let asks = |upstream: &UpstreamSpec, name: &str| {
+            Template::parse(upstream.text()).is_ok_and(|asks| asks.uses(name))
         };
-        let asks = Template::parse(&text).ok();
-        let is_asked = |name: &str| asks.as_ref().is_some_and(|asks| asks.uses(name));
+        let is_asked = |name: &str| {
+            asks(upstream, name) || grpc_upstream.is_some_and(|upstream| asks(upstream, name))
+        };
         let words = || templates.command.iter().chain(templates.env.values());
         let is_given = |name: &str| words().any(|template| template.uses(name));
+        let shown = |name: &str| match name {
+            "GRPC_PORT" => ("grpc_upstream", grpc_upstream),
+            _ => ("upstream", Some(upstream)),
+        };
 
         let is_unused = |name: &&str| is_given(name) && !is_asked(name);
-        if let Some(name) = ["PORT", "SOCKET"].into_iter().find(is_unused) {
-            let own = self.raw.upstream.as_ref().map(|upstream| &upstream.place);
-            let what = format!("{text:?} never uses ${{{name}}}, but the worker is given it");
-            let fix = match name {
-                "SOCKET" => r#"write upstream = "unix:${SOCKET}""#,
-                _ => r#"write upstream = "http://127.0.0.1:${PORT}""#,
+        if let Some(name) = upstream::OF_LIFE.into_iter().find(is_unused) {
+            let (key, upstream) = shown(name);
+            let raw = match key {
+                "upstream" => self.raw.upstream.as_ref(),
+                _ => self.raw.grpc_upstream.as_ref(),
             };
-            problems.error(&self.place_of(own, "upstream"), what, fix);
+            let what = match upstream {
+                Some(upstream) => format!("{:?} never uses ${{{name}}}", upstream.to_string()),
+                None => format!("there is none that uses ${{{name}}}"),
+            };
+            let what = format!("{what}, but the worker is given it");
+            let fix = match name {
+                "SOCKET" => r#"write upstream = "unix:${SOCKET}""#.to_owned(),
+                _ => format!("write {key} = \"http://127.0.0.1:${{{name}}}\""),
+            };
+            let place = self.place_of(raw.map(|setting| &setting.place), key);
+            problems.error(&place, what, fix);
             return;
         }
-        for name in ["PORT", "SOCKET"] {
+        for name in upstream::OF_LIFE {
             if is_asked(name) && !is_given(name) {
+                let (key, upstream) = shown(name);
                 let own = self.raw.command.as_ref().map(|command| &command.place);
-                let what = format!("never uses ${{{name}}}, but upstream is {text:?}");
+                let upstream = upstream.map(ToString::to_string).unwrap_or_default();
+                let what = format!("never uses ${{{name}}}, but {key} is {upstream:?}");
                 let fix = format!(
-                    "give ${{{name}}} to the worker in command or env, or write its fixed address as upstream"
+                    "give ${{{name}}} to the worker in command or env, or write its fixed address as {key}"
                 );
                 problems.error(&self.place_of(own, "command"), what, fix);
             }

@@ -80,6 +80,7 @@ pub(super) struct RawModel {
     pub(super) kind: Option<Setting<String>>,
     pub(super) aliases: Option<Setting<Vec<ModelName>>>,
     pub(super) upstream: Option<Setting<String>>,
+    pub(super) grpc_upstream: Option<Setting<String>>,
     pub(super) ready: Option<Setting<ReadyCheck>>,
     pub(super) live: RawLive,
     pub(super) start_timeout: Option<Setting<Duration>>,
@@ -304,6 +305,7 @@ impl RawModel {
             kind: s.get("kind", Value::filled_text, problems),
             aliases: s.list("aliases", Value::model_name, problems),
             upstream: s.get("upstream", Value::filled_text, problems),
+            grpc_upstream: s.get("grpc_upstream", Value::filled_text, problems),
             ready: s
                 .table("ready", problems)
                 .and_then(|table| ready::read(table, problems)),
@@ -345,6 +347,7 @@ impl RawModel {
             kind: self.kind.or(weaker.kind),
             aliases: self.aliases.or(weaker.aliases),
             upstream: self.upstream.or(weaker.upstream),
+            grpc_upstream: self.grpc_upstream.or(weaker.grpc_upstream),
             ready: self.ready.or(weaker.ready),
             live: self.live.over(weaker.live),
             start_timeout: self.start_timeout.or(weaker.start_timeout),

@@ -10,6 +10,9 @@ use super::problem::Complaint;
 use crate::model::UpstreamSpec;
 use crate::template::Template;
 
+/// What each worker is given of its own to listen on.
+pub(super) const OF_LIFE: [&str; 3] = ["PORT", "GRPC_PORT", "SOCKET"];
+
 /// An upstream that is in order.
 #[derive(Debug)]
 pub(super) struct Checked {
@@ -52,7 +55,7 @@ impl fmt::Display for Address {
 pub(super) fn read(text: &str, template: &Template, sample: &str) -> Result<Checked, Complaint> {
     let fix = r#"write "http://127.0.0.1:${PORT}" or "unix:${SOCKET}""#;
     let refuse = |what: &str| Err(Complaint::new(format!("{text:?} {what}"), fix));
-    let is_fixed = !template.uses("PORT") && !template.uses("SOCKET");
+    let is_fixed = !OF_LIFE.iter().any(|name| template.uses(name));
     if let (Some(path), Some(sample)) = (text.strip_prefix("unix:"), sample.strip_prefix("unix:")) {
         if !Path::new(sample).is_absolute() {
             return refuse("is not an absolute path");

@@ -11,7 +11,7 @@ use crate::model::ModelName;
 use crate::template::{Template, TemplateError};
 
 /// Filled in by the worker at spawn.
-const AT_SPAWN: [&str; 5] = ["PORT", "SOCKET", "MODEL", "STATE_DIR", "GPU"];
+const AT_SPAWN: [&str; 6] = ["PORT", "GRPC_PORT", "SOCKET", "MODEL", "STATE_DIR", "GPU"];
 
 /// Documented, without a feature in this version.
 const LATER: [&str; 1] = ["PID"];
@@ -85,10 +85,11 @@ impl<'a> Scope<'a> {
     }
 
     /// Fills a checked template in as the worker would, with samples for what
-    /// is only known at spawn: port 1, and a path for the socket.
+    /// is only known at spawn: ports 1 and 2, and a path for the socket.
     pub(super) fn sample(&self, template: &Template, model: &ModelName) -> String {
         let value = |name: &str| match name {
             "PORT" => Some(Cow::Borrowed("1")),
+            "GRPC_PORT" => Some(Cow::Borrowed("2")),
             "SOCKET" => Some(Cow::Borrowed("/sample.sock")),
             "MODEL" => Some(Cow::Owned(model.to_string())),
             "GPU" => Some(Cow::Borrowed("GPU-0")),

@@ -353,6 +353,7 @@ impl Task {
                 generation: 0,
             },
             upstream: upstream.clone(),
+            grpc_upstream: None,
             opened: Opened::default(),
             pulse: Arc::new(Pulse::default()),
             gate: Gate::open(now, None),

@@ -162,6 +162,8 @@ pub struct ReadyWorker {
     pub id: WorkerId,
     /// Where it answers.
     pub upstream: Upstream,
+    /// Where it takes gRPC, when that is elsewhere.
+    pub grpc_upstream: Option<Upstream>,
     /// The connection on which it first answered, for the first request.
     pub opened: Opened,
     /// Admits requests.
@@ -184,6 +186,13 @@ pub struct ReadyWorker {
 }
 
 impl ReadyWorker {
+    /// Returns where it is asked: calls of gRPC may go elsewhere.
+    #[must_use]
+    pub fn address(&self, calls: bool) -> &Upstream {
+        let own = self.grpc_upstream.as_ref().filter(|_| calls);
+        own.unwrap_or(&self.upstream)
+    }
+
     /// Returns whether its process runs still. Asked after a connection was
     /// made: until its end is noticed, which takes milliseconds, somebody else
     /// may listen on its port already.

@@ -325,8 +325,9 @@ impl Task {
             WorkerEvent::Ready {
                 worker,
                 upstream,
+                grpc_upstream,
                 opened,
-            } => self.worker_ready(&worker, upstream, opened),
+            } => self.worker_ready(&worker, (upstream, grpc_upstream), opened),
             WorkerEvent::Used { worker, files } => self.keep_files(&worker.model, &files),
             WorkerEvent::Prefetched(report) => self.prefetched(&report),
             WorkerEvent::Parked { worker } => {
@@ -374,7 +375,12 @@ impl Task {
         }
     }
 
-    fn worker_ready(&mut self, worker: &WorkerId, upstream: Upstream, opened: Opened) {
+    fn worker_ready(
+        &mut self,
+        worker: &WorkerId,
+        (upstream, grpc_upstream): (Upstream, Option<Upstream>),
+        opened: Opened,
+    ) {
         let model = &self.policy.models()[&worker.model];
         if model.phase != Phase::Starting || model.generation != worker.generation {
             return;
@@ -399,6 +405,7 @@ impl Task {
         let ready = Arc::new(ReadyWorker {
             id: worker.clone(),
             upstream,
+            grpc_upstream,
             opened,
             pulse: Arc::clone(&live.handle.pulse),
             gate: Gate::open(now, model.spec.concurrency),

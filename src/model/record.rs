@@ -25,8 +25,12 @@ pub struct WorkerRecord {
     pub origin: String,
     /// Where it answers.
     pub upstream: Upstream,
+    /// Where it takes gRPC, when that is elsewhere.
+    pub grpc_upstream: Option<Upstream>,
     /// The port that was given to it.
     pub port: Option<u16>,
+    /// The second one, for gRPC.
+    pub grpc_port: Option<u16>,
     /// The socket that was given to it.
     pub socket: Option<PathBuf>,
     /// The socket to which it says that it is ready, when it is to say so.

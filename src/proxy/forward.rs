@@ -222,7 +222,8 @@ impl Proxy {
         let body = body.with_trailers(passage.held.trailers());
         let head = &passage.head;
         let mut headers = head.headers.clone();
-        headers.insert(HOST, headers::host(&lease.worker().upstream));
+        let upstream = lease.worker().address(passage.call.is_some());
+        headers.insert(HOST, headers::host(upstream));
         if lease.worker().is_heir && passage.tried {
             headers.insert(headers::TRIED, HeaderValue::from_static("1"));
         }
@@ -239,7 +240,7 @@ impl Proxy {
         *request.headers_mut() = headers;
         if let Some(call) = passage.call {
             let now = self.controller.clock().now();
-            call.address(&mut request, &lease.worker().upstream, now)?;
+            call.address(&mut request, upstream, now)?;
         }
         Ok(request)
     }

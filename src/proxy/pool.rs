@@ -179,6 +179,7 @@ impl Pools {
 #[derive(Debug)]
 pub(super) struct Pool {
     upstream: Upstream,
+    grpc_upstream: Upstream,
     opened: Opened,
     closing: CancellationToken,
     state: Mutex<State>,
@@ -204,7 +205,8 @@ impl State {
 impl Pool {
     fn new(worker: &ReadyWorker) -> Self {
         Self {
-            upstream: worker.upstream.clone(),
+            upstream: worker.address(false).clone(),
+            grpc_upstream: worker.address(true).clone(),
             opened: worker.opened.clone(),
             closing: worker.closing.clone(),
             state: Mutex::default(),
@@ -271,7 +273,11 @@ impl Pool {
         // Nobody needs it any more, and it may keep a worker with one thread
         // from hearing us.
         self.opened.close();
-        greet(Stream::connect(&self.upstream).await?, wire).await
+        let upstream = match wire {
+            Wire::Http1 => &self.upstream,
+            Wire::Http2 => &self.grpc_upstream,
+        };
+        greet(Stream::connect(upstream).await?, wire).await
     }
 }
 

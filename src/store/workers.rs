@@ -20,6 +20,11 @@ struct Written {
     origin: String,
     upstream: String,
     port: Option<u16>,
+    /// Not written before there were addresses for gRPC.
+    #[serde(default)]
+    grpc_upstream: Option<String>,
+    #[serde(default)]
+    grpc_port: Option<u16>,
     socket: Option<PathBuf>,
     /// Not written before workers could say that they are ready.
     #[serde(default)]
@@ -57,6 +62,8 @@ pub(super) fn write(record: &WorkerRecord) -> String {
         origin: record.origin.clone(),
         upstream: record.upstream.to_string(),
         port: record.port,
+        grpc_upstream: record.grpc_upstream.as_ref().map(ToString::to_string),
+        grpc_port: record.grpc_port,
         socket: record.socket.clone(),
         notify: record.notify.clone(),
         report: record.report.clone(),
@@ -78,7 +85,8 @@ pub(super) fn read(text: &str) -> Result<WorkerRecord, Unreadable> {
     let written: Written = serde_json::from_str(text)?;
     let word = |text: &str| Unreadable::Word(text.to_owned());
     let model = ModelName::new(&written.model).map_err(|_| word(&written.model))?;
-    let upstream = written.upstream.parse();
+    let upstream = |text: &str| text.parse().map_err(|_| word(text));
+    let grpc_upstream = written.grpc_upstream.as_deref();
     let peak = written.peak.iter().map(|(domain, bytes)| {
         let domain: Domain = domain.parse().map_err(|_| word(domain))?;
         Ok((domain, Bytes(*bytes)))
@@ -94,8 +102,10 @@ pub(super) fn read(text: &str) -> Result<WorkerRecord, Unreadable> {
         mark: written.mark,
         stamp: written.stamp,
         origin: written.origin,
-        upstream: upstream.map_err(|_| word(&written.upstream))?,
+        upstream: upstream(&written.upstream)?,
+        grpc_upstream: grpc_upstream.map(upstream).transpose()?,
         port: written.port,
+        grpc_port: written.grpc_port,
         socket: written.socket,
         notify: written.notify,
         report: written.report,
@@ -126,7 +136,9 @@ mod tests {
             stamp: Some(819_199),
             origin: "0123".into(),
             upstream: Upstream::Tcp(([127, 0, 0, 1], 20_000).into()),
+            grpc_upstream: Some(Upstream::Tcp(([127, 0, 0, 1], 20_001).into())),
             port: Some(20_000),
+            grpc_port: Some(20_001),
             socket: None,
             notify: None,
             report: "/state/reports/1-2".into(),

@@ -23,7 +23,7 @@ const OOM_SCORE_ADJ: &[u8] = b"500";
 pub(super) struct Body {
     pub(super) process: Process,
     pub(super) log: Log,
-    pub(super) port: Option<Held>,
+    pub(super) ports: Vec<Held>,
     /// Where it says that it is ready, when it is to say so.
     pub(super) notices: Option<Notices>,
     /// The connection of the probe that it passed.
@@ -41,18 +41,16 @@ impl Body {
         (spec, gpus): (&ModelSpec, &[PlacedGpu]),
         hold_port: bool,
     ) -> Result<(i32, Self), String> {
-        let mut port = command::uses(spec, "PORT")
-            .then(|| shared.ports.take())
-            .transpose()
-            .map_err(text)?;
-        if let Some(held) = port.as_mut().filter(|_| !hold_port) {
-            held.release();
-        }
+        let port = |name| take_port(shared, spec, name, hold_port);
+        let held = (port("PORT")?, port("GRPC_PORT")?);
+        let number = |held: &Option<Held>| held.as_ref().map(|held| held.port);
+        let (port, grpc_port) = (number(&held.0), number(&held.1));
         let socket = command::uses(spec, "SOCKET")
             .then(|| shared.socket())
             .transpose()?;
         let names = Names {
-            port: port.as_ref().map(|held| held.port),
+            port,
+            grpc_port,
             socket: socket.as_deref(),
             gpus,
         };
@@ -105,7 +103,9 @@ impl Body {
             stamp: stamp.ok(),
             origin: String::new(),
             upstream: launch.upstream,
-            port: port.as_ref().map(|held| held.port),
+            grpc_upstream: launch.grpc_upstream,
+            port,
+            grpc_port,
             socket,
             notify: notices.as_ref().map(|notices| notices.path().to_owned()),
             report,
@@ -118,7 +118,7 @@ impl Body {
         let body = Self {
             process,
             log,
-            port,
+            ports: held.0.into_iter().chain(held.1).collect(),
             notices,
             opened: Opened::default(),
             record,
@@ -143,8 +143,9 @@ impl Body {
         let mut leaders = shared.leaders.lock();
         leaders.insert(process.pid(), Arc::clone(&process.tree));
         drop(leaders);
+        let held = record.port.into_iter().chain(record.grpc_port);
         Ok(Self {
-            port: record.port.map(Ports::rejoin),
+            ports: held.map(Ports::rejoin).collect(),
             notices: listen_again(&record),
             opened: Opened::default(),
             process,
@@ -152,6 +153,22 @@ impl Body {
             record,
         })
     }
+}
+
+/// Takes a port for a model that names it so; one that is not held may be taken by
+/// somebody else before the worker listens.
+fn take_port(
+    shared: &Shared,
+    spec: &ModelSpec,
+    name: &str,
+    hold: bool,
+) -> Result<Option<Held>, String> {
+    let taken = command::uses(spec, name).then(|| shared.ports.take());
+    let mut held = taken.transpose().map_err(text)?;
+    if let Some(held) = held.as_mut().filter(|_| !hold) {
+        held.release();
+    }
+    Ok(held)
 }
 
 /// Opens the worker's log. That it cannot be kept is no reason not to start a

@@ -37,27 +37,27 @@ pub(super) struct Launch {
     visible: Option<(&'static str, String)>,
     cwd: Option<String>,
     pub(super) upstream: Upstream,
+    pub(super) grpc_upstream: Option<Upstream>,
 }
 
 /// What a template may name in one life.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Names<'a> {
     pub(super) port: Option<u16>,
+    pub(super) grpc_port: Option<u16>,
     pub(super) socket: Option<&'a Path>,
     pub(super) gpus: &'a [PlacedGpu],
 }
 
 /// Returns whether any of the model's templates names this variable.
 pub(super) fn uses(spec: &ModelSpec, name: &str) -> bool {
-    let upstream = match &spec.upstream {
-        UpstreamSpec::Tcp(text) | UpstreamSpec::Unix(text) => text,
-    };
+    let upstreams = [&spec.upstream].into_iter().chain(&spec.grpc_upstream);
     let texts = spec
         .command
         .iter()
         .chain(spec.env.values())
         .chain(&spec.cwd)
-        .chain([upstream]);
+        .chain(upstreams.map(UpstreamSpec::text));
     texts
         .filter_map(|text| Template::parse(text).ok())
         .any(|template| template.uses(name))
@@ -75,17 +75,18 @@ impl Launch {
             .iter()
             .map(|(name, value)| Ok((name.clone(), fill(value)?)))
             .collect::<Result<_, String>>()?;
-        let upstream = match &spec.upstream {
-            UpstreamSpec::Tcp(text) => Upstream::Tcp(address(&fill(text)?)?),
-            UpstreamSpec::Unix(text) => Upstream::Unix(PathBuf::from(fill(text)?)),
+        let upstream = |spec: &UpstreamSpec| match spec {
+            UpstreamSpec::Tcp(text) => Ok::<_, String>(Upstream::Tcp(address(&fill(text)?)?)),
+            UpstreamSpec::Unix(text) => Ok(Upstream::Unix(PathBuf::from(fill(text)?))),
         };
         Ok(Self {
+            upstream: upstream(&spec.upstream)?,
+            grpc_upstream: spec.grpc_upstream.as_ref().map(upstream).transpose()?,
             program: PathBuf::from(program),
             arguments,
             environment,
             visible: visible(names.gpus),
             cwd: spec.cwd.as_deref().map(fill).transpose()?,
-            upstream,
         })
     }
 
@@ -133,21 +134,25 @@ impl Launch {
 pub(super) fn origin(spec: &ModelSpec, files: &str) -> String {
     let mut print = Fingerprint::default();
     print.feed(files.as_bytes());
-    let (kind, upstream) = match &spec.upstream {
-        UpstreamSpec::Tcp(text) => ("tcp", text),
-        UpstreamSpec::Unix(text) => ("unix", text),
+    let kind = |upstream: &UpstreamSpec| match upstream {
+        UpstreamSpec::Tcp(_) => "tcp",
+        UpstreamSpec::Unix(_) => "unix",
     };
-    let of_life = ["PORT", "SOCKET", "GPU", "MODEL"];
+    let upstreams = || [&spec.upstream].into_iter().chain(&spec.grpc_upstream);
+    let of_life = ["PORT", "GRPC_PORT", "SOCKET", "GPU", "MODEL"];
     let value = |name: &str| -> Option<std::borrow::Cow<'_, str>> {
         let own = of_life.contains(&name).then(|| name.to_owned().into());
         own.or_else(|| spec.variables.get(name).map(|value| value.clone().into()))
     };
     let texts = spec.command.iter().chain(&spec.cwd);
-    for text in texts.chain(spec.env.values()).chain([upstream]) {
+    let texts = texts.chain(spec.env.values());
+    for text in texts.chain(upstreams().map(UpstreamSpec::text)) {
         let filled = Template::parse(text).and_then(|template| template.expand(&value));
         print.feed(filled.as_deref().unwrap_or(text).as_bytes());
     }
-    print.feed(kind.as_bytes());
+    for upstream in upstreams() {
+        print.feed(kind(upstream).as_bytes());
+    }
     print.feed(spec.gpus.to_string().as_bytes());
     print.to_string()
 }
@@ -157,6 +162,7 @@ fn fill(spec: &ModelSpec, names: Names<'_>, text: &str) -> Result<String, String
     let value = |name: &str| -> Option<std::borrow::Cow<'_, str>> {
         match name {
             "PORT" => names.port.map(|port| port.to_string().into()),
+            "GRPC_PORT" => names.grpc_port.map(|port| port.to_string().into()),
             "SOCKET" => names
                 .socket
                 .map(|path| path.to_string_lossy().into_owned().into()),

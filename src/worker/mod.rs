@@ -168,6 +168,8 @@ pub enum WorkerEvent {
         worker: WorkerId,
         /// Where it answers.
         upstream: Upstream,
+        /// Where it takes gRPC, when that is elsewhere.
+        grpc_upstream: Option<Upstream>,
         /// The connection that it has answered on.
         opened: Opened,
     },

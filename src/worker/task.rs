@@ -145,7 +145,7 @@ impl Life {
                 return Some(ExitStatus::NotSpawned(why));
             }
         };
-        let has_port = body.port.is_some();
+        let has_port = !body.ports.is_empty();
         let past = self.lead(body, Begun::default()).await;
         let retry = !past.started && hold_port && has_port && self.port_was_taken();
         (!retry).then_some(past.status)
@@ -220,6 +220,7 @@ impl Life {
         self.say(WorkerEvent::Ready {
             worker: self.worker.clone(),
             upstream: body.record.upstream.clone(),
+            grpc_upstream: body.record.grpc_upstream.clone(),
             opened: std::mem::take(&mut body.opened),
         });
         used.ready();

@@ -21,6 +21,9 @@ pub(crate) struct Args {
     /// TCP port; 0 takes a free one, which the first line of output tells.
     #[arg(long, default_value_t = 0, conflicts_with = "socket")]
     pub(crate) port: u16,
+    /// Port that takes calls of gRPC; the other one then takes none.
+    #[arg(long)]
+    pub(crate) grpc_port: Option<u16>,
     /// Address to bind.
     #[arg(long, default_value = "127.0.0.1")]
     pub(crate) host: IpAddr,

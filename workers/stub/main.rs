@@ -92,6 +92,15 @@ fn run(args: Args, started: Instant) -> io::Result<u8> {
 
 /// Loads and serves; returns only on failure.
 async fn work(stub: &Arc<Stub>, started: Instant) -> io::Result<()> {
+    let calls = serve::serve_calls(stub);
+    let work = work_on(stub, started);
+    tokio::select! {
+        ended = work => ended,
+        ended = calls => ended,
+    }
+}
+
+async fn work_on(stub: &Arc<Stub>, started: Instant) -> io::Result<()> {
     if stub.args.idle {
         load(stub, started).await?;
     } else if stub.args.listen == Listen::Early {

@@ -80,6 +80,24 @@ impl Listener {
     }
 }
 
+/// Takes calls of gRPC on a port of their own until the worker ends; for ever when
+/// it has no such port.
+pub(crate) async fn serve_calls(stub: &Arc<Stub>) -> io::Result<()> {
+    let Some(port) = stub.args.grpc_port else {
+        return std::future::pending().await;
+    };
+    let listener = TcpListener::bind((stub.args.host, port)).await?;
+    let mut connections = JoinSet::new();
+    loop {
+        tokio::select! {
+            accepted = listener.accept() => {
+                connections.spawn(converse2(Arc::clone(stub), accepted?.0));
+            }
+            Some(_) = connections.join_next() => {}
+        }
+    }
+}
+
 /// Serves until the worker is closing, then until the last connection ends.
 pub(crate) async fn serve(stub: &Arc<Stub>, listener: Listener) {
     let mut connections = JoinSet::new();
@@ -90,6 +108,7 @@ pub(crate) async fn serve(stub: &Arc<Stub>, listener: Listener) {
                     let stub = Arc::clone(stub);
                     connections.spawn(async move {
                         match begins_http2(&stream).await {
+                            true if stub.args.grpc_port.is_some() => {}
                             true => converse2(stub, stream).await,
                             false => converse(stub, stream).await,
                         }

@@ -244,6 +244,7 @@ fn gemma() -> ModelView {
                 generation: 3,
             },
             upstream: Upstream::Tcp(SocketAddr::from(([127, 0, 0, 1], 9))),
+            grpc_upstream: None,
             opened: Opened::default(),
             gate,
             pulse: Arc::default(),

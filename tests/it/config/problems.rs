@@ -122,6 +122,16 @@ fn upstream_and_command_agree_on_where_the_worker_listens() {
         "command = 'sh ${PORT}'\nupstream = 'http://127.0.0.1:99'"
     ));
     assert_snapshot!(told("command = 'sh ${PORT}'\nupstream = 'unix:${SOCKET}'"));
+    let grpc = "command = 'sh ${PORT} ${GRPC_PORT}'";
+    assert_snapshot!(told(grpc));
+    let asked = "grpc_upstream = 'http://127.0.0.1:${GRPC_PORT}'";
+    assert_snapshot!(told(&format!("command = 'sh ${{PORT}}'\n{asked}")));
+    assert_eq!(told(&format!("{grpc}\n{asked}")), "");
+    let bad = told(&format!("{grpc}\ngrpc_upstream = '127.0.0.1:1'"));
+    assert!(
+        bad.starts_with("models.a.grpc_upstream: \"127.0.0.1:1\" is"),
+        "{bad}"
+    );
     for bad in [
         "127.0.0.1:${PORT}",
         "https://127.0.0.1:${PORT}",

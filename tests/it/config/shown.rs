@@ -89,7 +89,8 @@ fn the_defaults_are_those_of_the_documentation() {
 fn the_defaults_file_names_every_key_and_each_as_it_is_read() {
     // What is commented out there because it has no default must be right too.
     let uncommented: Vec<_> = DEFAULTS.lines().map(uncomment).collect();
-    let told = one(&format!("{}\n{MODEL}", uncommented.join("\n"))).problems();
+    let model = MODEL.replace("${PORT}", "${PORT} ${GRPC_PORT}");
+    let told = one(&format!("{}\n{model}", uncommented.join("\n"))).problems();
     let is_example = |line: &&str| {
         line.contains("\"/srv/models\" is not a folder")
             || line.contains(" cannot be read: no such file or folder")

@@ -70,6 +70,28 @@ fn a36_a_call_is_routed_by_the_name_in_its_first_message_and_passes_whole() {
 }
 
 #[test]
+fn a36_calls_go_to_the_port_that_a_worker_has_for_them_also_after_a_crash_of_residentd() {
+    let mut residentd = Residentd::start(&format!(
+        "[memory]\nlimit = \"400MiB\"\nreserve = \"16MiB\"\n[models.m]\ncommand = '{STUB} --port ${{PORT}} --grpc-port ${{GRPC_PORT}} --name m'\nmemory = \"32MiB\"\ngrpc_upstream = \"http://127.0.0.1:${{GRPC_PORT}}\"\n"
+    ));
+    let pid = residentd.complete("m").worker_pid();
+    let called = |residentd: &Residentd| {
+        with(residentd.address(), |client| async move {
+            let done = ask(&client, "ModelInfer", &[], named("m").frame()).await;
+            assert_eq!(done.status(), "0", "{done:?}");
+            assert_eq!(done.headers["x-stub-name"], "m");
+        });
+    };
+    called(&residentd);
+    residentd.wait_until_kept("m");
+    residentd.signal(nix::sys::signal::Signal::SIGKILL);
+    residentd.wait();
+    residentd.start_again(&[]);
+    called(&residentd);
+    assert_eq!(residentd.complete("m").worker_pid(), pid);
+}
+
+#[test]
 fn a36_a_call_that_is_answered_elsewhere_is_told_what_time_is_left() {
     let residentd = start();
     residentd.complete("red");
