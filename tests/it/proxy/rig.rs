@@ -78,7 +78,12 @@ impl Played {
 }
 
 fn config(address: &str, keys: &str) -> String {
+    // Whoever connects to the worker brings a request.
+    let live = match keys.contains("live = ") {
+        true => "",
+        false => "live = { probe = \"0s\" }",
+    };
     format!(
-        "[memory]\nlimit = \"400MiB\"\nreserve = \"16MiB\"\n[models.m]\ncommand = '{STUB} --name m'\nupstream = \"http://{address}\"\nready = {{ log = \"ready on\" }}\nmemory = \"32MiB\"\n{keys}\n"
+        "[memory]\nlimit = \"400MiB\"\nreserve = \"16MiB\"\n[models.m]\ncommand = '{STUB} --name m'\nupstream = \"http://{address}\"\nready = {{ log = \"ready on\" }}\nmemory = \"32MiB\"\n{live}\n{keys}\n"
     )
 }
