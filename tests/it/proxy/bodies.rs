@@ -203,6 +203,11 @@ fn a32_a_large_upload_is_not_gathered_in_memory() {
         .status_bytes("VmHWM")
         .saturating_sub(before);
     assert!(grown < 20 * MIB, "grew by {grown} bytes");
+    println!(
+        "FIGURE A32 residentd grew by {} KiB in uploads of {} MiB",
+        grown >> 10,
+        length >> 20
+    );
 }
 
 #[test]
