@@ -150,6 +150,9 @@ impl Observer {
             Depth::Host => Change::None,
             Depth::Parts | Depth::Full => Change::Much,
         };
+        // Somebody may wait for this pass because a worker is gone: what only explains
+        // is left for the next one.
+        let explains = depth >= Depth::Parts;
         let depth = if unknown || change == Change::Much {
             depth.max(Depth::Parts)
         } else {
@@ -173,7 +176,7 @@ impl Observer {
         self.attribute(at, &sweep.devices, followed, &mut workers);
         // After the workers: what they took in between counts twice rather than
         // not at all.
-        let host = self.host.read(depth >= Depth::Parts);
+        let host = self.host.read(explains);
         let reading = Reading {
             seq: self.seq,
             at,
