@@ -24,7 +24,7 @@ pub(super) async fn shape(request: Request, next: Next) -> Response {
         return response;
     };
     match speech {
-        Speech::Native => response,
+        Speech::Native | Speech::Anthropic => response,
         Speech::OpenInference => {
             response.headers_mut().remove(CONTENT_LENGTH);
             *response.body_mut() = Body::from(reply::open_inference(&message));

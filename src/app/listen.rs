@@ -10,7 +10,9 @@ use arc_swap::ArcSwapOption;
 use axum::body::Body as ApiBody;
 use http_body_util::{BodyExt, Either};
 use hyper::body::{Body as _, Incoming};
-use hyper::header::{CONNECTION, Entry, HeaderMap, HeaderValue, TRANSFER_ENCODING, UPGRADE};
+use hyper::header::{
+    CONNECTION, CONTENT_LENGTH, Entry, HeaderMap, HeaderValue, TRANSFER_ENCODING, UPGRADE,
+};
 use hyper::service::service_fn;
 use hyper::{Method, Request, Response, StatusCode, Version};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
@@ -311,6 +313,7 @@ impl Server {
     async fn answer(&self, request: Request<Incoming>, at: At) -> Response<Body> {
         let rules = self.entrance.rules();
         let (version, page) = (request.version(), rules.page(request.headers()));
+        let is_head = request.method() == Method::HEAD;
         if is_recoded(request.headers()) {
             let fault = Fault::BadRequest("the body has a coding other than chunked".into());
             let mut response = fault.response(ProxyBody::text).map(Either::Left);
@@ -324,7 +327,10 @@ impl Server {
         };
         entrance::tell(page.as_ref(), response.headers_mut());
         self.part(version, response.headers_mut());
-        response
+        match is_head {
+            true => without_content(response),
+            false => response,
+        }
     }
 
     async fn let_in(
@@ -417,4 +423,15 @@ impl Server {
             headers.insert(CONNECTION, HeaderValue::from_static("close"));
         }
     }
+}
+
+/// Takes the content off an answer to HEAD, and leaves its length: over HTTP/2 hyper
+/// would send it, which breaks the client's stream.
+fn without_content(response: Response<Body>) -> Response<Body> {
+    let (mut head, body) = response.into_parts();
+    if let Some(length) = body.size_hint().exact().filter(|length| *length > 0) {
+        let length = HeaderValue::from(length);
+        head.headers.entry(CONTENT_LENGTH).or_insert(length);
+    }
+    Response::from_parts(head, Either::Left(ProxyBody::empty()))
 }

@@ -2,10 +2,12 @@
 
 use std::pin::Pin;
 use std::sync::Arc;
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, ready};
+use std::time::Duration;
 
 use bytes::Bytes;
 use hyper::body::{Body, Frame, Incoming, SizeHint};
+use tokio::time::{Sleep, sleep};
 
 use super::account::Account;
 use super::heartbeat::Waiting;
@@ -141,7 +143,7 @@ impl Streamed {
                 let between = self.events.take().is_some_and(|tail| tail.is_between());
                 let words = between.then(|| Bytes::from_static(BROKEN_EVENT));
                 self.broken = Some(Broken::new(error.into(), words));
-                pause(cx)
+                Broken::poll(&mut self.broken, cx)
             }
         }
     }
@@ -176,18 +178,29 @@ impl Streamed {
     }
 }
 
+/// How long what was given so far has to go out before an answer is cut: over
+/// HTTP/2 the connection is a task of its own, whose turn under load is tens of
+/// milliseconds away.
+const LAST_TURN: Duration = Duration::from_millis(100);
+
 /// How a broken answer ends.
 #[derive(Debug)]
 pub(super) struct Broken {
     error: BodyError,
-    /// What is still to be said; empty when it was, and is to go out.
+    /// What is still to be said.
     words: Option<Bytes>,
+    /// An error throws away what the connection has not written yet.
+    rest: Option<Pin<Box<Sleep>>>,
 }
 
 impl Broken {
     /// Breaks with this error, after words if there are any.
     pub(super) const fn new(error: BodyError, words: Option<Bytes>) -> Self {
-        Self { error, words }
+        Self {
+            error,
+            words,
+            rest: None,
+        }
     }
 
     /// Ends one that is there. A stream of events says what happened in its own
@@ -196,27 +209,18 @@ impl Broken {
         place: &mut Option<Self>,
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
-        let Some(mut broken) = place.take() else {
+        let Some(broken) = place else {
             return Poll::Ready(None);
         };
-        let Some(words) = broken.words.take() else {
-            return Poll::Ready(Some(Err(broken.error)));
-        };
-        if words.is_empty() {
-            *place = Some(broken);
-            return pause(cx);
+        if let Some(words) = broken.words.take() {
+            return Poll::Ready(Some(Ok(Frame::data(words))));
         }
-        broken.words = Some(Bytes::new());
-        *place = Some(broken);
-        Poll::Ready(Some(Ok(Frame::data(words))))
+        let rest = broken
+            .rest
+            .get_or_insert_with(|| Box::pin(sleep(LAST_TURN)));
+        ready!(rest.as_mut().poll(cx));
+        Poll::Ready(place.take().map(|broken| Err(broken.error)))
     }
-}
-
-/// Lets what was given so far go out: an error throws away what the connection
-/// has not written yet.
-pub(super) fn pause<T>(cx: &Context<'_>) -> Poll<T> {
-    cx.waker().wake_by_ref();
-    Poll::Pending
 }
 
 /// The last bytes of a stream of events.
@@ -246,7 +250,7 @@ impl Tail {
 }
 
 /// What a client of a stream of events reads when the worker broke.
-const BROKEN_EVENT: &[u8] = b"event: error\ndata: {\"error\":{\"message\":\"the worker broke off\",\"type\":\"server_error\",\"code\":\"worker_failed\"}}\n\n";
+const BROKEN_EVENT: &[u8] = b"event: error\ndata: {\"error\":{\"message\":\"the worker broke off\",\"type\":\"server_error\",\"code\":\"worker_failed\"},\"type\":\"error\"}\n\n";
 
 impl Body for ProxyBody {
     type Data = Bytes;

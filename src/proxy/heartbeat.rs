@@ -219,6 +219,9 @@ impl State {
     /// Tells this error in an event of its own and cuts the answer: the head
     /// that went out says that all is well.
     fn broken(error: &Value) -> Self {
+        // Anthropic's clients, and OpenAI's responses, go by the type.
+        let mut error = error.clone();
+        error["type"] = json!("error");
         let words = Bytes::from(format!("event: error\ndata: {error}\n\n"));
         Self::Ends(Some(Broken::new(BodyError::Cut, Some(words))))
     }

@@ -15,12 +15,12 @@ use hyper::body::{Frame, SizeHint};
 use tokio::time::Instant;
 use tokio_util::sync::{CancellationToken, DropGuard};
 
-use super::body::{Broken, ProxyBody, Streamed, pause};
+use super::body::{Broken, ProxyBody, Streamed};
 use super::upload::BodyError;
 use crate::telemetry;
 
 /// What a client of a stream of events reads when the time is over.
-const LATE_EVENT: &[u8] = b"event: error\ndata: {\"error\":{\"message\":\"the answer took longer than request_timeout\",\"type\":\"server_error\",\"code\":\"request_timeout\"}}\n\n";
+const LATE_EVENT: &[u8] = b"event: error\ndata: {\"error\":{\"message\":\"the answer took longer than request_timeout\",\"type\":\"server_error\",\"code\":\"request_timeout\"},\"type\":\"error\"}\n\n";
 
 /// Sets the moment at which a worker's answer ends at the latest.
 pub(super) fn bound(response: Response<ProxyBody>, ends: Option<Instant>) -> Response<ProxyBody> {
@@ -95,7 +95,7 @@ impl Limited {
         let words = answer.between.then_some(LATE_EVENT);
         drop(answer);
         self.broken = Some(Broken::new(BodyError::Cut, words.map(Bytes::from_static)));
-        pause(cx)
+        Broken::poll(&mut self.broken, cx)
     }
 
     pub(super) fn is_end_stream(&self) -> bool {

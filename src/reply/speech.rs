@@ -14,6 +14,9 @@ use crate::grpc::{self, Code};
 pub enum Speech {
     /// That of the path: OpenAI's, or our own API's.
     Native,
+    /// Anthropic's: `{"type": "error", "error": {"type", "message"}}`, with
+    /// `code`, `model` and `detail` as in OpenAI's.
+    Anthropic,
     /// The Open Inference Protocol over REST: `{"error": "text"}`.
     OpenInference,
     /// gRPC: a status in place of an answer.
@@ -29,6 +32,9 @@ impl Speech {
             Self::Grpc
         } else if rest.is_some_and(|rest| rest.is_empty() || rest.starts_with('/')) {
             Self::OpenInference
+        } else if request.headers().contains_key("anthropic-version") {
+            // A must in that API, whatever the path before it.
+            Self::Anthropic
         } else {
             Self::Native
         }
@@ -40,6 +46,10 @@ impl Speech {
         let (status, message) = (fault.status(), fault.to_string());
         match self {
             Self::Native => fault.response(body),
+            Self::Anthropic => {
+                let text = anthropic(fault);
+                fault.response(|_| body(text))
+            }
             Self::OpenInference => {
                 let text = open_inference(&message);
                 fault.response(|_| body(text))
@@ -47,6 +57,26 @@ impl Speech {
             Self::Grpc => refusal(code_of(status), &message, fault.retry_after(), body),
         }
     }
+}
+
+/// Returns the body of a fault in Anthropic's API; its clients read the code
+/// from the details.
+fn anthropic(fault: &Fault) -> String {
+    let mut said = fault.body();
+    said["type"] = json!("error");
+    said["error"]["type"] = json!(match fault.status().as_u16() {
+        401 => "authentication_error",
+        403 => "permission_error",
+        404 => "not_found_error",
+        413 => "request_too_large",
+        429 => "rate_limit_error",
+        400..=499 => "invalid_request_error",
+        503 => "overloaded_error",
+        504 => "timeout_error",
+        _ => "api_error",
+    });
+    said["error"]["details"] = json!({"error_code": fault.code()});
+    said.to_string()
 }
 
 /// Returns the body of an error of the Open Inference Protocol.
@@ -105,6 +135,7 @@ pub(super) fn set_json<B>(response: &mut Response<B>) {
 #[cfg(test)]
 mod tests {
     use hyper::Version;
+    use serde_json::Value;
 
     use super::*;
     use crate::control::Refusal;
@@ -133,6 +164,18 @@ mod tests {
         assert_eq!(answer.headers()[grpc::STATUS], "8");
         assert!(answer.headers().contains_key(grpc::MESSAGE));
         assert!(answer.body().is_empty());
+
+        request.headers_mut().clear();
+        *request.uri_mut() = "/upstream/a/v1/messages".parse().expect("a path");
+        let version = HeaderValue::from_static("2023-06-01");
+        request.headers_mut().insert("anthropic-version", version);
+        let answer = Speech::of(&request).answer(&fault, |text| text);
+        assert_eq!(answer.status(), StatusCode::TOO_MANY_REQUESTS);
+        assert_eq!(answer.headers()[RETRY_AFTER], "1");
+        let said: Value = serde_json::from_str(answer.body()).expect("JSON");
+        let error = json!({"type": "rate_limit_error", "message": fault.to_string(),
+            "code": "queue_full", "model": "a", "details": {"error_code": "queue_full"}});
+        assert_eq!(said, json!({"type": "error", "error": error}));
 
         *request.uri_mut() = "/v2x".parse().expect("a path");
         request.headers_mut().clear();

@@ -11,7 +11,7 @@ const MOST_CHUNKS: u64 = 100_000_000;
 /// How one answer is given.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Knobs {
-    /// Parts of the answer; else `max_tokens`, else three.
+    /// Parts of the answer; else the request's bound on tokens, else three.
     pub(crate) chunks: u64,
     /// Pause before each part but the first.
     pub(crate) pace: Duration,
@@ -40,7 +40,14 @@ impl Knobs {
     pub(crate) fn read(body: &Value, query: Option<&str>) -> Self {
         let number = |name| number(body, query, name);
         let set = |name| set(body, query, name);
-        let asked = number("x_chunks").or_else(|| number("max_tokens"));
+        let asked = [
+            "x_chunks",
+            "max_tokens",
+            "max_completion_tokens",
+            "max_output_tokens",
+        ]
+        .into_iter()
+        .find_map(number);
         let chunks = asked.unwrap_or(3).clamp(1, MOST_CHUNKS);
         Self {
             chunks,

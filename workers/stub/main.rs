@@ -6,6 +6,7 @@
 //! thread runs everything but the touching of memory.
 
 mod answer;
+mod anthropic;
 mod args;
 mod checksum;
 mod clock;
@@ -14,6 +15,7 @@ mod knobs;
 mod memory;
 mod openai;
 mod orders;
+mod responses;
 mod routes;
 mod rpc;
 mod serve;

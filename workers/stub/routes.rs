@@ -16,15 +16,19 @@ use serde_json::{Value, json};
 
 use crate::answer::{Answer, BrokenOff, Parts, ResetFlag, kill_self, whole};
 use crate::checksum::Checksum;
-use crate::clock;
 use crate::knobs::Knobs;
-use crate::openai::{Shape, Voice, embeddings};
+use crate::openai::{Shape, Voice, embeddings, transcription};
 use crate::orders::{self, Orders};
 use crate::sleep::{self, Call};
 use crate::state::{InFlight, Stub};
+use crate::{anthropic, clock};
 
 /// How much of a body `/echo` shows.
 const SHOWN: usize = 256;
+/// Where audio is sent to be written down.
+const TRANSCRIPTIONS: &str = "/v1/audio/transcriptions";
+/// Where Anthropic's clients ask how long a message is.
+const COUNT_TOKENS: &str = "/v1/messages/count_tokens";
 
 /// Answers one request. An error closes the connection without an answer.
 pub(crate) async fn answer(
@@ -63,15 +67,14 @@ async fn route(
             Err(error) => failure(StatusCode::INTERNAL_SERVER_ERROR, &error.to_string()),
         });
     }
-    let shape = match request.uri().path() {
+    let shape = Shape::of(request.uri().path());
+    match request.uri().path() {
         "/health" => return Ok(document(StatusCode::OK, &json!({"status": "ok"}))),
         "/v1/models" => return Ok(document(StatusCode::OK, &models(&stub.args.name))),
-        "/v1/completions" => Some(Shape::Completion),
-        "/v1/chat/completions" => Some(Shape::Chat),
-        "/v1/embeddings" | "/echo" | "/sink" | "/upgrade" => None,
-        path if path.starts_with("/v2/models/") => None,
+        "/v1/embeddings" | "/echo" | "/sink" | "/upgrade" | TRANSCRIPTIONS | COUNT_TOKENS => {}
+        path if path.starts_with("/v2/models/") || shape.is_some() => {}
         _ => return Ok(failure(StatusCode::NOT_FOUND, "no such route")),
-    };
+    }
     sleep::crash_when_asked(stub);
     let mut in_flight = stub.begin();
     if is_over(stub.args.hang_after_requests, &in_flight) {
@@ -84,6 +87,8 @@ async fn route(
         "/echo" => echo(request).await,
         "/sink" => sink(request).await,
         "/upgrade" => upgrade(&request),
+        TRANSCRIPTIONS => transcribe(stub, request).await,
+        COUNT_TOKENS => count_tokens(request).await,
         path if path.starts_with("/v2/models/") => infer(stub, request).await,
         _ => embed(stub, request).await,
     };
@@ -129,6 +134,10 @@ async fn complete(
     if let Some(status) = knobs.status {
         in_flight.finish();
         let status = StatusCode::from_u16(status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+        if shape == Shape::Message {
+            let error = anthropic::failure(status.as_u16(), "as asked");
+            return Ok(document(status, &error));
+        }
         return Ok(failure(status, "as asked"));
     }
     let voice = Voice {
@@ -256,6 +265,24 @@ async fn embed(stub: &Stub, request: Request<Incoming>) -> Response<Answer> {
     };
     let model = asked["model"].as_str().unwrap_or(&stub.args.name);
     document(StatusCode::OK, &embeddings(&asked, model))
+}
+
+/// Reads a form of any size without holding it.
+async fn transcribe(stub: &Stub, request: Request<Incoming>) -> Response<Answer> {
+    match drain(&mut request.into_body(), |_| {}).await {
+        Ok(read) => document(
+            StatusCode::OK,
+            &transcription(&stub.args.name, &read.checksum),
+        ),
+        Err(_) => failure(StatusCode::BAD_REQUEST, "the body broke off"),
+    }
+}
+
+async fn count_tokens(request: Request<Incoming>) -> Response<Answer> {
+    match read_json(request.into_body()).await {
+        Ok((body, _)) => document(StatusCode::OK, &anthropic::count(body.len())),
+        Err(NoJson) => failure(StatusCode::BAD_REQUEST, "the body is not JSON"),
+    }
 }
 
 /// What is known of a body that was read to its end.

@@ -53,6 +53,34 @@ fn a36_many_requests_share_one_http2_connection_and_bodies_pass_unchanged() {
 }
 
 #[test]
+fn a36_an_answer_to_head_has_the_length_and_no_content_over_http2() {
+    let residentd = one("");
+    with(residentd.address(), |mut sender| async move {
+        for (path, status) in [
+            ("/v1/models", 200),
+            ("/v1/models/nobody", 404),
+            ("/upstream/nobody/x", 404),
+            ("/upstream/m/echo", 200),
+            ("/api/v1/memory/stats", 200),
+            ("/api/v1/nothing", 404),
+            ("/livez", 200),
+        ] {
+            let request = Request::head(format!("http://models.test{path}"));
+            let request = request
+                .body(Full::<Bytes>::default())
+                .expect("a good request");
+            let answer = sender.send_request(request).await.expect("an answer");
+            assert_eq!(answer.status(), status, "{path}");
+            let length = answer.headers().get("content-length");
+            assert!(length.is_some_and(|length| length != "0"), "{path}");
+            // Content would be an error of the protocol.
+            let text = answer.collect().await.expect("a clean end").to_bytes();
+            assert!(text.is_empty(), "{path}: {text:?}");
+        }
+    });
+}
+
+#[test]
 fn a36_events_come_one_by_one_over_http2_and_a_broken_stream_is_an_error() {
     let played = Played::start();
     let worker_side = &played;
@@ -95,6 +123,33 @@ fn a36_events_come_one_by_one_over_http2_and_a_broken_stream_is_an_error() {
         }
     });
     played.wait_for_leases(0);
+}
+
+/// A reset throws away what the connection has not written: the last event was now
+/// and then lost, while others wrote at the same time.
+#[test]
+fn a31_a_broken_stream_of_events_says_so_over_http2_before_it_is_reset() {
+    let residentd = one("");
+    with(residentd.address(), |sender| async move {
+        let asked = (0..50).map(|_| {
+            let mut sender = sender.clone();
+            async move {
+                let body = "{\"stream\":true,\"x_chunks\":9,\"x_break_after\":3}";
+                let answer = sender.send_request(request("/v1/completions", body)).await;
+                let mut body = answer.expect("an answer").into_body();
+                let mut heard = Vec::new();
+                while let Ok(frame) = body.frame().await.expect("no clean end") {
+                    heard.extend_from_slice(&frame.into_data().expect("data"));
+                }
+                String::from_utf8(heard).expect("text")
+            }
+        });
+        for heard in futures_util::future::join_all(asked).await {
+            let (said, why) = heard.split_once("event: error\n").expect("an error event");
+            assert_eq!(said.matches("data: {").count(), 3, "{heard}");
+            assert!(why.contains("worker_failed"), "{heard}");
+        }
+    });
 }
 
 #[test]
