@@ -6,12 +6,16 @@
 //! by hand: a generated codec would bring a compiler and a framework for that.
 //! Everything else of a call is bytes that pass.
 
+mod code;
+
 use std::time::Duration;
 
 use bytes::Bytes;
 use hyper::header::{CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue};
 use hyper::{Request, Response, Version};
 use percent_encoding::{AsciiSet, CONTROLS, utf8_percent_encode};
+
+pub use self::code::{given, http_of};
 
 /// Where the status of a call stands: in the trailers, or in the headers of an
 /// answer without a message.

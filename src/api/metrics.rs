@@ -1,8 +1,10 @@
 //! `GET /metrics`: the headline series in Prometheus' text format, made from
-//! the snapshot at the moment of the scrape. A scrape touches no instrument
+//! the snapshot and the routes' counts at the moment of the scrape. A scrape touches no instrument
 //! and wakes no model.
 //!
 //! Labels are configured names and our own words, never text of a request.
+
+mod traffic;
 
 use std::fmt;
 
@@ -65,7 +67,8 @@ impl Collector for View {
         devices(out, &snapshot)?;
         events(out, &snapshot)?;
         models_memory(out, &snapshot)?;
-        models_work(out, &snapshot)
+        models_work(out, &snapshot)?;
+        traffic::traffic(out, self.0.routes())
     }
 }
 

@@ -30,7 +30,7 @@ use super::sockets::{Listener, Scope};
 use super::upgrade::{named_peer, pass};
 use crate::api::{self, ApiState, KnownPage, PeerAddr};
 use crate::config::Config;
-use crate::proxy::{Proxy, ProxyBody, TRIED};
+use crate::proxy::{Proxy, ProxyBody, REQUEST_ID, TRIED};
 use crate::reply::{Fault, Speech};
 use crate::{grpc, telemetry};
 
@@ -310,7 +310,14 @@ impl Server {
         }
     }
 
-    async fn answer(&self, request: Request<Incoming>, at: At) -> Response<Body> {
+    async fn answer(&self, mut request: Request<Incoming>, at: At) -> Response<Body> {
+        let name = self.proxy.name(request.headers_mut());
+        let mut response = self.answer_named(request, at).await;
+        response.headers_mut().insert(REQUEST_ID, name);
+        response
+    }
+
+    async fn answer_named(&self, request: Request<Incoming>, at: At) -> Response<Body> {
         let rules = self.entrance.rules();
         let (version, page) = (request.version(), rules.page(request.headers()));
         let is_head = request.method() == Method::HEAD;
@@ -357,6 +364,7 @@ impl Server {
             let is_known = matches!(origin, Origin::Handover);
             let speech = Speech::of(&request);
             if !is_known && let Err(fault) = rules.admit(request.headers_mut()) {
+                self.proxy.count_stray(&fault, speech);
                 return speech.answer(&fault, ProxyBody::text).map(Either::Left);
             }
             let response = self.proxy.handle(request, client, tried).await;

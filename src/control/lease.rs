@@ -8,7 +8,7 @@ use arc_swap::{ArcSwap, ArcSwapOption};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
-use super::Signal;
+use super::{Signal, Traffic};
 use crate::clock::{Clock, Timestamp};
 use crate::gate::{Gate, Left, Pulse};
 use crate::model::{ModelName, ModelSpec, Upstream, WorkerId};
@@ -21,6 +21,8 @@ use crate::worker::Opened;
 pub struct Routes {
     table: ArcSwap<Table>,
     overloads: AtomicU64,
+    /// Of requests for no model that there is.
+    stray: Traffic,
 }
 
 #[derive(Debug)]
@@ -49,6 +51,7 @@ impl Routes {
         Self {
             table: ArcSwap::from_pointee(Table::new(models.collect())),
             overloads: AtomicU64::new(0),
+            stray: Traffic::default(),
         }
     }
 
@@ -64,6 +67,7 @@ impl Routes {
                 Some(route) => Arc::new(ModelRoute {
                     spec,
                     ready: Arc::clone(&route.ready),
+                    traffic: Arc::clone(&route.traffic),
                 }),
                 None => Arc::new(ModelRoute::new(spec)),
             }
@@ -80,6 +84,12 @@ impl Routes {
     /// Returns how many there were.
     pub(super) fn overloads(&self) -> u64 {
         self.overloads.load(Ordering::Relaxed)
+    }
+
+    /// Returns what became of requests that named no model that there is.
+    #[must_use]
+    pub const fn stray(&self) -> &Traffic {
+        &self.stray
     }
 
     /// Returns the model with this name or alias.
@@ -110,6 +120,8 @@ pub struct ModelRoute {
     spec: Arc<ModelSpec>,
     /// Shared with the routes that this one replaced and that replace it.
     ready: Arc<ArcSwapOption<ReadyWorker>>,
+    /// Likewise.
+    traffic: Arc<Traffic>,
 }
 
 impl ModelRoute {
@@ -117,6 +129,7 @@ impl ModelRoute {
         Self {
             spec,
             ready: Arc::default(),
+            traffic: Arc::default(),
         }
     }
 
@@ -130,6 +143,12 @@ impl ModelRoute {
     #[must_use]
     pub fn spec(&self) -> &Arc<ModelSpec> {
         &self.spec
+    }
+
+    /// Returns the counts of its requests.
+    #[must_use]
+    pub fn traffic(&self) -> &Traffic {
+        &self.traffic
     }
 
     /// Returns its ready worker.

@@ -23,6 +23,7 @@ mod reload;
 mod snapshot;
 mod task;
 mod tell;
+mod traffic;
 mod view;
 mod wording;
 
@@ -44,6 +45,7 @@ pub use snapshot::{
 };
 pub use task::{Parts, start};
 use tokio::sync::{mpsc, oneshot, watch};
+pub use traffic::{Durations, Ending, Passed, Traffic};
 
 use crate::clock::{Clock, Timestamp};
 use crate::model::{ModelName, Upstream};

@@ -130,7 +130,14 @@ impl Visit {
         }
     }
 
-    /// The head of the answer came, with this status. A client's mistake (4xx)
+    /// The head of an answer came that does not tell yet how it will end.
+    pub fn begun(&self) {
+        let stay = &self.0;
+        stay.stop_waiting();
+        stay.pulse.heard.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// The head of the answer came, or the end of a call, with this status. A client's mistake (4xx)
     /// is no fault of the worker; that it is full (503) or does not know how
     /// (501) says nothing of it.
     pub fn answered(&self, status: u16) {
@@ -227,6 +234,26 @@ mod tests {
         answer(500);
         answer(400);
         assert_eq!(errors().0, 0);
+    }
+
+    #[test]
+    fn a_call_is_judged_by_its_end() {
+        let pulse = Arc::new(Pulse::default());
+        for _ in 0..3 {
+            let call = Visit::begin(Arc::clone(&pulse));
+            call.begun();
+            call.answered(500);
+        }
+        assert_eq!(
+            pulse.read().errors,
+            3,
+            "that they began well clears nothing"
+        );
+        assert_eq!(pulse.read().heard, 6);
+        let call = Visit::begin(Arc::clone(&pulse));
+        call.begun();
+        call.answered(200);
+        assert_eq!(pulse.read().errors, 0);
     }
 
     #[tokio::test]

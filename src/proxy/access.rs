@@ -13,15 +13,8 @@ use std::time::Duration;
 use serde::Serialize;
 use tracing::warn;
 
-use crate::clock::{Clock, Timestamp};
-use crate::model::ModelName;
-use crate::reply::Fault;
-
 /// Lines that wait for the disk at most; one more is dropped.
 const QUEUE: usize = 4096;
-/// The status of a request whose client left before there was an answer, as
-/// other servers write it.
-const LEFT: u16 = 499;
 /// How long an end waits for the disk.
 const FLUSH: Duration = Duration::from_secs(2);
 
@@ -34,14 +27,28 @@ pub(super) struct Line {
     pub(super) model: String,
     /// Which life of the model answered; none when no worker did.
     pub(super) generation: Option<u64>,
+    /// What it is called in its answer.
+    pub(super) request_id: Option<String>,
+    /// The trace that it belongs to.
+    pub(super) trace_id: Option<String>,
     /// The status of the answer.
     pub(super) status: u16,
+    /// The status of a call of gRPC.
+    pub(super) grpc_status: Option<u16>,
     /// Why it was refused.
     pub(super) code: Option<&'static str>,
-    /// How long it waited for its lease, in seconds.
+    /// From its arrival to its lease, in seconds.
     pub(super) wait_s: f64,
+    /// How much of that it waited for the lease, if it asked for one.
+    pub(super) queue_s: Option<f64>,
+    /// The same, if its model was loaded meanwhile.
+    pub(super) cold_s: Option<f64>,
+    /// From its arrival to the first byte of the answer.
+    pub(super) first_byte_s: Option<f64>,
     /// How long it was inside the worker, in seconds.
     pub(super) duration_s: f64,
+    /// Bytes of its body.
+    pub(super) request_bytes: u64,
     /// Bytes of the answer's body.
     pub(super) bytes: u64,
     /// The answer was a stream of events.
@@ -49,65 +56,6 @@ pub(super) struct Line {
     /// `whole`, `left` (the client), `broke` (the worker), `late` (cut by
     /// `request_timeout`), `refused`.
     pub(super) end: &'static str,
-}
-
-/// A request that has no answer yet. It is dropped when its client leaves, and
-/// then it asked for the model all the same.
-#[derive(Debug)]
-pub(super) struct Unanswered {
-    log: Option<AccessLog>,
-    model: ModelName,
-    clock: Clock,
-    began: Timestamp,
-}
-
-impl Unanswered {
-    /// Begins to watch a request for this model, that came at `began`.
-    pub(super) fn new(
-        log: Option<AccessLog>,
-        model: ModelName,
-        clock: Clock,
-        began: Timestamp,
-    ) -> Self {
-        Self {
-            log,
-            model,
-            clock,
-            began,
-        }
-    }
-
-    /// A worker answers: its account tells the rest.
-    pub(super) fn answered(mut self) {
-        self.log = None;
-    }
-
-    /// No worker answers.
-    pub(super) fn refused(mut self, fault: &Fault) {
-        self.write(fault.status().as_u16(), Some(fault.code()), "refused");
-    }
-
-    fn write(&mut self, status: u16, code: Option<&'static str>, end: &'static str) {
-        let Some(log) = self.log.take() else { return };
-        log.write(Line {
-            time: self.clock.unix(self.began),
-            model: self.model.to_string(),
-            generation: None,
-            status,
-            code,
-            wait_s: self.clock.now().since(self.began).as_secs_f64(),
-            duration_s: 0.0,
-            bytes: 0,
-            stream: false,
-            end,
-        });
-    }
-}
-
-impl Drop for Unanswered {
-    fn drop(&mut self) {
-        self.write(LEFT, None, "left");
-    }
 }
 
 enum Message {
@@ -219,10 +167,17 @@ mod tests {
             time: 1_700_000_000.25,
             model: model.to_owned(),
             generation: Some(2),
+            request_id: Some("1f".to_owned()),
+            trace_id: None,
             status: 200,
+            grpc_status: None,
             code: None,
             wait_s: 0.5,
+            queue_s: Some(0.5),
+            cold_s: None,
+            first_byte_s: Some(0.75),
             duration_s: 1.5,
+            request_bytes: 21,
             bytes: 42,
             stream: true,
             end: "whole",

@@ -17,6 +17,7 @@ use super::rpc;
 use super::upload::BodyError;
 use crate::control::Lease;
 use crate::gate::Visit;
+use crate::grpc;
 
 /// What goes to the client.
 #[derive(Debug)]
@@ -54,6 +55,17 @@ pub(super) enum Kind {
     Events,
     /// As a call of gRPC: by a status.
     Call,
+}
+
+/// How an answer can be ended whose time is over.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum LastWords {
+    /// By an event.
+    Event,
+    /// By the status of a call.
+    Status,
+    /// Only by a cut.
+    None,
 }
 
 /// The worker's answer, and what is held until it ends: the lease, the
@@ -117,9 +129,7 @@ impl Streamed {
                 Poll::Ready(None)
             }
             Some(Ok(frame)) => {
-                if let Some(visit) = &self.visit {
-                    visit.hears();
-                }
+                self.hear(&frame);
                 if let Some(data) = frame.data_ref() {
                     self.account.passed(data.len());
                     if let Some(tail) = &mut self.events {
@@ -148,16 +158,37 @@ impl Streamed {
         }
     }
 
+    /// Something came from the worker. The end of a call says what it was worth.
+    fn hear(&mut self, frame: &Frame<Bytes>) {
+        let trailers = frame.trailers_ref().filter(|_| self.is_call);
+        let status = trailers.and_then(grpc::given);
+        if let Some(status) = status {
+            self.account.call_ends(status);
+        }
+        match (&self.visit, status) {
+            (Some(visit), Some(status)) => visit.answered(rpc::verdict(status)),
+            (Some(visit), None) => visit.hears(),
+            (None, _) => {}
+        }
+    }
+
     /// Returns whether nothing more comes of it: it is whole, or broke.
     pub(super) fn is_done(&self) -> bool {
         self.sender.is_none()
     }
 
-    /// Notes that its time is over. Returns whether it is between two events,
-    /// so that words of ours are not taken for the worker's.
-    pub(super) fn is_late(&mut self) -> bool {
+    /// Notes that its time is over. Returns how it can be ended without words of
+    /// ours being taken for the worker's.
+    pub(super) fn is_late(&mut self) -> LastWords {
         self.account.late();
-        self.events.take().is_some_and(|tail| tail.is_between())
+        let between = self.events.take().is_some_and(|tail| tail.is_between());
+        // An answer of known length cannot end before that.
+        let is_open = self.is_call && self.inner.size_hint().exact().is_none();
+        match (between, is_open) {
+            (true, _) => LastWords::Event,
+            (false, true) => LastWords::Status,
+            (false, false) => LastWords::None,
+        }
     }
 
     pub(super) fn is_end_stream(&self) -> bool {

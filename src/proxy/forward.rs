@@ -19,7 +19,7 @@ use super::body::{Kind, ProxyBody, Streamed};
 use super::filter::Change;
 use super::held::Held;
 use super::pool::{Pool, Sender, Wire};
-use super::rpc::Call;
+use super::rpc::{self, Call};
 use super::upload::{BodyError, RequestBody};
 use super::{Proxy, headers, limit, upgrade};
 use crate::clock::Timestamp;
@@ -42,10 +42,23 @@ pub(super) struct Passage {
     /// What is changed of what is held.
     pub(super) change: Change,
     pub(super) began: Timestamp,
+    pub(super) account: Account,
     /// A worker broke over it already.
     pub(super) tried: bool,
     /// Of a call of gRPC.
     pub(super) call: Option<Call>,
+}
+
+/// The head of an answer, and what is held until the answer ends.
+struct Answered {
+    response: Response<Incoming>,
+    connection: (Sender, Arc<Pool>),
+    lease: Lease,
+    visit: Option<Visit>,
+    /// When it has to end.
+    ends: Option<Instant>,
+    /// The client's side of a connection that is to leave HTTP.
+    client: Option<OnUpgrade>,
 }
 
 /// What became of one try.
@@ -60,18 +73,48 @@ enum Tried {
 }
 
 impl Proxy {
+    /// Carries a request out up to the head of its answer, and accounts for one
+    /// that gets none.
+    pub(super) async fn carry(&self, mut passage: Passage) -> Result<Response<ProxyBody>, Fault> {
+        let answered = match self.pass(&mut passage).await {
+            Ok(answered) => answered,
+            Err(fault) => {
+                passage.account.refused(&fault);
+                return Err(fault);
+            }
+        };
+        let Answered {
+            response,
+            connection,
+            lease,
+            visit,
+            ends,
+            client,
+        } = answered;
+        let mut account = passage.account;
+        account.answered(response.status().as_u16(), response.headers());
+        Ok(match client {
+            Some(client) => upgrade::switch(response, client, account, lease),
+            None => {
+                let held = (lease, visit);
+                let answer = answer(response, account, connection, held, passage.call);
+                limit::bound(answer, ends)
+            }
+        })
+    }
+
     /// Leases, sends, and tries once more when the worker broke before its
     /// head and nothing of the body is gone.
-    pub(super) async fn pass(&self, mut passage: Passage) -> Result<Response<ProxyBody>, Fault> {
+    async fn pass(&self, passage: &mut Passage) -> Result<Answered, Fault> {
         let deadline = passage.began + passage.route.spec().queue_timeout;
         let call = passage.call;
         let deadline = call.map_or(deadline, |call| call.or_earlier(deadline));
         let client = passage.head.extensions.remove::<OnUpgrade>();
         let client = client.filter(|_| headers::asks_upgrade(&passage.head.headers));
         headers::towards_worker(&mut passage.head, passage.peer, client.is_some());
-        let mut lease = self.controller.acquire(&passage.route, deadline).await?;
+        let mut lease = self.lease(passage, deadline).await?;
         loop {
-            let leased = self.controller.clock().now();
+            let leased = passage.account.leased(&lease);
             let pool = self.pools.of(lease.worker());
             // What is sent the second time goes where nothing can have closed.
             let fresh = passage.tried || client.is_some();
@@ -79,22 +122,24 @@ impl Proxy {
             // The one who has taken over counts itself, from its own lease on.
             let limit = limit.filter(|_| !lease.worker().is_heir);
             let ends = limit.map(|limit| self.controller.clock().instant(leased + limit));
-            let tried = self.try_once(&pool, &lease, &mut passage, fresh);
+            let tried = self.try_once(&pool, &lease, passage, fresh);
             let Some(tried) = until(ends, tried).await else {
                 return Err(passage.late());
             };
             let cause = match tried {
                 Tried::Answered(response, sender, visit) => {
-                    let account = self.account(&passage, &lease, leased, response.status());
-                    if response.status() != StatusCode::SWITCHING_PROTOCOLS {
-                        let connection = (sender, pool);
-                        let answer = answer(response, account, connection, (lease, visit), call);
-                        return Ok(limit::bound(answer, ends));
+                    let switches = response.status() == StatusCode::SWITCHING_PROTOCOLS;
+                    if switches && client.is_none() {
+                        return Err(passage.broke("it left HTTP unasked".into()));
                     }
-                    if let Some(client) = client {
-                        return Ok(upgrade::switch(response, client, account, lease));
-                    }
-                    return Err(passage.broke("it left HTTP unasked".into()));
+                    return Ok(Answered {
+                        response,
+                        connection: (sender, pool),
+                        lease,
+                        visit,
+                        ends,
+                        client: client.filter(|_| switches),
+                    });
                 }
                 Tried::Refused(fault) => return Err(fault),
                 Tried::Broke(cause) | Tried::Unsent(cause) => cause,
@@ -113,21 +158,14 @@ impl Proxy {
             drop(lease);
             // A worker that lives on is simply asked once more.
             let _ = tokio::time::timeout(END_OF_BROKEN, ended.cancelled()).await;
-            lease = self.controller.acquire(&passage.route, deadline).await?;
+            lease = self.lease(passage, deadline).await?;
         }
     }
 
-    fn account(
-        &self,
-        passage: &Passage,
-        lease: &Lease,
-        leased: Timestamp,
-        status: StatusCode,
-    ) -> Account {
-        let (worker, clock) = (lease.worker().id.clone(), self.controller.clock());
-        let account = Account::new(worker, clock, passage.began, leased, status.as_u16());
-        // The one who has taken over logs it.
-        account.logged(self.access.clone().filter(|_| !lease.worker().is_heir))
+    async fn lease(&self, passage: &mut Passage, deadline: Timestamp) -> Result<Lease, Fault> {
+        passage.account.asks();
+        let lease = self.controller.acquire(&passage.route, deadline);
+        Ok(lease.await?)
     }
 
     /// Sends on a kept connection if there is one and it need not be a fresh one.
@@ -180,7 +218,7 @@ impl Proxy {
         match sender.send(request).await {
             Ok(response) => {
                 if let Some(visit) = &visit {
-                    visit.answered(response.status().as_u16());
+                    rpc::tell(visit, passage.call.is_some(), &response);
                 }
                 Tried::Answered(response, sender, visit)
             }
@@ -213,13 +251,13 @@ impl Proxy {
             true => passage.held.pieces(),
             false => passage.change.of(&passage.held),
         };
-        let body = RequestBody::new(
-            beginning,
-            passage.held.take_rest(),
-            self.settings.load().max_body,
-            visit,
-        );
-        let body = body.with_trailers(passage.held.trailers());
+        let rest = passage.held.take_rest();
+        let read = passage.held.size();
+        let counted = passage.account.sends(read, rest.is_some());
+        let most = self.settings.load().max_body;
+        let body = RequestBody::new(beginning, rest, most, visit)
+            .with_trailers(passage.held.trailers())
+            .counted(counted);
         let head = &passage.head;
         let mut headers = head.headers.clone();
         let upstream = lease.worker().address(passage.call.is_some());
@@ -308,6 +346,9 @@ fn answer(
     };
     if kind == Kind::Events {
         account.streams();
+    }
+    if body.is_end_stream() {
+        account.has_no_body();
     }
     let streamed = Streamed::new(body, account, connection, kind, held);
     Response::from_parts(head, ProxyBody::Stream(Box::new(streamed)))

@@ -56,6 +56,14 @@ impl Held {
         self.size
     }
 
+    /// Returns how many bytes the body has at least, as far as that is known.
+    pub(super) fn least(&self) -> u64 {
+        let rest = self.rest.as_ref();
+        rest.map_or(self.size, |rest| {
+            self.size.saturating_add(rest.size_hint().lower())
+        })
+    }
+
     /// Returns what was read.
     pub(super) fn pieces(&self) -> VecDeque<Bytes> {
         let mut pieces = self.pieces.clone();

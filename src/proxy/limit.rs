@@ -3,8 +3,8 @@
 //!
 //! A client that does not read is not polled for. So the moment is watched by
 //! a task, which then lets go of lease and connection, by which the worker
-//! hears that nobody waits any more. The client sees a broken answer, at once
-//! or when it reads on.
+//! hears that nobody waits any more. The client sees a broken answer, or the
+//! status of a call, at once or when it reads on.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, Waker};
@@ -15,7 +15,8 @@ use hyper::body::{Frame, SizeHint};
 use tokio::time::Instant;
 use tokio_util::sync::{CancellationToken, DropGuard};
 
-use super::body::{Broken, ProxyBody, Streamed};
+use super::body::{Broken, LastWords, ProxyBody, Streamed};
+use super::rpc;
 use super::upload::BodyError;
 use crate::telemetry;
 
@@ -38,6 +39,8 @@ pub struct Limited {
     /// The only one that holds it, but for a moment when the time is over.
     answer: Arc<Mutex<Answer>>,
     broken: Option<Broken>,
+    /// The status of a call has gone out.
+    has_ended: bool,
     /// Ends the watch with the answer.
     _watch: DropGuard,
 }
@@ -46,8 +49,8 @@ pub struct Limited {
 struct Answer {
     /// Taken when the time is over.
     streamed: Option<Box<Streamed>>,
-    /// Whether it was between two events then.
-    between: bool,
+    /// How it can be ended then.
+    words: LastWords,
     waker: Option<Waker>,
 }
 
@@ -55,7 +58,7 @@ impl Limited {
     fn new(streamed: Box<Streamed>, ends: Instant) -> Self {
         let answer = Arc::new(Mutex::new(Answer {
             streamed: Some(streamed),
-            between: false,
+            words: LastWords::None,
             waker: None,
         }));
         let gone = CancellationToken::new();
@@ -72,6 +75,7 @@ impl Limited {
         Self {
             answer,
             broken: None,
+            has_ended: false,
             _watch: watch,
         }
     }
@@ -92,9 +96,18 @@ impl Limited {
             }
             return polled;
         }
-        let words = answer.between.then_some(LATE_EVENT);
+        let words = answer.words;
         drop(answer);
-        self.broken = Some(Broken::new(BodyError::Cut, words.map(Bytes::from_static)));
+        let event = match words {
+            LastWords::Status if self.has_ended => return Poll::Ready(None),
+            LastWords::Status => {
+                self.has_ended = true;
+                return Poll::Ready(Some(Ok(Frame::trailers(rpc::over()))));
+            }
+            LastWords::Event => Some(Bytes::from_static(LATE_EVENT)),
+            LastWords::None => None,
+        };
+        self.broken = Some(Broken::new(BodyError::Cut, event));
         Broken::poll(&mut self.broken, cx)
     }
 
@@ -121,7 +134,7 @@ fn end(answer: &Mutex<Answer>) {
     let Some(mut streamed) = answer.streamed.take_if(|streamed| !streamed.is_done()) else {
         return;
     };
-    answer.between = streamed.is_late();
+    answer.words = streamed.is_late();
     let waker = answer.waker.take();
     drop(answer);
     drop(streamed);

@@ -14,6 +14,7 @@ mod headers;
 mod hearing;
 mod heartbeat;
 mod held;
+mod ids;
 mod limit;
 mod models;
 mod multipart;
@@ -27,20 +28,25 @@ mod upload;
 
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::time::Duration;
 
 use arc_swap::ArcSwap;
-use hyper::body::{Body, Incoming};
-use hyper::header::ACCEPT_ENCODING;
+use hyper::body::Incoming;
+use hyper::header::{ACCEPT_ENCODING, HeaderMap, HeaderValue};
+use hyper::http::request;
 use hyper::{Request, Response};
 use tracing::debug;
 
 pub use self::access::AccessLog;
-use self::access::Unanswered;
+use self::account::Account;
 pub use self::body::{ProxyBody, Streamed};
+use self::filter::Change;
 use self::forward::Passage;
 pub use self::headers::{PEER, TRIED};
 pub use self::heartbeat::Waiting;
 use self::held::Held;
+use self::ids::Names;
+pub use self::ids::REQUEST_ID;
 pub use self::limit::Limited;
 use self::pool::Pools;
 use self::resolve::ByPath;
@@ -49,7 +55,7 @@ pub use self::upload::BodyError;
 use crate::clock::Timestamp;
 use crate::control::{Controller, ModelRoute};
 use crate::model::Bytes;
-use crate::reply::{Fault, Speech};
+use crate::reply::{self, Fault, Speech};
 
 /// Bodies up to this size are read whole before they are sent, so that they
 /// can be sent again when the worker breaks.
@@ -73,6 +79,7 @@ pub struct Proxy {
     settings: Arc<ArcSwap<ProxySettings>>,
     pools: Arc<Pools>,
     access: Option<AccessLog>,
+    names: Arc<Names>,
 }
 
 impl Proxy {
@@ -84,6 +91,7 @@ impl Proxy {
             settings: Arc::new(ArcSwap::from_pointee(settings)),
             pools: Arc::default(),
             access: None,
+            names: Arc::new(Names::new()),
         }
     }
 
@@ -105,6 +113,22 @@ impl Proxy {
         ["/v1/", "/v2/models/", "/upstream/"]
             .iter()
             .any(|prefix| path.starts_with(prefix))
+    }
+
+    /// Gives a request a name, its client's own where that is good, in its header
+    /// [`REQUEST_ID`]. The answer is to have it too.
+    pub fn name(&self, headers: &mut HeaderMap) -> HeaderValue {
+        self.names.of(headers)
+    }
+
+    /// Counts a request that was turned away before it could name a model.
+    pub fn count_stray(&self, fault: &Fault, speech: Speech) {
+        let status = fault.status();
+        let call = (speech == Speech::Grpc).then(|| reply::code_of(status) as u16);
+        self.controller
+            .routes()
+            .stray()
+            .refused(status.as_u16(), call);
     }
 
     /// Answers one request of a client at `peer`; a Unix socket has none. One over which
@@ -140,40 +164,25 @@ impl Proxy {
             return self.models(request.method(), name);
         }
         let (mut head, body) = request.into_parts();
-        let settings = **self.settings.load();
-        if body.size_hint().lower() > settings.max_body.get() {
-            return Err(Fault::BodyTooLarge(settings.max_body));
-        }
         let mut held = Held::new(body);
-        let routes = self.controller.routes();
-        let (route, target) = match resolve::by_path(routes, head.uri.path(), head.uri.query()) {
-            ByPath::Model(route, target) => (route, target),
-            ByPath::Readiness(route, name) => return Ok(self.readiness(&name, &route)),
-            ByPath::Unknown(name) => return Err(self.not_found(&name)),
-            ByPath::Silent => {
-                let prefix = settings.model_prefix;
-                let name = match (resolve::by_header(&head)?, &call) {
-                    (Some(name), _) => Some(name),
-                    (None, Some(_)) => rpc::by_content(&head, &mut held, prefix).await?,
-                    (None, None) => resolve::by_content(&head, &mut held, prefix).await?,
-                };
-                let target = head.uri.path_and_query().map_or("/", |both| both.as_str());
-                (self.route(name)?, target.to_owned())
+        let (route, target) = match self.find(&head, &mut held, call).await {
+            Ok(ByPath::Model(route, target)) => (route, target),
+            Ok(ByPath::Readiness(route, name)) => return Ok(self.readiness(&name, &route)),
+            Ok(ByPath::Unknown(name)) => return Err(self.stray(self.not_found(&name), call)),
+            Ok(ByPath::Silent) => return Err(self.stray(Fault::NoModel, call)),
+            Err(fault) => return Err(self.stray(fault, call)),
+        };
+        let clock = self.controller.clock();
+        let times = (clock, began);
+        let account = Account::new(Arc::clone(&route), &head.headers, times, call);
+        let prepared = self.prepare((&route, &target), &head, &mut held, call);
+        let (change, beats) = match prepared.await {
+            Ok(prepared) => prepared,
+            Err(fault) => {
+                account.refused(&fault);
+                return Err(fault);
             }
         };
-        if let Some(path) = resolve::parks(&route, &target) {
-            let model = route.name().clone();
-            return Err(Fault::ParkPath { model, path });
-        }
-        let (spec, most) = (route.spec(), settings.model_prefix);
-        let change = filter::change(spec, &head, &mut held, most).await?;
-        let beats = heartbeat::wanted(spec, &head, (&mut held, &change), most).await?;
-        match call {
-            Some(_) => rpc::read_whole(&head, &mut held, REPLAYED).await?,
-            None => held.read_whole(REPLAYED).await?,
-        }
-        let (access, clock) = (self.access.clone(), self.controller.clock());
-        let unanswered = Unanswered::new(access, route.name().clone(), clock, began);
         if beats.is_some() {
             // The head may go out before the worker could say how it packs.
             head.headers.remove(ACCEPT_ENCODING);
@@ -186,28 +195,74 @@ impl Proxy {
             held,
             change,
             began,
+            account: account.logged(self.access.clone()),
             tried,
             call,
         };
         let Some(every) = beats else {
-            return self.carry(passage, unanswered).await;
+            return self.carry(passage).await;
         };
         let proxy = self.clone();
-        let passing = async move { proxy.carry(passage, unanswered).await };
+        let passing = async move { proxy.carry(passage).await };
         heartbeat::wait(Box::pin(passing), every).await
     }
 
-    async fn carry(
+    /// Finds the model that a request is for, and what its worker is asked for.
+    async fn find(
         &self,
-        passage: Passage,
-        unanswered: Unanswered,
-    ) -> Result<Response<ProxyBody>, Fault> {
-        let passed = self.pass(passage).await;
-        match &passed {
-            Ok(_) => unanswered.answered(),
-            Err(fault) => unanswered.refused(fault),
+        head: &request::Parts,
+        held: &mut Held,
+        call: Option<Call>,
+    ) -> Result<ByPath, Fault> {
+        let settings = **self.settings.load();
+        if held.least() > settings.max_body.get() {
+            return Err(Fault::BodyTooLarge(settings.max_body));
         }
-        passed
+        let routes = self.controller.routes();
+        match resolve::by_path(routes, head.uri.path(), head.uri.query()) {
+            ByPath::Silent => {}
+            told => return Ok(told),
+        }
+        let prefix = settings.model_prefix;
+        let name = match (resolve::by_header(head)?, call) {
+            (Some(name), _) => Some(name),
+            (None, Some(_)) => rpc::by_content(head, held, prefix).await?,
+            (None, None) => resolve::by_content(head, held, prefix).await?,
+        };
+        let target = head.uri.path_and_query().map_or("/", |both| both.as_str());
+        Ok(ByPath::Model(self.route(name)?, target.to_owned()))
+    }
+
+    /// Does what is to be done before a request asks for its worker. Returns what
+    /// is changed of its body, and how often its client hears that it waits.
+    async fn prepare(
+        &self,
+        (route, target): (&ModelRoute, &str),
+        head: &request::Parts,
+        held: &mut Held,
+        call: Option<Call>,
+    ) -> Result<(Change, Option<Duration>), Fault> {
+        if let Some(path) = resolve::parks(route, target) {
+            let model = route.name().clone();
+            return Err(Fault::ParkPath { model, path });
+        }
+        let (spec, most) = (route.spec(), self.settings.load().model_prefix);
+        let change = filter::change(spec, head, held, most).await?;
+        let beats = heartbeat::wanted(spec, head, (held, &change), most).await?;
+        match call {
+            Some(_) => rpc::read_whole(head, held, REPLAYED).await?,
+            None => held.read_whole(REPLAYED).await?,
+        }
+        Ok((change, beats))
+    }
+
+    /// Counts a request that named no model that there is.
+    fn stray(&self, fault: Fault, call: Option<Call>) -> Fault {
+        let now = self.controller.clock().now();
+        let status = call.map(|call| call.refused_by(&fault, now) as u16);
+        let stray = self.controller.routes().stray();
+        stray.refused(fault.status().as_u16(), status);
+        fault
     }
 
     fn route(&self, name: Option<String>) -> Result<Arc<ModelRoute>, Fault> {

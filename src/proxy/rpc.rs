@@ -7,11 +7,12 @@
 
 use hyper::header::{HOST, HeaderMap};
 use hyper::http::request;
-use hyper::{Request, Response, Uri, Version};
+use hyper::{Request, Response, StatusCode, Uri, Version};
 
 use super::body::ProxyBody;
 use super::held::Held;
 use crate::clock::Timestamp;
+use crate::gate::Visit;
 use crate::grpc::{self, Code, Finder, Found};
 use crate::model::{Bytes, Upstream};
 use crate::reply::{self, Fault};
@@ -36,6 +37,14 @@ impl Call {
     /// Returns whether the client waits no longer.
     pub(super) fn is_late(&self, now: Timestamp) -> bool {
         self.deadline.is_some_and(|deadline| now >= deadline)
+    }
+
+    /// Returns the status that the call is refused with.
+    pub(super) fn refused_by(&self, fault: &Fault, now: Timestamp) -> Code {
+        match self.is_late(now) {
+            true => Code::DeadlineExceeded,
+            false => reply::code_of(fault.status()),
+        }
     }
 
     /// Returns the deadline, or this one if it comes earlier.
@@ -137,6 +146,34 @@ pub(super) async fn read_whole(
 pub(super) fn too_late(fault: &Fault) -> Response<ProxyBody> {
     let (code, why) = (Code::DeadlineExceeded, fault.to_string());
     reply::refusal(code, &why, None, ProxyBody::text)
+}
+
+/// Tells what the head of an answer says of its worker. That of a call says
+/// nothing yet, unless its status is in it.
+pub(super) fn tell<B>(visit: &Visit, is_call: bool, response: &Response<B>) {
+    let status = response.status();
+    if !is_call || status != StatusCode::OK {
+        return visit.answered(status.as_u16());
+    }
+    match grpc::given(response.headers()) {
+        Some(status) => visit.answered(verdict(status)),
+        None => visit.begun(),
+    }
+}
+
+/// Returns the status of HTTP that says the same of the worker as the end of a
+/// call. That the client's own deadline was over says nothing.
+pub(super) fn verdict(status: u16) -> u16 {
+    match status {
+        status if status == Code::DeadlineExceeded as u16 => 503,
+        status => grpc::http_of(status),
+    }
+}
+
+/// Returns the end of a call that took longer than it may.
+pub(super) fn over() -> HeaderMap {
+    let why = "the answer took longer than request_timeout";
+    grpc::status(Code::DeadlineExceeded, why)
 }
 
 /// Returns the end of a call whose worker broke off in the midst of it.

@@ -1,13 +1,14 @@
 //! Connections that left HTTP, as a websocket does: bytes are copied both
 //! ways until either side closes.
 
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use hyper::Response;
 use hyper::body::Incoming;
 use hyper::upgrade::{OnUpgrade, Upgraded};
 use hyper_util::rt::TokioIo;
-use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
 use super::account::Account;
 use super::body::ProxyBody;
@@ -16,6 +17,8 @@ use crate::telemetry;
 
 /// How long the other side may still speak after one has closed.
 const LAST_WORDS: Duration = Duration::from_secs(2);
+/// Bytes that are on their way in one direction at most.
+const BUFFER: usize = 8 << 10;
 
 /// Passes the worker's 101 on and copies from then on. The lease is held as
 /// long.
@@ -32,11 +35,12 @@ pub(super) fn switch(
         let Ok((client, worker)) = both(client, worker).await else {
             return account.broke();
         };
-        match copy_until_closed(client, worker).await {
-            Ok(back) => {
-                account.passed(usize::try_from(back).unwrap_or(usize::MAX));
-                account.finish();
-            }
+        let counts = Counts::default();
+        let ended = copy_until_closed(client, worker, &counts).await;
+        let (up, down) = (&counts.from_client, &counts.to_client);
+        account.exchanged(up.load(Ordering::Relaxed), down.load(Ordering::Relaxed));
+        match ended {
+            Ok(()) => account.finish(),
             Err(_) => account.broke(),
         }
     });
@@ -49,34 +53,54 @@ async fn both(client: OnUpgrade, worker: OnUpgrade) -> hyper::Result<(Upgraded, 
     Ok((client.await?, worker.await?))
 }
 
-/// Returns the number of bytes that went to the client.
-async fn copy_until_closed(client: Upgraded, worker: Upgraded) -> std::io::Result<u64> {
+/// Bytes that passed.
+#[derive(Debug, Default)]
+struct Counts {
+    from_client: AtomicU64,
+    to_client: AtomicU64,
+}
+
+async fn copy_until_closed(
+    client: Upgraded,
+    worker: Upgraded,
+    counts: &Counts,
+) -> std::io::Result<()> {
     let (from_client, to_client) = tokio::io::split(TokioIo::new(client));
     let (from_worker, to_worker) = tokio::io::split(TokioIo::new(worker));
-    let up = copy(from_client, to_worker);
-    let down = copy(from_worker, to_client);
+    let up = copy(from_client, to_worker, &counts.from_client);
+    let down = copy(from_worker, to_client, &counts.to_client);
     tokio::pin!(up, down);
     tokio::select! {
         sent = &mut up => {
             sent?;
             // A worker that says nothing more in time is left.
-            tokio::time::timeout(LAST_WORDS, down).await.unwrap_or(Ok(0))
+            tokio::time::timeout(LAST_WORDS, down).await.unwrap_or(Ok(()))
         }
         back = &mut down => {
-            let back = back?;
+            back?;
             match tokio::time::timeout(LAST_WORDS, up).await {
-                Ok(Err(error)) => Err(error),
-                Ok(Ok(_)) | Err(_) => Ok(back),
+                Ok(ended) => ended,
+                Err(_) => Ok(()),
             }
         }
     }
 }
 
+/// Copies to the end, and counts on the way: the other direction may end it.
 async fn copy(
     mut from: impl AsyncRead + Unpin,
     mut to: impl AsyncWrite + Unpin,
-) -> std::io::Result<u64> {
-    let copied = tokio::io::copy(&mut from, &mut to).await?;
-    to.shutdown().await?;
-    Ok(copied)
+    count: &AtomicU64,
+) -> std::io::Result<()> {
+    let mut buffer = vec![0; BUFFER];
+    loop {
+        let read = from.read(&mut buffer).await?;
+        if read == 0 {
+            return to.shutdown().await;
+        }
+        to.write_all(&buffer[..read]).await?;
+        // What is encrypted may be kept back otherwise.
+        to.flush().await?;
+        count.fetch_add(u64::try_from(read).unwrap_or(u64::MAX), Ordering::Relaxed);
+    }
 }

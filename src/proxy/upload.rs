@@ -2,6 +2,8 @@
 
 use std::collections::VecDeque;
 use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::task::{Context, Poll, ready};
 
 use bytes::Bytes;
@@ -34,6 +36,8 @@ pub(super) struct RequestBody {
     trailers: Option<HeaderMap>,
     left: u64,
     most: Size,
+    /// Counts the bytes of the rest.
+    counted: Option<Arc<AtomicU64>>,
     /// Waits for the worker from the end of the body on.
     visit: Option<Visit>,
 }
@@ -59,13 +63,26 @@ impl RequestBody {
             trailers: None,
             left: most.get(),
             most,
+            counted: None,
             visit,
         }
+    }
+
+    /// Counts what comes behind the pieces.
+    pub(super) fn counted(self, counted: Option<Arc<AtomicU64>>) -> Self {
+        Self { counted, ..self }
     }
 
     /// Ends it with these, which were read already.
     pub(super) fn with_trailers(self, trailers: Option<HeaderMap>) -> Self {
         Self { trailers, ..self }
+    }
+
+    fn count(&self, frame: &Frame<Bytes>) {
+        if let (Some(counted), Some(data)) = (&self.counted, frame.data_ref()) {
+            let length = u64::try_from(data.len()).unwrap_or(u64::MAX);
+            counted.fetch_add(length, Ordering::Relaxed);
+        }
     }
 
     /// The worker has it all.
@@ -96,7 +113,10 @@ impl Body for RequestBody {
                     return Poll::Ready(None);
                 }
                 Some(Err(error)) => return Poll::Ready(Some(Err(error.into()))),
-                Some(Ok(frame)) => frame,
+                Some(Ok(frame)) => {
+                    self.count(&frame);
+                    frame
+                }
             },
         };
         if let Some(data) = frame.data_ref() {

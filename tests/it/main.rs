@@ -13,6 +13,7 @@ mod failures;
 mod gpu;
 mod liveness;
 mod memory;
+mod observed;
 mod patience;
 mod policies;
 mod prefetch;

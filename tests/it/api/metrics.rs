@@ -57,7 +57,7 @@ async fn each_family_is_described_once_and_before_its_series() {
     let page = page().await;
     let mut described = BTreeSet::new();
     let mut series = BTreeSet::new();
-    let mut current = "";
+    let (mut current, mut is_histogram) = ("", false);
     for line in page.lines() {
         if let Some(rest) = line.strip_prefix("# HELP ") {
             let (name, help) = rest.split_once(' ').expect("a help text");
@@ -67,9 +67,15 @@ async fn each_family_is_described_once_and_before_its_series() {
             let (name, kind) = rest.split_once(' ').expect("a type");
             assert_eq!(name, current);
             assert_eq!(kind == "counter", name.ends_with("_total"), "{line}");
+            is_histogram = kind == "histogram";
         } else {
             let (id, value) = line.rsplit_once(' ').expect("a value");
             let name = id.split('{').next().expect("a name");
+            let part = ["_bucket", "_sum", "_count"].map(|end| name.strip_suffix(end));
+            let name = match is_histogram {
+                true => part.into_iter().flatten().next().expect("a part"),
+                false => name,
+            };
             assert_eq!(name, current, "{line}");
             assert!(value.parse::<f64>().is_ok() && series.insert(id), "{line}");
         }

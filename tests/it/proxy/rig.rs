@@ -30,10 +30,20 @@ impl Played {
 
     /// As [`Played::start`], with these keys of the model.
     pub(crate) fn with(keys: &str) -> Self {
+        Self::build(keys, &[])
+    }
+
+    /// As [`Played::start`], with these environment variables.
+    pub(crate) fn logged(environment: &[(&str, &str)]) -> Self {
+        Self::build("", environment)
+    }
+
+    fn build(keys: &str, environment: &[(&str, &str)]) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
         listener.set_nonblocking(true).expect("a socket option");
         let address = listener.local_addr().expect("it is bound");
-        let residentd = Residentd::start(&config(&address.to_string(), keys));
+        let config = config(&address.to_string(), keys);
+        let residentd = Residentd::start_with(&config, environment);
         Self {
             residentd,
             listener,
