@@ -16,15 +16,21 @@ fn answering(played: &Played, head: &str) -> (Wire, Wire) {
     (client, worker)
 }
 
-#[test]
-fn a34_a_client_that_leaves_before_the_answer_is_heard_of_by_the_worker() {
-    let played = Played::start();
+/// A client and a worker that has its request and has not answered.
+fn asked(played: &Played) -> (Wire, Wire) {
     let mut client = played.client();
     client.ask("POST /v1/x", "", "{\"model\":\"m\"}");
     let mut worker = played.worker();
     let head = worker.head();
     worker.body(&head);
     played.wait_for_leases(1);
+    (client, worker)
+}
+
+#[test]
+fn a34_a_client_that_leaves_before_the_answer_is_heard_of_by_the_worker() {
+    let played = Played::start();
+    let (client, worker) = asked(&played);
     drop(client);
     assert_eq!(worker.rest(), (Vec::new(), None));
     played.wait_for_leases(0);
@@ -36,12 +42,7 @@ fn a34_a_client_that_leaves_before_the_answer_is_heard_of_by_the_worker() {
 #[test]
 fn a37_a_client_that_closes_its_side_for_sending_counts_as_gone() {
     let played = Played::start();
-    let mut client = played.client();
-    client.ask("POST /v1/x", "", "{\"model\":\"m\"}");
-    let mut worker = played.worker();
-    let head = worker.head();
-    worker.body(&head);
-    played.wait_for_leases(1);
+    let (mut client, worker) = asked(&played);
     client.finish();
     assert_eq!(worker.rest(), (Vec::new(), None));
     played.wait_for_leases(0);
