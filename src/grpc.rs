@@ -7,7 +7,9 @@
 //! Everything else of a call is bytes that pass.
 
 mod code;
+mod rename;
 
+use std::ops::Range;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -16,6 +18,7 @@ use hyper::{Request, Response, Version};
 use percent_encoding::{AsciiSet, CONTROLS, utf8_percent_encode};
 
 pub use self::code::{given, http_of};
+pub use self::rename::Renamer;
 
 /// Where the status of a call stands: in the trailers, or in the headers of an
 /// answer without a message.
@@ -283,6 +286,8 @@ pub struct Finder {
     read: Vec<u8>,
     /// What is before this was looked at.
     done: usize,
+    /// So long is the field that was found.
+    length: usize,
 }
 
 impl Finder {
@@ -293,7 +298,26 @@ impl Finder {
             field,
             read: Vec::new(),
             done: PREFIX,
+            length: 0,
         }
+    }
+
+    /// Returns where the field is that was found, its number among it.
+    fn place(&self) -> Option<Range<usize>> {
+        (self.length > 0).then(|| self.done..self.done + self.length)
+    }
+
+    /// Returns where the message ends, once its length is known.
+    fn end(&self) -> Option<u64> {
+        let [_, length @ ..] = self.read.first_chunk::<PREFIX>()?;
+        let prefix = u64::try_from(PREFIX).expect("a length fits 64 bits");
+        Some(prefix + u64::from(u32::from_be_bytes(*length)))
+    }
+
+    /// Returns how much of the message is still to come, or of its prefix.
+    fn room(&self) -> usize {
+        let end = self.end().and_then(|end| usize::try_from(end).ok());
+        end.unwrap_or(PREFIX).saturating_sub(self.read.len())
     }
 
     /// Takes the next piece.
@@ -316,7 +340,8 @@ impl Finder {
             }
             let message = &self.read[self.done..self.read.len().min(end)];
             match first_field(message) {
-                Ok(Some((number, Value::Bytes(text), _))) if number == self.field => {
+                Ok(Some((number, Value::Bytes(text), used))) if number == self.field => {
+                    self.length = used;
                     return match std::str::from_utf8(text) {
                         Ok("") => Found::Absent,
                         Ok(text) => Found::Text(text.to_owned()),

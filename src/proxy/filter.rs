@@ -28,13 +28,16 @@ pub(super) enum Change {
         /// What it becomes.
         name: Bytes,
     },
+    /// A name in each message of a call: in the field of this number, this.
+    Messages(u32, String),
 }
 
 impl Change {
     /// Returns what the worker gets in the place of what is held.
     pub(super) fn of(&self, held: &Held) -> VecDeque<Bytes> {
         match self {
-            Self::None => held.pieces(),
+            // Messages are changed as they pass.
+            Self::None | Self::Messages(..) => held.pieces(),
             Self::Whole(body) => VecDeque::from([body.clone()]),
             Self::Name { place, name } => spliced(held.pieces(), place, name),
         }

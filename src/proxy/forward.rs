@@ -25,6 +25,7 @@ use super::{Proxy, headers, limit, upgrade};
 use crate::clock::Timestamp;
 use crate::control::{Lease, ModelRoute, Refusal};
 use crate::gate::Visit;
+use crate::grpc::Renamer;
 use crate::reply::Fault;
 use crate::telemetry;
 
@@ -251,12 +252,21 @@ impl Proxy {
             true => passage.held.pieces(),
             false => passage.change.of(&passage.held),
         };
+        let renamer = match &passage.change {
+            Change::Messages(field, name) if !lease.worker().is_heir => {
+                let most = self.settings.load().model_prefix.get();
+                let most = usize::try_from(most).unwrap_or(usize::MAX);
+                Some(Renamer::new(*field, name.clone(), most))
+            }
+            _ => None,
+        };
         let rest = passage.held.take_rest();
         let read = passage.held.size();
         let counted = passage.account.sends(read, rest.is_some());
         let most = self.settings.load().max_body;
         let body = RequestBody::new(beginning, rest, most, visit)
             .with_trailers(passage.held.trailers())
+            .renamed(renamer)
             .counted(counted);
         let head = &passage.head;
         let mut headers = head.headers.clone();

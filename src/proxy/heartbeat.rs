@@ -75,7 +75,7 @@ pub(super) async fn wanted(
     }
     let asks = match change {
         Change::Whole(body) => asks_stream(body),
-        Change::None | Change::Name { .. } => asks_stream(&held.joined()),
+        Change::None | Change::Name { .. } | Change::Messages(..) => asks_stream(&held.joined()),
     };
     Ok(asks.then_some(every))
 }

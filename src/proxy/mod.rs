@@ -247,7 +247,10 @@ impl Proxy {
             return Err(Fault::ParkPath { model, path });
         }
         let (spec, most) = (route.spec(), self.settings.load().model_prefix);
-        let change = filter::change(spec, head, held, most).await?;
+        let change = match call {
+            Some(_) => rpc::change(spec, head),
+            None => filter::change(spec, head, held, most).await?,
+        };
         let beats = heartbeat::wanted(spec, head, (held, &change), most).await?;
         match call {
             Some(_) => rpc::read_whole(head, held, REPLAYED).await?,

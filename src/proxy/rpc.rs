@@ -5,16 +5,17 @@
 //! for the model's name: the metadata `x-model`, else, in the Open Inference
 //! Protocol, a field of the first message.
 
-use hyper::header::{HOST, HeaderMap};
+use hyper::header::{CONTENT_LENGTH, HOST, HeaderMap};
 use hyper::http::request;
 use hyper::{Request, Response, StatusCode, Uri, Version};
 
 use super::body::ProxyBody;
+use super::filter::Change;
 use super::held::Held;
 use crate::clock::Timestamp;
 use crate::gate::Visit;
 use crate::grpc::{self, Code, Finder, Found};
-use crate::model::{Bytes, Upstream};
+use crate::model::{Bytes, ModelSpec, Upstream};
 use crate::reply::{self, Fault};
 
 /// Where the methods of the Open Inference Protocol are.
@@ -70,6 +71,8 @@ impl Call {
         *request.version_mut() = Version::HTTP_2;
         let headers = request.headers_mut();
         headers.remove(HOST);
+        // The frames say how long a message is, and a name may have become longer.
+        headers.remove(CONTENT_LENGTH);
         if let Some(deadline) = self.deadline {
             headers.insert(grpc::TIMEOUT, grpc::timeout_text(deadline.since(now)));
         }
@@ -79,12 +82,22 @@ impl Call {
 
 /// Returns the number of the field that names the model, for the methods that
 /// have one.
-fn field_of(path: &str) -> Option<u64> {
+fn field_of(path: &str) -> Option<u32> {
     match path.strip_prefix(INFERENCE)? {
         "ModelInfer" | "ModelStreamInfer" | "ModelMetadata" | "ModelConfig" | "ModelStatistics"
         | "ModelReady" => Some(1),
         "TraceSetting" => Some(2),
         _ => None,
+    }
+}
+
+/// Decides what is changed of a call's messages: the model's name, where it has
+/// another one for its worker.
+pub(super) fn change(spec: &ModelSpec, head: &request::Parts) -> Change {
+    let field = field_of(head.uri.path());
+    match (field, &spec.requests.filter.model) {
+        (Some(field), Some(name)) => Change::Messages(field, name.clone()),
+        (None, _) | (_, None) => Change::None,
     }
 }
 
@@ -99,7 +112,7 @@ pub(super) async fn by_content(
         return Ok(None);
     };
     let bad = |why: &str| Err(Fault::BadRequest(why.to_owned()));
-    let mut finder = Finder::new(field);
+    let mut finder = Finder::new(field.into());
     loop {
         let left = prefix.get().saturating_sub(held.size());
         let left = usize::try_from(left).unwrap_or(usize::MAX);

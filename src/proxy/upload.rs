@@ -11,6 +11,7 @@ use hyper::HeaderMap;
 use hyper::body::{Body, Frame, Incoming, SizeHint};
 
 use crate::gate::Visit;
+use crate::grpc::Renamer;
 use crate::model::Bytes as Size;
 
 /// Why a body broke.
@@ -36,6 +37,10 @@ pub(super) struct RequestBody {
     trailers: Option<HeaderMap>,
     left: u64,
     most: Size,
+    /// Gives messages another name as they pass.
+    renamer: Option<Box<Renamer>>,
+    /// What comes behind what a renamer held back.
+    last: Option<Frame<Bytes>>,
     /// Counts the bytes of the rest.
     counted: Option<Arc<AtomicU64>>,
     /// Waits for the worker from the end of the body on.
@@ -63,9 +68,17 @@ impl RequestBody {
             trailers: None,
             left: most.get(),
             most,
+            renamer: None,
+            last: None,
             counted: None,
             visit,
         }
+    }
+
+    /// Has the messages of a call renamed.
+    pub(super) fn renamed(self, renamer: Option<Renamer>) -> Self {
+        let renamer = renamer.map(Box::new);
+        Self { renamer, ..self }
     }
 
     /// Counts what comes behind the pieces.
@@ -93,12 +106,10 @@ impl RequestBody {
     }
 }
 
-impl Body for RequestBody {
-    type Data = Bytes;
-    type Error = BodyError;
-
-    fn poll_frame(
-        mut self: Pin<&mut Self>,
+impl RequestBody {
+    /// Takes the next frame as the client sent it.
+    fn poll_plain(
+        &mut self,
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
         let frame = match (self.held.pop_front(), &mut self.rest) {
@@ -126,19 +137,65 @@ impl Body for RequestBody {
                 None => return Poll::Ready(Some(Err(BodyError::TooLarge(self.most)))),
             }
         }
-        if self.is_end_stream() {
+        if self.is_plain_end() {
             self.end();
         }
         Poll::Ready(Some(Ok(frame)))
     }
 
-    fn is_end_stream(&self) -> bool {
+    fn is_plain_end(&self) -> bool {
         self.held.is_empty()
             && self.trailers.is_none()
             && self.rest.as_ref().is_none_or(Body::is_end_stream)
     }
+}
+
+impl Body for RequestBody {
+    type Data = Bytes;
+    type Error = BodyError;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+        let this = &mut *self;
+        loop {
+            let frame = match this.last.take() {
+                Some(frame) => Some(Ok(frame)),
+                None => ready!(this.poll_plain(cx)),
+            };
+            let Some(renamer) = &mut this.renamer else {
+                return Poll::Ready(frame);
+            };
+            let (renamed, last) = match frame {
+                Some(Err(_)) => return Poll::Ready(frame),
+                Some(Ok(frame)) => match frame.into_data() {
+                    Ok(data) => (renamer.feed(data), None),
+                    Err(trailers) => (renamer.finish(), Some(Some(trailers))),
+                },
+                None => (renamer.finish(), Some(None)),
+            };
+            match (renamed.is_empty(), last) {
+                (false, last) => {
+                    this.last = last.flatten();
+                    return Poll::Ready(Some(Ok(Frame::data(renamed))));
+                }
+                (true, Some(last)) => return Poll::Ready(last.map(Ok)),
+                // The next frame brings what the name is in.
+                (true, None) => {}
+            }
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        // A renamer may hold something back, and says so at the next poll.
+        self.renamer.is_none() && self.is_plain_end()
+    }
 
     fn size_hint(&self) -> SizeHint {
+        if self.renamer.is_some() {
+            return SizeHint::new();
+        }
         let held: u64 = self
             .held
             .iter()
