@@ -1,5 +1,5 @@
 # What each target does is in README.md. None but `vm` needs anything but a Rust toolchain and Python 3.
-.PHONY: run test real demo bench laws chaos accept gpu vm
+.PHONY: run test real demo bench laws fuzz chaos accept gpu vm
 
 RESIDENTD := target/release/residentd
 
@@ -26,6 +26,10 @@ bench:
 # A long search for events that break a law of the policy; CASES=1000000 searches longer.
 laws:
 	@scripts/laws
+
+# A fuzzer's bodies for the readers of bodies, a minute for each reader; SECONDS=600 is longer.
+fuzz:
+	@scripts/fuzz "$(SECONDS)"
 
 # Everything goes wrong at random, under load, for ten minutes; SECONDS=60 is shorter, SEED=7 repeats a run.
 chaos:

@@ -8,7 +8,7 @@ use bytes::Bytes;
 use hyper::http::request;
 
 use super::held::Held;
-use super::multipart::{self, Finder};
+use super::multipart::{self, Finder, Seen};
 use super::resolve::{is_encoded, kind, may_be_else};
 use super::rewrite::rewrite;
 use crate::model::{Bytes as Size, Filter, ModelSpec};
@@ -120,15 +120,23 @@ async fn in_form(
             return Ok(Some(Change::None));
         };
         looked_at += u64::try_from(piece.len()).unwrap_or(u64::MAX);
-        if finder.feed(&piece).is_some() {
-            let (place, name) = (finder.place(), Bytes::copy_from_slice(model.as_bytes()));
-            return Ok(Some(Change::Name { place, name }));
+        match finder.feed(&piece) {
+            Seen::Found(_) => {
+                let (place, name) = (finder.place(), Bytes::copy_from_slice(model.as_bytes()));
+                return Ok(Some(Change::Name { place, name }));
+            }
+            Seen::Absent => return Ok(Some(Change::None)),
+            Seen::More => {}
         }
     }
 }
 
 /// Returns the pieces with another text in this place.
-fn spliced(pieces: VecDeque<Bytes>, place: &Range<usize>, text: &Bytes) -> VecDeque<Bytes> {
+pub(super) fn spliced(
+    pieces: VecDeque<Bytes>,
+    place: &Range<usize>,
+    text: &Bytes,
+) -> VecDeque<Bytes> {
     let mut changed = VecDeque::with_capacity(pieces.len() + 2);
     let mut at = 0;
     for piece in pieces {
@@ -169,8 +177,9 @@ mod tests {
                     .map(Bytes::copy_from_slice)
                     .collect();
                 let mut finder = Finder::new("b");
-                let found = pieces.iter().find_map(|piece| finder.feed(piece));
-                assert_eq!(found.as_deref(), Some(asked));
+                let mut seen = pieces.iter().map(|piece| finder.feed(piece));
+                let seen = seen.find(|seen| *seen != Seen::More);
+                assert_eq!(seen, Some(Seen::Found(asked.to_owned())));
                 let changed = spliced(
                     pieces,
                     &finder.place(),

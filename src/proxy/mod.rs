@@ -10,6 +10,8 @@ mod account;
 mod body;
 mod filter;
 mod forward;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod fuzzing;
 mod headers;
 mod hearing;
 mod heartbeat;

@@ -12,7 +12,7 @@ use hyper::http::request;
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, percent_decode_str, utf8_percent_encode};
 
 use super::held::Held;
-use super::multipart::{self, Finder};
+use super::multipart::{self, Finder, Seen};
 use super::scan::{Scan, Scanner};
 use crate::control::{ModelRoute, Routes};
 use crate::model::Bytes;
@@ -233,8 +233,10 @@ async fn by_multipart(held: &mut Held, mut finder: Finder, prefix: Bytes) -> Res
         let Some(piece) = held.read().await? else {
             return Ok(Named::Nothing);
         };
-        if let Some(name) = finder.feed(&piece[..piece.len().min(left)]) {
-            return Ok(Named::Model(name));
+        match finder.feed(&piece[..piece.len().min(left)]) {
+            Seen::Found(name) => return Ok(Named::Model(name)),
+            Seen::Absent => return Ok(Named::Nothing),
+            Seen::More => {}
         }
     }
 }
