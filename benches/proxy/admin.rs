@@ -22,7 +22,7 @@ const IDLE: usize = 100;
 
 /// Runs the row.
 pub(crate) fn run(options: &Options, report: &mut Report) -> io::Result<()> {
-    let residentd = peers::residentd("", MODELS, false);
+    let residentd = peers::residentd(&options.residentd, "", MODELS, false);
     peers::whoami(&residentd.address, MODEL);
     let targets = [residentd];
     let rounds = Rounds::run(options.rounds, &targets, |target| &target.name, visit)?;
@@ -43,6 +43,7 @@ fn visit(target: &Target) -> io::Result<Visit> {
     });
     let (busy, load) = (busy?, load?);
     Ok(Visit::from([
+        ("idle_p50_ms", percentile(&idle, 50)),
         ("idle_p99_ms", percentile(&idle, 99)),
         ("busy_p50_ms", percentile(&busy, 50)),
         ("busy_p99_ms", percentile(&busy, 99)),

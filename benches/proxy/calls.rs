@@ -13,11 +13,11 @@ use hyper_util::rt::{TokioExecutor, TokioIo};
 use tokio::net::TcpStream;
 use tokio::task::JoinSet;
 
-use crate::Options;
 use crate::load::{self, MODEL};
 use crate::peers::{self, Target};
 use crate::report::{Goal, Report, Rounds, Visit};
 use crate::requests::Used;
+use crate::{BEFORE, Options, before};
 
 const CONNECTIONS: usize = 4;
 /// Calls that are on their way on each.
@@ -32,10 +32,12 @@ type Sender = http2::SendRequest<Full<Bytes>>;
 
 /// Runs the row.
 pub(crate) fn run(options: &Options, report: &mut Report) -> io::Result<()> {
-    let residentd = peers::residentd("", 1, false);
+    let residentd = peers::residentd(&options.residentd, "", 1, false);
     let worker = peers::whoami(&residentd.address, MODEL);
     let bare = peers::bare(&worker);
-    let targets = [Target::direct(worker), residentd, bare];
+    let mut targets = vec![residentd, bare];
+    targets.extend(before(options));
+    targets.push(Target::direct(worker));
     let rounds = Rounds::run(options.rounds, &targets, |target| &target.name, visit)?;
     report.table("S06", &rounds);
     report.prove_driver("S06", &rounds);
@@ -44,6 +46,13 @@ pub(crate) fn run(options: &Options, report: &mut Report) -> io::Result<()> {
         rounds.of("bare-hyper", "cpu_us"),
     );
     report.ratio("S06-cpu", ("us", "bare-hyper"), pair, Goal::at_most(GOAL));
+    if options.before.is_some() {
+        let pair = (
+            rounds.of("residentd", "cpu_us"),
+            rounds.of(BEFORE, "cpu_us"),
+        );
+        report.ratio("S06-cpu-before", ("us", BEFORE), pair, Goal::at_most(1.0));
+    }
     Ok(())
 }
 

@@ -51,6 +51,22 @@ impl Processes {
         self.all().iter().map(of).sum()
     }
 
+    /// Returns how often threads that are there now gave up or lost their core.
+    pub(crate) fn switches(&self) -> f64 {
+        let of = |pid: &u32| {
+            let tasks = names(&format!("/proc/{pid}/task")).into_iter();
+            let counts = tasks.map(|task| {
+                let path = format!("/proc/{pid}/task/{task}/status");
+                let text = fs::read_to_string(path).unwrap_or_default();
+                let lines = text.lines().filter(|line| line.contains("ctxt_switches:"));
+                let counts = lines.filter_map(|line| line.split('\t').nth(1)?.parse::<f64>().ok());
+                counts.sum::<f64>()
+            });
+            counts.sum::<f64>()
+        };
+        self.all().iter().map(of).sum()
+    }
+
     /// Returns the resident memory of all processes, in bytes.
     pub(crate) fn resident(&self) -> f64 {
         let of = |pid: &u32| {

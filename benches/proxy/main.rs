@@ -21,6 +21,7 @@ mod worker;
 
 use std::fs::File;
 use std::io;
+use std::path::PathBuf;
 use std::process::{Command, ExitCode};
 
 use clap::{Parser, Subcommand};
@@ -30,6 +31,9 @@ use serde_json::json;
 use crate::load::MODEL;
 use crate::peers::Target;
 use crate::report::{Report, Rounds, Visit, say};
+
+/// What another residentd is called.
+const BEFORE: &str = "before";
 
 /// Measures residentd as a proxy.
 #[derive(Debug, Parser)]
@@ -47,11 +51,18 @@ pub(crate) struct Options {
     rounds: usize,
     /// Adds all that is measured to this file, as JSON lines.
     #[arg(long)]
-    json: Option<std::path::PathBuf>,
+    json: Option<PathBuf>,
     /// Another proxy: a program that takes `--listen ADDR --upstream ADDR`, or a
     /// command in which {listen} and {upstream} stand where these go.
     #[arg(long)]
     peer: Vec<String>,
+    /// The residentd that is measured; its build without what tests need is what is
+    /// shipped.
+    #[arg(long, default_value = env!("CARGO_BIN_EXE_residentd"))]
+    residentd: PathBuf,
+    /// Another residentd, of before a change, as one more target.
+    #[arg(long)]
+    before: Option<PathBuf>,
     /// What cargo says.
     #[arg(long, hide = true)]
     bench: bool,
@@ -77,7 +88,9 @@ enum Role {
 impl Options {
     /// Returns the names of the peers that were given.
     fn peers(&self) -> Vec<String> {
-        self.peer.iter().map(|peer| peers::name(peer)).collect()
+        let given = self.peer.iter().map(|peer| peers::name(peer));
+        let before = self.before.iter().map(|_| BEFORE.to_owned());
+        given.chain(before).collect()
     }
 }
 
@@ -88,7 +101,7 @@ struct Stage(Vec<Target>);
 impl Stage {
     /// Starts every target; `server` are lines of residentd's configuration.
     fn new(options: &Options, report: &mut Report, server: &str) -> Self {
-        let residentd = peers::residentd(server, 1, false);
+        let residentd = peers::residentd(&options.residentd, server, 1, false);
         let worker = peers::whoami(&residentd.address, MODEL);
         let mut targets = vec![residentd];
         for (name, peer) in [
@@ -103,6 +116,7 @@ impl Stage {
                 ),
             }
         }
+        targets.extend(before(options));
         targets.extend(options.peer.iter().map(|peer| peers::other(peer, &worker)));
         targets.push(Target::direct(worker));
         Self(targets)
@@ -115,6 +129,15 @@ impl Stage {
     ) -> io::Result<Rounds> {
         Rounds::run(options.rounds, &self.0, |target| &target.name, visit)
     }
+}
+
+/// Starts the residentd of before a change, if one was given.
+fn before(options: &Options) -> Option<Target> {
+    let binary = options.before.as_ref()?;
+    let mut target = peers::residentd(binary, "", 1, false);
+    peers::whoami(&target.address, MODEL);
+    BEFORE.clone_into(&mut target.name);
+    Some(target)
 }
 
 /// Returns the runtime that asks: one thread, so that it is no proxy's rival for

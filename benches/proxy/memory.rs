@@ -2,6 +2,7 @@
 //! visit starts a target of its own, since memory that was used once may stay.
 
 use std::io;
+use std::path::Path;
 use std::time::Duration;
 
 use tokio::task::JoinSet;
@@ -28,7 +29,12 @@ pub(crate) fn run(options: &Options, report: &mut Report) -> io::Result<()> {
             .iter()
             .filter(|name| peers::version(name).is_some()),
     );
-    let rounds = Rounds::run(options.rounds, &names, |name| name, |name| visit(name))?;
+    let rounds = Rounds::run(
+        options.rounds,
+        &names,
+        |name| name,
+        |name| visit(name, &options.residentd),
+    )?;
     report.table("S04", &rounds);
     let of = |figure| rounds.of("residentd", figure);
     report.absolute("S04-idle", "MB", &of("idle_mb"), Goal::at_most(20.0));
@@ -38,13 +44,13 @@ pub(crate) fn run(options: &Options, report: &mut Report) -> io::Result<()> {
 }
 
 /// Starts a target by its name; behind a peer is a worker of its own.
-fn start(name: &str) -> (Target, Option<Target>) {
+fn start(name: &str, binary: &Path) -> (Target, Option<Target>) {
     let worker = peers::worker();
     let target = match name {
         "nginx" => peers::nginx(&worker.address),
         "haproxy" => peers::haproxy(&worker.address),
         _ => {
-            let residentd = peers::residentd("", WORKERS, true);
+            let residentd = peers::residentd(binary, "", WORKERS, true);
             whoami(&residentd.address, load::MODEL);
             return (residentd, None);
         }
@@ -58,9 +64,9 @@ fn resident(target: &Target) -> f64 {
     processes.expect("it is a proxy").resident()
 }
 
-fn visit(name: &str) -> io::Result<Visit> {
+fn visit(name: &str, binary: &Path) -> io::Result<Visit> {
     let mut visit = Visit::new();
-    let (target, _worker) = start(name);
+    let (target, _worker) = start(name, binary);
     let idle = resident(&target);
     visit.insert("idle_mb", idle / 1e6);
     let open = crate::driver().block_on(async {
@@ -72,7 +78,7 @@ fn visit(name: &str) -> io::Result<Visit> {
     })?;
     visit.insert("stream_kb", (open - idle) / float_of(STREAMS) / 1e3);
     drop(target);
-    let (target, _worker) = start(name);
+    let (target, _worker) = start(name, binary);
     let idle = resident(&target);
     crate::driver().block_on(send(&target))?;
     visit.insert("bodies_mb", (resident(&target) - idle) / 1e6);

@@ -2,11 +2,14 @@
 //! proxy by its path; each started here, on loopback, and ended by pid when its
 //! value is dropped, also by a panic.
 
+use std::ffi::OsStr;
 use std::fs;
 use std::io::{BufRead, BufReader};
 use std::net::{Ipv4Addr, TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill};
@@ -85,8 +88,11 @@ impl Target {
 
 /// Threads that every proxy gets: as many as residentd takes for itself.
 pub(crate) fn threads() -> usize {
-    let cores = std::thread::available_parallelism();
-    cores.map_or(2, usize::from).clamp(2, 4)
+    let cores = match is_pinned() {
+        true => 1,
+        false => std::thread::available_parallelism().map_or(2, usize::from),
+    };
+    cores.clamp(2, 4)
 }
 
 /// Lets a moment pass between two looks.
@@ -107,6 +113,58 @@ fn until<T>(mut done: impl FnMut() -> Option<T>) -> Option<T> {
             answer => return answer,
         }
     }
+}
+
+/// The host's last core while targets are started on the first one; else 0.
+static LAST: AtomicUsize = AtomicUsize::new(0);
+
+/// From now on targets are started on the first core, and this process and the
+/// workers run on the others. Returns whether that can be had.
+pub(crate) fn pin() -> bool {
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let can = cores > 1 && move_itself(&format!("1-{}", cores - 1));
+    LAST.store(if can { cores - 1 } else { 0 }, Ordering::Relaxed);
+    can
+}
+
+/// Ends that.
+pub(crate) fn unpin() {
+    let last = LAST.swap(0, Ordering::Relaxed);
+    move_itself(&format!("0-{last}"));
+}
+
+fn is_pinned() -> bool {
+    LAST.load(Ordering::Relaxed) > 0
+}
+
+fn move_itself(cores: &str) -> bool {
+    let mut command = Command::new("taskset");
+    command.args(["-a", "-p", "-c", cores, &std::process::id().to_string()]);
+    let moved = command.stdout(Stdio::null()).stderr(Stdio::null()).status();
+    moved.is_ok_and(|status| status.success())
+}
+
+/// Returns the command of a target, which keeps its pid. Where `setpriv` is there
+/// the kernel ends the target if this process is killed before it can.
+fn command(program: &Path) -> Command {
+    let pinned = ["taskset", "-c", "0"];
+    let pinned = pinned.iter().filter(|_| is_pinned()).map(OsStr::new);
+    let tied = ["setpriv", "--pdeathsig", "TERM"];
+    let tied = tied.iter().filter(|_| can_be_tied()).map(OsStr::new);
+    let mut words = tied.chain(pinned).chain([program.as_os_str()]);
+    let mut command = Command::new(words.next().expect("the program at least"));
+    command.args(words);
+    command
+}
+
+fn can_be_tied() -> bool {
+    static CAN: OnceLock<bool> = OnceLock::new();
+    *CAN.get_or_init(|| {
+        let mut command = Command::new("setpriv");
+        command.args(["--pdeathsig", "TERM", "true"]);
+        let tried = command.stderr(Stdio::null()).status();
+        tried.is_ok_and(|status| status.success())
+    })
 }
 
 fn free_port() -> u16 {
@@ -135,9 +193,9 @@ fn start(mut command: Command, folder: Option<tempfile::TempDir>) -> Program {
     Program { child, folder }
 }
 
-/// Starts residentd, with its defaults but for `server` and `memory` lines, and
-/// models that are all the same but for their names; the first is [`MODEL`].
-pub(crate) fn residentd(server: &str, models: usize, loaded: bool) -> Target {
+/// Starts this residentd, with its defaults but for lines of `server`, and models
+/// that are all the same but for their names; the first is [`MODEL`].
+pub(crate) fn residentd(binary: &Path, server: &str, models: usize, loaded: bool) -> Target {
     let folder = folder();
     let state = folder.path().join("state");
     let mut config =
@@ -148,14 +206,21 @@ pub(crate) fn residentd(server: &str, models: usize, loaded: bool) -> Target {
             number => format!("other-{number}"),
         };
         let program = itself();
+        let cores = match is_pinned() {
+            true => format!(
+                "\"taskset\", \"-c\", \"1-{}\", ",
+                LAST.load(Ordering::Relaxed)
+            ),
+            false => String::new(),
+        };
         let model = format!(
-            "[models.{name}]\ncommand = [{program:?}, \"worker\", \"--port\", \"${{PORT}}\"]\nmemory = \"32MiB\"\npreload = {loaded}\n"
+            "[models.{name}]\ncommand = [{cores}{program:?}, \"worker\", \"--port\", \"${{PORT}}\"]\nmemory = \"32MiB\"\npreload = {loaded}\n"
         );
         config.push_str(&model);
     }
     let file = folder.path().join("residentd.toml");
     fs::write(&file, config).expect("it can be written");
-    let mut command = Command::new(env!("CARGO_BIN_EXE_residentd"));
+    let mut command = command(binary);
     command.args(["serve", "--config"]).arg(&file);
     command.current_dir(folder.path()).stdout(Stdio::piped());
     let mut program = start(command, Some(folder));
@@ -191,7 +256,7 @@ pub(crate) fn whoami(residentd: &str, model: &str) -> String {
 /// Starts a worker of its own.
 pub(crate) fn worker() -> Target {
     let port = free_port();
-    let mut command = Command::new(itself());
+    let mut command = command(&itself());
     command.args(["worker", "--port", &port.to_string()]);
     let address = format!("127.0.0.1:{port}");
     listening("direct", address, start(command, None))
@@ -230,7 +295,7 @@ fn by_template(template: &str, upstream: &str) -> (Command, String) {
         let word = word.replace("{listen}", &listen);
         word.replace("{upstream}", upstream)
     };
-    let mut command = Command::new(&words[0]);
+    let mut command = command(Path::new(&words[0]));
     command.args(words[1..].iter().map(filled));
     command.stdout(Stdio::null());
     (command, listen)
@@ -274,7 +339,7 @@ fn find(name: &str) -> Option<PathBuf> {
 
 /// Returns the command of a peer, with the libraries that were fetched with it.
 fn peer(name: &str) -> Option<Command> {
-    let mut command = Command::new(find(name)?);
+    let mut command = command(&find(name)?);
     let libraries = fetched().join("usr/lib/x86_64-linux-gnu");
     let arm = fetched().join("usr/lib/aarch64-linux-gnu");
     let both = format!("{}:{}", libraries.display(), arm.display());

@@ -1,6 +1,9 @@
 //! S01 and S02: small requests, each of 1 KB with an answer of 1 KB, on kept
 //! connections.
 //!
+//! Once more with all targets on one core and the driver and the worker on another,
+//! where there are two: so less of what else runs is measured.
+//!
 //! Two rows are closed loops: each connection asks again when it has its answer.
 //! In the third requests come at a fixed rate and their time counts from when they
 //! were due, so that a target that stands still cannot hide who waited meanwhile.
@@ -12,7 +15,7 @@ use tokio::task::JoinSet;
 
 use crate::cost::host_busy;
 use crate::load::{self, float, float_of};
-use crate::peers::{Target, pause};
+use crate::peers::{self, Target, pause};
 use crate::report::{Goal, Report, Rounds, Visit, percentile};
 use crate::wire::{Connection, Waiting, request};
 use crate::{Options, Stage};
@@ -29,6 +32,24 @@ const TURNS: u64 = 16;
 
 /// Runs the three rows.
 pub(crate) fn run(options: &Options, report: &mut Report) -> io::Result<()> {
+    closed_and_open(options, report)?;
+    // Nobody gets in the way of a target that has a core to itself.
+    if peers::pin() {
+        let stage = Stage::new(options, report, "");
+        let rounds = stage.rounds(options, |target| closed(target, MANY));
+        peers::unpin();
+        let rounds = rounds?;
+        report.table("S01-pinned", &rounds);
+        let pair = (
+            rounds.of("residentd", "cpu_us"),
+            rounds.of("nginx", "cpu_us"),
+        );
+        report.ratio("S01-cpu-pinned", ("us", "nginx"), pair, Goal::at_most(1.15));
+    }
+    Ok(())
+}
+
+fn closed_and_open(options: &Options, report: &mut Report) -> io::Result<()> {
     let stage = Stage::new(options, report, "");
     let one = stage.rounds(options, |target| closed(target, 1))?;
     let many = stage.rounds(options, |target| closed(target, MANY))?;
@@ -143,7 +164,8 @@ fn open(target: &Target) -> io::Result<Visit> {
 /// What had been used when a visit began.
 pub(crate) struct Used {
     at: u64,
-    target: Option<f64>,
+    /// Its processor time and its switches.
+    target: Option<(f64, f64)>,
     host: f64,
 }
 
@@ -151,7 +173,10 @@ impl Used {
     pub(crate) fn now(target: &Target) -> Self {
         Self {
             at: load::now(),
-            target: target.processes.as_ref().map(|p| p.run_time()),
+            target: target
+                .processes
+                .as_ref()
+                .map(|p| (p.run_time(), p.switches())),
             host: host_busy(),
         }
     }
@@ -164,7 +189,8 @@ impl Used {
             ("host_us", (now.host - self.host) / count),
         ]);
         if let (Some(before), Some(after)) = (self.target, now.target) {
-            visit.insert("cpu_us", (after - before) / count);
+            visit.insert("cpu_us", (after.0 - before.0) / count);
+            visit.insert("switches", (after.1 - before.1) / count);
         }
         visit
     }
