@@ -19,9 +19,9 @@ real:
 demo:
 	@scripts/demo
 
-# What it costs, a line for each figure.
+# What it costs, a line for each figure; SHORT=1 is a smoke test, KEEP=1 keeps the results, PEER=PATH adds a proxy.
 bench:
-	@scripts/bench
+	@scripts/bench $(if $(SHORT),--short) $(if $(KEEP),--keep) $(if $(PEER),--peer "$(PEER)")
 
 # A long search for events that break a law of the policy; CASES=1000000 searches longer.
 laws:
