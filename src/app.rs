@@ -88,6 +88,9 @@ pub enum AppError {
         /// Why.
         source: std::io::Error,
     },
+    /// Spans of requests cannot be sent.
+    #[error(transparent)]
+    Traces(#[from] telemetry::TracesError),
     /// Workers are not to outlive residentd, and nobody could be found to see to it.
     #[error("start the guard that ends workers with residentd")]
     Guard(#[source] std::io::Error),
@@ -174,7 +177,8 @@ impl App {
         let core = Core::start(&config, owns_process, &inherited).await?;
         let (controller, store) = (core.controller.clone(), core.store.clone());
         let proxy = Proxy::new(controller.clone(), proxy_settings(&config))
-            .with_access_log(core.access.clone());
+            .with_access_log(core.access.clone())
+            .with_traces(core.traces.clone());
         let (reloader, requests) = Reloader::channel();
         let (upgrader, upgrades) = Upgrader::channel();
         let (doors, seen) = states::channel(Doors::Open);
@@ -308,10 +312,13 @@ impl App {
         self.closing.cancel();
         self.connections.close();
         self.connections.wait().await;
-        if let Some(access) = self.core.access.clone() {
-            // Only a panic of it could fail, which has been told.
-            let _ = tokio::task::spawn_blocking(move || access.flush()).await;
-        }
+        let (access, traces) = (self.core.access.clone(), self.core.traces.clone());
+        // Only a panic of it could fail, which has been told.
+        let _ = tokio::task::spawn_blocking(move || {
+            access.as_ref().map(AccessLog::flush);
+            traces.as_ref().map(telemetry::Traces::finish);
+        })
+        .await;
         heir.is_done();
     }
 
@@ -363,6 +370,9 @@ impl App {
                 open = self.connections.len(),
                 "connections are still open and will be cut"
             );
+        }
+        if let Some(traces) = self.core.traces.clone() {
+            let _ = tokio::task::spawn_blocking(move || traces.finish()).await;
         }
         for path in &self.own_paths {
             // It may have been taken away already.

@@ -11,7 +11,7 @@ use super::keeper::{self, Keeper};
 use super::upgrade::Inherited;
 use super::{AppError, survivors};
 use crate::clock::Clock;
-use crate::config::{Config, diff};
+use crate::config::{Config, Telemetry, diff};
 use crate::control::{self, Controller, Inheritance, Routes};
 use crate::memory::{MemorySource, Sampler, SamplerSettings};
 use crate::model::{Bytes, Domain, ModelName};
@@ -19,6 +19,7 @@ use crate::policy::{Policy, Setup};
 use crate::procfs::mark::Owner;
 use crate::proxy::AccessLog;
 use crate::store::{Store, StoreError};
+use crate::telemetry::Traces;
 use crate::worker::{self, Adoptee, Guard, ProcessSpawner, WorkerSettings};
 
 /// The access log is this long at most, and one as long is kept beside it.
@@ -34,6 +35,7 @@ pub(super) struct Core {
     pub(super) clock: Clock,
     pub(super) store: Store,
     pub(super) access: Option<AccessLog>,
+    pub(super) traces: Option<Traces>,
     pub(super) spawner: Arc<ProcessSpawner>,
     pub(super) guard: Option<Arc<Guard>>,
     pub(super) controller: Controller,
@@ -53,6 +55,7 @@ impl Core {
         let clock = Clock::start();
         let store = open_store(config, clock).await?;
         let access = access_log(config)?;
+        let traces = traces(config)?;
         let owner = Owner::this_process(store.name().to_owned());
         let mut adoptees = survivors::find(config, &store, &owner, clock).await;
         for adoptee in &mut adoptees {
@@ -76,6 +79,7 @@ impl Core {
             clock,
             store,
             access,
+            traces,
             spawner,
             guard,
             controller,
@@ -109,6 +113,17 @@ fn access_log(config: &Config) -> Result<Option<AccessLog>, AppError> {
         Ok(log) => Ok(Some(log)),
         Err(source) => Err(AppError::AccessLog { path, source }),
     }
+}
+
+fn traces(config: &Config) -> Result<Option<Traces>, AppError> {
+    let Telemetry {
+        otlp_endpoint,
+        service_name,
+        sample_ratio,
+    } = &config.telemetry;
+    let endpoint = otlp_endpoint.as_ref();
+    let started = endpoint.map(|endpoint| Traces::start(endpoint, service_name, *sample_ratio));
+    Ok(started.transpose()?)
 }
 
 fn spawner(config: &Config, owner: Owner, clock: Clock, reap_all: bool) -> ProcessSpawner {

@@ -40,6 +40,7 @@ pub(super) fn check(
         admin_listen,
         auth,
         tls,
+        telemetry: raw.telemetry.check(),
         memory: memory(raw.memory, context),
         gpu_limits: raw
             .gpus

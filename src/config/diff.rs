@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use std::fmt::Debug;
 use std::sync::Arc;
 
-use super::{Config, Memory, Pressure, Server};
+use super::{Config, Memory, Pressure, Server, Telemetry};
 use crate::model::{
     ChangedModel, Difference, Filter, Fingerprint, ModelName, ModelSpec, RequestSpec, Takes,
     UpstreamSpec,
@@ -28,6 +28,7 @@ pub fn hash(config: &Config) -> String {
         // Tokens are not shown, so another one is no other text.
         auth,
         tls,
+        telemetry,
         memory,
         pressure,
         gpu_limits,
@@ -35,7 +36,7 @@ pub fn hash(config: &Config) -> String {
         warnings: _,
     } = config;
     let text = format!(
-        "{server:?}{admin_listen:?}{auth:?}{tls:?}{memory:?}{pressure:?}{gpu_limits:?}{models:?}"
+        "{server:?}{admin_listen:?}{auth:?}{tls:?}{telemetry:?}{memory:?}{pressure:?}{gpu_limits:?}{models:?}"
     );
     let mut print = Fingerprint::default();
     print.feed(text.as_bytes());
@@ -50,6 +51,7 @@ pub fn apply(old: &Config, new: Config) -> (Config, Difference) {
     let mut difference = Difference::default();
     let server = server(&old.server, new.server, &mut difference);
     let memory = memory(&old.memory, new.memory, &mut difference);
+    let telemetry = telemetry(&old.telemetry, &new.telemetry, &mut difference);
     let mut keys = Keys::default();
     pressure(&old.pressure, &new.pressure, &mut keys);
     keys.compare("gpus", &old.gpu_limits, &new.gpu_limits);
@@ -86,6 +88,7 @@ pub fn apply(old: &Config, new: Config) -> (Config, Difference) {
         admin_listen: old.admin_listen.clone(),
         auth: new.auth,
         tls: new.tls,
+        telemetry,
         memory,
         pressure: new.pressure,
         gpu_limits: new.gpu_limits,
@@ -135,6 +138,20 @@ fn memory(old: &Memory, new: Memory, difference: &mut Difference) -> Memory {
         at_once: [limit, reserve, auto_cleanup, policy, patience, prefetch],
         at_start: [check_interval, nvml_library, host_proc],
         Memory)
+}
+
+fn telemetry(old: &Telemetry, new: &Telemetry, difference: &mut Difference) -> Telemetry {
+    let Telemetry {
+        otlp_endpoint,
+        service_name,
+        sample_ratio,
+    } = new;
+    let mut keys = Keys::default();
+    keys.compare("telemetry.otlp_endpoint", &old.otlp_endpoint, otlp_endpoint);
+    keys.compare("telemetry.service_name", &old.service_name, service_name);
+    keys.compare("telemetry.sample_ratio", &old.sample_ratio, sample_ratio);
+    difference.needs_restart.extend(keys.0);
+    old.clone()
 }
 
 fn pressure(old: &Pressure, new: &Pressure, keys: &mut Keys) {

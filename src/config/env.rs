@@ -13,6 +13,7 @@ use super::access::RawAuth;
 use super::problem::{Origin, Place, Problems};
 use super::raw::{RawConfig, RawMemory, RawServer};
 use super::section::{Section, nearest};
+use super::telemetry::RawTelemetry;
 use super::value::Value;
 
 /// Names and values.
@@ -68,6 +69,7 @@ struct Variable {
 enum Table {
     Auth,
     Server,
+    Telemetry,
     Memory,
 }
 
@@ -76,6 +78,7 @@ impl Table {
         match self {
             Self::Auth => "auth",
             Self::Server => "server",
+            Self::Telemetry => "telemetry",
             Self::Memory => "memory",
         }
     }
@@ -90,7 +93,7 @@ const fn variable(name: &'static str, table: Table, key: &'static str) -> Variab
     }
 }
 
-const VARIABLES: [Variable; 24] = [
+const VARIABLES: [Variable; 27] = [
     variable(
         "RESIDENTD_INFERENCE_TOKENS",
         Table::Auth,
@@ -117,6 +120,9 @@ const VARIABLES: [Variable; 24] = [
     variable("RESIDENTD_MODEL_PREFIX", Table::Server, "model_prefix"),
     variable("RESIDENTD_ACCESS_LOG", Table::Server, "access_log"),
     variable("RESIDENTD_WATCH_CONFIG", Table::Server, "watch_config"),
+    variable("RESIDENTD_OTLP_ENDPOINT", Table::Telemetry, "otlp_endpoint"),
+    variable("RESIDENTD_SERVICE_NAME", Table::Telemetry, "service_name"),
+    variable("RESIDENTD_SAMPLE_RATIO", Table::Telemetry, "sample_ratio"),
     variable("RESIDENTD_LIMIT", Table::Memory, "limit"),
     variable("RESIDENTD_RESERVE", Table::Memory, "reserve"),
     variable("RESIDENTD_CHECK_INTERVAL", Table::Memory, "check_interval"),
@@ -157,8 +163,10 @@ pub(super) fn read(
     let server = of_variables(environment, Table::Server, origin, problems);
     let memory = of_variables(environment, Table::Memory, origin, problems);
     let auth = of_variables(environment, Table::Auth, origin, problems);
+    let telemetry = of_variables(environment, Table::Telemetry, origin, problems);
     RawConfig {
         auth: RawAuth::read(auth, problems),
+        telemetry: RawTelemetry::read(telemetry, problems),
         server: RawServer::read(server, problems),
         memory: RawMemory::read(memory, problems),
         ..RawConfig::default()

@@ -28,6 +28,7 @@ mod raw;
 mod ready;
 mod requests;
 mod section;
+mod telemetry;
 pub mod units;
 mod upstream;
 mod value;
@@ -45,6 +46,7 @@ pub use access::{Auth, Tls};
 pub use env::{Environment, Sources};
 pub use files::{DEFAULTS, places};
 pub use problem::{Complaint, Problem, Problems, Severity};
+pub use telemetry::Telemetry;
 
 use crate::model::{Bytes, DeviceRef, EvictionPolicy, ModelSpec, Prefetch};
 
@@ -60,6 +62,8 @@ pub struct Config {
     pub auth: Auth,
     /// What TCP listeners are encrypted with; absent: they are not.
     pub tls: Option<Tls>,
+    /// Where spans of requests are sent.
+    pub telemetry: Telemetry,
     /// The memory workers may have.
     pub memory: Memory,
     /// When memory counts as tight.

@@ -14,6 +14,7 @@ use super::live::RawLive;
 use super::problem::{Complaint, Origin, Place, Problems};
 use super::requests::RawRequests;
 use super::section::{Section, Setting, Text};
+use super::telemetry::RawTelemetry;
 use super::value::{NAME_FIX, Value};
 use super::{Listen, LogFormat, Threshold, gpus, park, ready};
 use crate::model::{Bytes, DeviceRef, EvictionPolicy, GpuRequest, ModelName, Prefetch, ReadyCheck};
@@ -28,6 +29,7 @@ pub(super) struct RawConfig {
     pub(super) admin: RawAdmin,
     pub(super) auth: RawAuth,
     pub(super) tls: RawTls,
+    pub(super) telemetry: RawTelemetry,
     pub(super) memory: RawMemory,
     pub(super) pressure: RawPressure,
     /// Limits of GPUs.
@@ -122,6 +124,9 @@ impl RawConfig {
         if let Some(section) = top.table("tls", problems) {
             raw.tls = RawTls::read(section, problems);
         }
+        if let Some(section) = top.table("telemetry", problems) {
+            raw.telemetry = RawTelemetry::read(section, problems);
+        }
         if let Some(section) = top.table("memory", problems) {
             raw.memory = RawMemory::read(section, problems);
         }
@@ -183,6 +188,7 @@ impl RawConfig {
             admin: self.admin.over(weaker.admin),
             auth: self.auth.over(weaker.auth),
             tls: self.tls.over(weaker.tls),
+            telemetry: self.telemetry.over(weaker.telemetry),
             memory: self.memory.over(weaker.memory),
             pressure: self.pressure.over(weaker.pressure),
             gpus: over(self.gpus, weaker.gpus),

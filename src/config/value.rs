@@ -77,6 +77,16 @@ impl<'a> Value<'a> {
     }
 
     /// Reads a text without a NUL byte, which no program could be given.
+    /// Returns the value as a number, of a fraction or not.
+    pub(super) fn as_number(&self) -> Option<f64> {
+        match self {
+            Self::Toml(DeValue::Float(number)) => number.as_str().parse().ok(),
+            Self::Toml(DeValue::Integer(number)) => number.as_str().parse().ok(),
+            Self::Toml(_) => None,
+            Self::Bare(text) | Self::BareSeconds(text) => text.trim().parse().ok(),
+        }
+    }
+
     pub(super) fn text(&self) -> Result<String, Complaint> {
         match self.as_text() {
             Some(text) if text.contains('\0') => {

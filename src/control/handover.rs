@@ -359,6 +359,7 @@ impl Task {
             closing: CancellationToken::new(),
             serial: self.next_serial,
             since: now,
+            loaded_in: None,
             is_heir: true,
             leader: None,
         })

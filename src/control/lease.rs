@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use arc_swap::{ArcSwap, ArcSwapOption};
 use tokio::sync::mpsc;
@@ -195,6 +196,8 @@ pub struct ReadyWorker {
     pub serial: u64,
     /// When it became ready.
     pub since: Timestamp,
+    /// From its spawn to that; absent when it was taken back.
+    pub loaded_in: Option<Duration>,
     /// It is no worker but the residentd that has taken over: requests go there
     /// as they came.
     pub is_heir: bool,

@@ -405,6 +405,7 @@ impl Task {
             closing: CancellationToken::new(),
             serial: self.next_serial,
             since: now,
+            loaded_in: took,
             is_heir: false,
             leader: live.tree.as_ref().map(|tree| tree.leader()),
         });

@@ -115,6 +115,23 @@ pub struct Passed {
     pub answer_bytes: u64,
 }
 
+impl Passed {
+    /// Returns one that residentd answered before it asked for a lease.
+    #[must_use]
+    pub const fn refused(status: u16, call: Option<u16>) -> Self {
+        Self {
+            status,
+            call,
+            ending: Ending::Refused,
+            queued: None,
+            cold: None,
+            first_byte: None,
+            request_bytes: 0,
+            answer_bytes: 0,
+        }
+    }
+}
+
 /// The counts of one model.
 #[derive(Debug)]
 pub struct Traffic {
@@ -171,20 +188,6 @@ impl Traffic {
                 durations.count(took);
             }
         }
-    }
-
-    /// Counts one that was answered by residentd before it asked for a lease.
-    pub fn refused(&self, status: u16, call: Option<u16>) {
-        self.count(&Passed {
-            status,
-            call,
-            ending: Ending::Refused,
-            queued: None,
-            cold: None,
-            first_byte: None,
-            request_bytes: 0,
-            answer_bytes: 0,
-        });
     }
 
     /// Returns requests by code, those that occurred.
@@ -341,7 +344,7 @@ mod tests {
     fn a_status_of_grpc_that_does_not_exist_is_unknown() {
         let traffic = Traffic::default();
         for call in [0, 14, 17, u16::MAX] {
-            traffic.refused(200, Some(call));
+            traffic.count(&Passed::refused(200, Some(call)));
         }
         let calls: Vec<_> = traffic.calls().collect();
         assert_eq!(calls, [("OK", 1), ("UNKNOWN", 2), ("UNAVAILABLE", 1)]);

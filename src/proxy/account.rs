@@ -11,6 +11,7 @@ use tracing::debug;
 use super::access::{AccessLog, Line};
 use super::ids::{REQUEST_ID, TraceParent};
 use super::rpc::Call;
+use super::spans::{Ended, Spans, Step};
 use crate::clock::{Clock, Timestamp};
 use crate::control::{Ending, Lease, ModelRoute, Passed};
 use crate::grpc::{self, Code};
@@ -53,6 +54,8 @@ pub(super) struct Account {
     bytes: u64,
     is_stream: bool,
     ending: Ending,
+    /// Of a request that is traced.
+    spans: Option<Box<Spans>>,
 }
 
 impl Account {
@@ -86,6 +89,7 @@ impl Account {
             bytes: 0,
             is_stream: false,
             ending: Ending::Left,
+            spans: None,
         }
     }
 
@@ -95,16 +99,42 @@ impl Account {
         self
     }
 
+    /// Also makes these spans of it, from the reading of its body on.
+    pub(super) fn traced(mut self, spans: Option<Box<Spans>>) -> Self {
+        self.spans = spans;
+        self.step(Step::ReadBody);
+        self
+    }
+
+    /// Its next step begins.
+    pub(super) fn step(&mut self, step: Step) {
+        if let Some(spans) = &mut self.spans {
+            spans.step(step);
+        }
+    }
+
+    /// Tells the worker where in a trace it is.
+    pub(super) fn tell(&self, headers: &mut HeaderMap) {
+        if let Some(spans) = &self.spans {
+            spans.tell(headers);
+        }
+    }
+
     /// It asks for a lease.
     pub(super) fn asks(&mut self) {
+        self.step(Step::Wait);
         self.asked = Some(self.clock.now());
     }
 
     /// It has one. Returns since when.
     pub(super) fn leased(&mut self, lease: &Lease) -> Timestamp {
         let (worker, now) = (lease.worker(), self.clock.now());
-        self.is_cold |= self.asked.is_some_and(|asked| worker.since > asked);
+        let is_cold = self.asked.is_some_and(|asked| worker.since > asked);
+        self.is_cold |= is_cold;
         self.stop_waiting(now);
+        if let Some(spans) = &mut self.spans {
+            spans.leased(lease, is_cold);
+        }
         self.leased = Some(now);
         self.generation = Some(worker.id.generation);
         self.is_heirs = worker.is_heir;
@@ -138,6 +168,7 @@ impl Account {
 
     /// A worker answers, by this head.
     pub(super) fn answered(&mut self, status: u16, headers: &HeaderMap) {
+        self.step(Step::Body);
         self.status = Some(status);
         if self.call.is_some() {
             self.call_status = grpc::given(headers);
@@ -258,6 +289,16 @@ impl Drop for Account {
             if let Some(log) = self.log.take() {
                 log.write(self.line(&passed, waited, served));
             }
+        }
+        if let Some(spans) = self.spans.take() {
+            let ended = Ended {
+                model: Some(self.route.name().as_str()),
+                name: self.name(),
+                status: self.status,
+                code: self.code,
+                passed: &passed,
+            };
+            spans.end(now, &ended);
         }
         debug!(
             model = %self.route.name(),

@@ -20,6 +20,7 @@ use super::filter::Change;
 use super::held::Held;
 use super::pool::{Pool, Sender, Wire};
 use super::rpc::{self, Call};
+use super::spans::Step;
 use super::upload::{BodyError, RequestBody};
 use super::{Proxy, headers, limit, upgrade};
 use crate::clock::Timestamp;
@@ -112,6 +113,7 @@ impl Proxy {
         let client = passage.head.extensions.remove::<OnUpgrade>();
         let client = client.filter(|_| headers::asks_upgrade(&passage.head.headers));
         headers::towards_worker(&mut passage.head, passage.peer, client.is_some());
+        passage.account.tell(&mut passage.head.headers);
         let mut lease = self.lease(passage, deadline).await?;
         loop {
             let leased = passage.account.leased(&lease);
@@ -174,6 +176,7 @@ impl Proxy {
         passage: &mut Passage,
         fresh: bool,
     ) -> Tried {
+        passage.account.step(Step::Connect);
         if !fresh
             && passage.held.is_whole()
             && let Some(sender) = pool.kept(passage.wire()).await
@@ -181,6 +184,7 @@ impl Proxy {
             match self.send(sender, lease, passage).await {
                 Tried::Unsent(cause) => {
                     debug!(worker = %lease.worker().id, cause, "a kept connection was closed");
+                    passage.account.step(Step::Connect);
                 }
                 done @ (Tried::Answered(..) | Tried::Broke(_) | Tried::Refused(_)) => return done,
             }
@@ -201,6 +205,7 @@ impl Proxy {
     async fn send(&self, mut sender: Sender, lease: &Lease, passage: &mut Passage) -> Tried {
         // Whoever asks for work and gets none says something of the worker; a
         // connection on which a client only listens may be quiet for long.
+        passage.account.step(Step::FirstByte);
         let asks_for_work = has_body(&passage.head.method);
         let visit = asks_for_work.then(|| Visit::begin(Arc::clone(&lease.worker().pulse)));
         let request = match self.request(lease, passage, visit.as_ref()) {

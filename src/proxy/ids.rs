@@ -13,6 +13,9 @@ pub const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 /// Where a request belongs in a trace.
 pub(super) const TRACEPARENT: HeaderName = HeaderName::from_static("traceparent");
 
+/// What other tracing systems keep beside that.
+pub(super) const TRACESTATE: HeaderName = HeaderName::from_static("tracestate");
+
 /// A client's name for a request has at most so many bytes.
 const LONGEST: usize = 128;
 const HEX: &[u8; 16] = b"0123456789abcdef";
@@ -104,7 +107,6 @@ impl TraceParent {
     }
 
     /// Writes it as a header.
-    #[cfg_attr(not(test), expect(dead_code, reason = "spans are not exported yet"))]
     pub(super) fn header(self) -> HeaderValue {
         let mut text = *b"00-00000000000000000000000000000000-0000000000000000-00";
         write_hex(&mut text[3..35], self.trace);

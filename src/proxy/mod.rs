@@ -23,6 +23,7 @@ mod resolve;
 mod rewrite;
 mod rpc;
 mod scan;
+mod spans;
 mod upgrade;
 mod upload;
 
@@ -51,11 +52,13 @@ pub use self::limit::Limited;
 use self::pool::Pools;
 use self::resolve::ByPath;
 use self::rpc::Call;
+use self::spans::{Ended, Spans};
 pub use self::upload::BodyError;
 use crate::clock::Timestamp;
-use crate::control::{Controller, ModelRoute};
+use crate::control::{Controller, ModelRoute, Passed};
 use crate::model::Bytes;
 use crate::reply::{self, Fault, Speech};
+use crate::telemetry::Traces;
 
 /// Bodies up to this size are read whole before they are sent, so that they
 /// can be sent again when the worker breaks.
@@ -80,6 +83,7 @@ pub struct Proxy {
     pools: Arc<Pools>,
     access: Option<AccessLog>,
     names: Arc<Names>,
+    traces: Option<Traces>,
 }
 
 impl Proxy {
@@ -92,6 +96,7 @@ impl Proxy {
             pools: Arc::default(),
             access: None,
             names: Arc::new(Names::new()),
+            traces: None,
         }
     }
 
@@ -104,6 +109,13 @@ impl Proxy {
     #[must_use]
     pub fn with_access_log(mut self, log: Option<AccessLog>) -> Self {
         self.access = log;
+        self
+    }
+
+    /// Makes spans of requests.
+    #[must_use]
+    pub fn with_traces(mut self, traces: Option<Traces>) -> Self {
+        self.traces = traces;
         self
     }
 
@@ -125,10 +137,8 @@ impl Proxy {
     pub fn count_stray(&self, fault: &Fault, speech: Speech) {
         let status = fault.status();
         let call = (speech == Speech::Grpc).then(|| reply::code_of(status) as u16);
-        self.controller
-            .routes()
-            .stray()
-            .refused(status.as_u16(), call);
+        let refused = Passed::refused(status.as_u16(), call);
+        self.controller.routes().stray().count(&refused);
     }
 
     /// Answers one request of a client at `peer`; a Unix socket has none. One over which
@@ -165,16 +175,21 @@ impl Proxy {
         }
         let (mut head, body) = request.into_parts();
         let mut held = Held::new(body);
+        let times = (self.controller.clock(), began);
+        let spans = self.traces.as_ref().map(|traces| {
+            let asked = (&head.method, head.uri.path());
+            Spans::begin(traces, asked, &head.headers, times, call.is_some())
+        });
         let (route, target) = match self.find(&head, &mut held, call).await {
             Ok(ByPath::Model(route, target)) => (route, target),
             Ok(ByPath::Readiness(route, name)) => return Ok(self.readiness(&name, &route)),
-            Ok(ByPath::Unknown(name)) => return Err(self.stray(self.not_found(&name), call)),
-            Ok(ByPath::Silent) => return Err(self.stray(Fault::NoModel, call)),
-            Err(fault) => return Err(self.stray(fault, call)),
+            Ok(ByPath::Unknown(name)) => {
+                return Err(self.stray(self.not_found(&name), call, spans));
+            }
+            Ok(ByPath::Silent) => return Err(self.stray(Fault::NoModel, call, spans)),
+            Err(fault) => return Err(self.stray(fault, call, spans)),
         };
-        let clock = self.controller.clock();
-        let times = (clock, began);
-        let account = Account::new(Arc::clone(&route), &head.headers, times, call);
+        let account = Account::new(Arc::clone(&route), &head.headers, times, call).traced(spans);
         let prepared = self.prepare((&route, &target), &head, &mut held, call);
         let (change, beats) = match prepared.await {
             Ok(prepared) => prepared,
@@ -257,11 +272,22 @@ impl Proxy {
     }
 
     /// Counts a request that named no model that there is.
-    fn stray(&self, fault: Fault, call: Option<Call>) -> Fault {
+    fn stray(&self, fault: Fault, call: Option<Call>, spans: Option<Box<Spans>>) -> Fault {
         let now = self.controller.clock().now();
-        let status = call.map(|call| call.refused_by(&fault, now) as u16);
-        let stray = self.controller.routes().stray();
-        stray.refused(fault.status().as_u16(), status);
+        let status = fault.status().as_u16();
+        let call = call.map(|call| call.refused_by(&fault, now) as u16);
+        let refused = Passed::refused(status, call);
+        self.controller.routes().stray().count(&refused);
+        if let Some(spans) = spans {
+            let ended = Ended {
+                model: None,
+                name: None,
+                status: Some(status),
+                code: Some(fault.code()),
+                passed: &refused,
+            };
+            spans.end(now, &ended);
+        }
         fault
     }
 

@@ -1,12 +1,15 @@
 //! Logs, and what every task needs of them: tracing set-up, the printer of
 //! error chains, and spawning with a name.
 
+mod otlp;
+
 use std::error::Error;
 use std::fmt;
 use std::future::Future;
 use std::io::IsTerminal;
 use std::sync::OnceLock;
 
+pub use otlp::{Traces, TracesError};
 use tokio::runtime::{Handle, RuntimeFlavor};
 use tracing::Instrument;
 use tracing_subscriber::{EnvFilter, reload};

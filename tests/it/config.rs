@@ -5,6 +5,7 @@ mod diff;
 mod problems;
 mod shown;
 mod sources;
+mod telemetry;
 
 use std::fs;
 use std::path::PathBuf;

@@ -250,6 +250,7 @@ fn gemma() -> ModelView {
             closing: CancellationToken::new(),
             serial: 1,
             since: at(10),
+            loaded_in: None,
             is_heir: false,
             leader: None,
         })),

@@ -5,6 +5,7 @@ mod calls;
 mod counts;
 mod lines;
 mod names;
+mod spans;
 
 use std::path::Path;
 

@@ -38,6 +38,11 @@ impl Played {
         Self::build("", environment)
     }
 
+    /// As [`Played::with`], with spans sent to this collector.
+    pub(crate) fn traced(endpoint: &str, keys: &str) -> Self {
+        Self::build(keys, &[("RESIDENTD_OTLP_ENDPOINT", endpoint)])
+    }
+
     fn build(keys: &str, environment: &[(&str, &str)]) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
         listener.set_nonblocking(true).expect("a socket option");

@@ -3,6 +3,7 @@
 
 pub(crate) mod calls;
 pub(crate) mod cgroup;
+pub(crate) mod collector;
 pub(crate) mod gpu;
 pub(crate) mod http;
 pub(crate) mod residentd;
