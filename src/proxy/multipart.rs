@@ -185,7 +185,8 @@ impl Finder {
             }
             Delimiter::Part(end) => (self.stage, self.looked) = (Stage::Head(end), end),
             Delimiter::Last => self.stage = Stage::Over,
-            Delimiter::Not => (self.stage, self.looked) = (Stage::Outside, at + 2),
+            // Within headers it is one of them.
+            Delimiter::Not => self.looked = at + 2,
         }
         None
     }
