@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Requests that two readers may take for different ones (tests/fixtures/desync), through residentd.
+"""Requests that two readers may take for different ones (the tests of the crate http_desync_guardian), through residentd.
 
     desync.py ADDRESS MODEL HEADS SUITE...    MODEL's worker is the next, and HEADS its file
     desync.py worker PORT HEADS               answers anything, and writes down each head that it gets
