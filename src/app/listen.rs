@@ -258,7 +258,7 @@ impl Server {
                 Err(_) => debug!("a client took too long to begin TLS"),
             }
         };
-        telemetry::spawn("connection", self.connections.track_future(task));
+        telemetry::spawn_often("connection", self.connections.track_future(task));
     }
 
     async fn serve<I>(&self, io: TokioIo<I>, at: At)
@@ -267,10 +267,13 @@ impl Server {
         I: Send + 'static,
     {
         let asked = Arc::new(AtomicBool::new(false));
-        let (server, asks) = (self.clone(), Arc::clone(&asked));
+        // Each request takes it along, so it is one thing to take.
+        let (server, asks) = (Arc::new(self.clone()), Arc::clone(&asked));
+        // Its own: each poll of a token takes the token's lock.
+        let closing = self.closing.child_token();
         let service = service_fn(move |request| {
             asks.store(true, Ordering::Relaxed);
-            let server = server.clone();
+            let server = Arc::clone(&server);
             async move { Ok::<_, Infallible>(server.answer(request, at).await) }
         });
         let builder = builder();
@@ -280,7 +283,7 @@ impl Server {
         let first = tokio::time::timeout(HEAD_TIMEOUT, connection.as_mut());
         let ended = tokio::select! {
             ended = first => ended.ok(),
-            () = self.closing.cancelled() => {
+            () = closing.cancelled() => {
                 connection.as_mut().graceful_shutdown();
                 Some(connection.as_mut().await)
             }
@@ -298,7 +301,7 @@ impl Server {
                 }
                 tokio::select! {
                     ended = connection.as_mut() => ended,
-                    () = self.closing.cancelled() => {
+                    () = closing.cancelled() => {
                         connection.as_mut().graceful_shutdown();
                         connection.await
                     }
@@ -367,7 +370,9 @@ impl Server {
                 self.proxy.count_stray(&fault, speech);
                 return speech.answer(&fault, ProxyBody::text).map(Either::Left);
             }
-            let response = self.proxy.handle(request, client, tried).await;
+            // A connection keeps the room of its largest request as long as it is open:
+            // the answer may be a stream of hours.
+            let response = Box::pin(self.proxy.handle(request, client, tried)).await;
             return response.map(Either::Left);
         }
         let standing = rules.standing(request.headers());
@@ -382,7 +387,7 @@ impl Server {
                 .unwrap_or_else(|never| match never {})
                 .map(Either::Right);
         }
-        self.call(request, peer).await.map(Either::Right)
+        Box::pin(self.call(request, peer)).await.map(Either::Right)
     }
 
     /// Answers a call of the API: here, or by the residentd that has taken over.

@@ -187,7 +187,7 @@ impl Proxy {
             && passage.held.is_whole()
             && let Some(sender) = pool.kept(passage.wire()).await
         {
-            match self.send(sender, lease, passage).await {
+            match self.send(sender, (pool, lease), passage).await {
                 Tried::Unsent(cause) => {
                     debug!(worker = %lease.worker().id, cause, "a kept connection was closed");
                     passage.account.step(Step::Connect);
@@ -198,7 +198,7 @@ impl Proxy {
         match pool.connect(passage.wire()).await {
             // Whoever it is that listens there now.
             Ok(_) if !lease.worker().runs() => Tried::Unsent("it has ended".into()),
-            Ok(sender) => self.send(sender, lease, passage).await,
+            Ok(sender) => self.send(sender, (pool, lease), passage).await,
             Err(error) => {
                 if matches!(error.kind(), ConnectionRefused | NotFound) {
                     lease.worker().pulse.refused();
@@ -208,13 +208,18 @@ impl Proxy {
         }
     }
 
-    async fn send(&self, mut sender: Sender, lease: &Lease, passage: &mut Passage) -> Tried {
+    async fn send(
+        &self,
+        mut sender: Sender,
+        (pool, lease): (&Pool, &Lease),
+        passage: &mut Passage,
+    ) -> Tried {
         // Whoever asks for work and gets none says something of the worker; a
         // connection on which a client only listens may be quiet for long.
         passage.account.step(Step::FirstByte);
         let asks_for_work = has_body(&passage.head.method);
         let visit = asks_for_work.then(|| Visit::begin(Arc::clone(&lease.worker().pulse)));
-        let request = match self.request(lease, passage, visit.as_ref()) {
+        let request = match self.request((pool, lease), passage, visit.as_ref()) {
             Ok(request) => request,
             Err(error) => {
                 let why = format!("the path cannot be passed on: {error}");
@@ -248,7 +253,7 @@ impl Proxy {
 
     fn request(
         &self,
-        lease: &Lease,
+        (pool, lease): (&Pool, &Lease),
         passage: &mut Passage,
         visit: Option<&Visit>,
     ) -> Result<Request<RequestBody>, hyper::http::Error> {
@@ -275,8 +280,7 @@ impl Proxy {
             .counted(counted);
         let head = &passage.head;
         let mut headers = head.headers.clone();
-        let upstream = lease.worker().address(passage.call.is_some());
-        headers.insert(HOST, headers::host(upstream));
+        headers.insert(HOST, pool.host(passage.wire()));
         if lease.worker().is_heir && passage.tried {
             headers.insert(headers::TRIED, HeaderValue::from_static("1"));
         }
@@ -293,7 +297,7 @@ impl Proxy {
         *request.headers_mut() = headers;
         if let Some(call) = passage.call {
             let now = self.controller.clock().now();
-            call.address(&mut request, upstream, now)?;
+            call.address(&mut request, lease.worker().address(true), now)?;
         }
         Ok(request)
     }

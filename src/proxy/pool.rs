@@ -13,11 +13,13 @@ use std::time::Duration;
 use futures_util::FutureExt;
 use hyper::body::Incoming;
 use hyper::client::conn::{http1, http2};
+use hyper::header::HeaderValue;
 use hyper::{Request, Response};
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use tokio_util::sync::CancellationToken;
 use tracing::debug;
 
+use super::headers;
 use super::hearing::Hearing;
 use super::upload::RequestBody;
 use crate::control::{Opened, ReadyWorker, Stream};
@@ -125,13 +127,6 @@ impl Sender {
             Requests::Http2(requests) => requests.is_closed(),
         }
     }
-
-    async fn ready(&mut self) -> Result<(), hyper::Error> {
-        match &mut self.requests {
-            Requests::Http1(requests) => requests.ready().await,
-            Requests::Http2(requests) => requests.ready().await,
-        }
-    }
 }
 
 /// The pools of all workers, by the worker's serial.
@@ -178,11 +173,27 @@ impl Pools {
 /// One worker's connections.
 #[derive(Debug)]
 pub(super) struct Pool {
-    upstream: Upstream,
-    grpc_upstream: Upstream,
+    plain: Address,
+    /// Of calls.
+    calls: Address,
     opened: Opened,
-    closing: CancellationToken,
     state: Mutex<State>,
+}
+
+/// Where a worker is asked, and what it is called there.
+#[derive(Debug)]
+struct Address {
+    upstream: Upstream,
+    host: HeaderValue,
+}
+
+impl Address {
+    fn new(upstream: &Upstream) -> Self {
+        Self {
+            upstream: upstream.clone(),
+            host: headers::host(upstream),
+        }
+    }
 }
 
 #[derive(Debug, Default)]
@@ -205,12 +216,23 @@ impl State {
 impl Pool {
     fn new(worker: &ReadyWorker) -> Self {
         Self {
-            upstream: worker.address(false).clone(),
-            grpc_upstream: worker.address(true).clone(),
+            plain: Address::new(worker.address(false)),
+            calls: Address::new(worker.address(true)),
             opened: worker.opened.clone(),
-            closing: worker.closing.clone(),
             state: Mutex::default(),
         }
+    }
+
+    fn address(&self, wire: Wire) -> &Address {
+        match wire {
+            Wire::Http1 => &self.plain,
+            Wire::Http2 => &self.calls,
+        }
+    }
+
+    /// Returns what the worker is called in `Host`.
+    pub(super) fn host(&self, wire: Wire) -> HeaderValue {
+        self.address(wire).host.clone()
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -229,39 +251,22 @@ impl Pool {
 
     fn take(&self, wire: Wire) -> Option<Sender> {
         let mut state = self.lock();
-        while let Some(sender) = state.idle(wire).pop() {
-            if sender.is_ready() {
-                return Some(sender);
-            }
-        }
-        None
+        let idle = state.idle(wire);
+        idle.retain(|sender| !sender.is_closed());
+        // One that cannot take a request yet has its last one's body on the way.
+        let ready = idle.iter().rposition(Sender::is_ready)?;
+        Some(idle.remove(ready))
     }
 
     async fn opened(&self) -> Option<Sender> {
         greet(self.opened.take()?, Wire::Http1).await.ok()
     }
 
-    /// Keeps a connection whose answer has ended for the next request, as soon
-    /// as it can take one: the request's body may still be on its way.
-    pub(super) fn put(self: &Arc<Self>, mut sender: Sender) {
-        if sender.is_ready() {
-            return self.keep(sender);
-        }
-        if sender.is_closed() {
-            return;
-        }
-        let pool = Arc::clone(self);
-        telemetry::spawn("kept", async move {
-            let ready = pool.closing.run_until_cancelled(sender.ready()).await;
-            if let Some(Ok(())) = ready {
-                pool.keep(sender);
-            }
-        });
-    }
-
-    fn keep(&self, sender: Sender) {
+    /// Keeps a connection whose answer has ended for the next request; it is taken
+    /// when it can take one, since the last request's body may still be on its way.
+    pub(super) fn put(&self, sender: Sender) {
         let mut state = self.lock();
-        let closed = state.closed;
+        let closed = state.closed || sender.is_closed();
         let idle = state.idle(sender.wire());
         if !closed && idle.len() < MOST_IDLE {
             idle.push(sender);
@@ -273,11 +278,7 @@ impl Pool {
         // Nobody needs it any more, and it may keep a worker with one thread
         // from hearing us.
         self.opened.close();
-        let upstream = match wire {
-            Wire::Http1 => &self.upstream,
-            Wire::Http2 => &self.grpc_upstream,
-        };
-        greet(Stream::connect(upstream).await?, wire).await
+        greet(Stream::connect(&self.address(wire).upstream).await?, wire).await
     }
 }
 
@@ -322,7 +323,7 @@ fn sender(
 ) -> Sender {
     let ended = CancellationToken::new();
     let end = ended.clone().drop_guard();
-    telemetry::spawn("upstream", async move {
+    telemetry::spawn_often("upstream", async move {
         // Goes after the connection, however that ends.
         let _end = end;
         if let Err(error) = connection.await {

@@ -5,6 +5,8 @@
 //! for the model's name: the metadata `x-model`, else, in the Open Inference
 //! Protocol, a field of the first message.
 
+use std::time::Duration;
+
 use hyper::header::{CONTENT_LENGTH, HOST, HeaderMap};
 use hyper::http::request;
 use hyper::{Request, Response, StatusCode, Uri, Version};
@@ -18,6 +20,9 @@ use crate::grpc::{self, Code, Finder, Found};
 use crate::model::{Bytes, ModelSpec, Upstream};
 use crate::reply::{self, Fault};
 
+/// How long a message is waited for that comes at once. A stream begins so much
+/// later.
+const AT_ONCE: Duration = Duration::from_millis(2);
 /// Where the methods of the Open Inference Protocol are.
 const INFERENCE: &str = "/inference.GRPCInferenceService/";
 
@@ -141,18 +146,27 @@ pub(super) async fn by_content(
 }
 
 /// Reads a call of one message to its end if it is at most about `size`, so that
-/// it can be sent again. Of other services it is not known which calls are
-/// streams, whose end may be far.
+/// it can be sent again and on a connection that is there. Of other services it is
+/// not known which calls are streams, whose end may be far: they are read as far as
+/// they come at once, as a call of one message mostly does.
 pub(super) async fn read_whole(
     head: &request::Parts,
     held: &mut Held,
     size: u64,
 ) -> Result<(), Fault> {
     let path = head.uri.path();
-    if field_of(path).is_some() && !path.ends_with("/ModelStreamInfer") {
-        while held.size() < size && held.read().await?.is_some() {}
+    let is_known = field_of(path).is_some();
+    if is_known && path.ends_with("/ModelStreamInfer") {
+        return Ok(());
     }
-    Ok(())
+    let whole = async {
+        while held.size() < size && held.read().await?.is_some() {}
+        Ok(())
+    };
+    match is_known {
+        true => whole.await,
+        false => tokio::time::timeout(AT_ONCE, whole).await.unwrap_or(Ok(())),
+    }
 }
 
 /// Tells a client that its time was over, and what it waited for.

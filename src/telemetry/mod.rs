@@ -110,11 +110,32 @@ where
     F: Future + Send + 'static,
     F::Output: Send + 'static,
 {
+    spawn_in(tracing::info_span!(parent: None, "task", name), task)
+}
+
+fn spawn_in<F>(span: tracing::Span, task: F) -> tokio::task::JoinHandle<F::Output>
+where
+    F: Future + Send + 'static,
+    F::Output: Send + 'static,
+{
     #[expect(
         clippy::disallowed_methods,
         reason = "this is the wrapper that names the task"
     )]
-    tokio::spawn(task.instrument(tracing::info_span!(parent: None, "task", name)))
+    match span.is_disabled() {
+        true => tokio::spawn(task),
+        false => tokio::spawn(task.instrument(span)),
+    }
+}
+
+/// As [`spawn`], for tasks of which there is one for each connection: they take
+/// turns so often that their name is kept at level `debug` only.
+pub fn spawn_often<F>(name: &'static str, task: F) -> tokio::task::JoinHandle<F::Output>
+where
+    F: Future + Send + 'static,
+    F::Output: Send + 'static,
+{
+    spawn_in(tracing::debug_span!(parent: None, "task", name), task)
 }
 
 /// Does in a task what may wait for the disk, on the thread that the task is on:

@@ -92,6 +92,30 @@ fn a36_calls_go_to_the_port_that_a_worker_has_for_them_also_after_a_crash_of_res
 }
 
 #[test]
+fn calls_of_one_message_share_a_connection_whatever_their_service() {
+    let residentd = start();
+    residentd.complete("red");
+    with(residentd.address(), |client| async move {
+        let metadata = [("x-model", "red")];
+        for method in ["ModelInfer", "/a.B/C"] {
+            let before = worker_connections(&client).await;
+            for _ in 0..10 {
+                let done = ask(&client, method, &metadata, named("red").frame()).await;
+                assert_eq!(done.status(), "0", "{done:?}");
+            }
+            let opened = worker_connections(&client).await - before;
+            assert!(opened <= 2, "{method}: {opened} connections for ten calls");
+        }
+    });
+}
+
+/// Returns how many connections `red` has taken.
+async fn worker_connections(client: &Client) -> u64 {
+    let books = read(client, "http://models.test/upstream/red/stats").await;
+    books["connections"].as_u64().expect("a number")
+}
+
+#[test]
 fn a_worker_reads_its_own_name_of_the_model_in_every_message() {
     let residentd = Residentd::start(&format!(
         "[memory]\nlimit = \"400MiB\"\nreserve = \"16MiB\"\n[models.m]\ncommand = '{STUB} --port ${{PORT}} --name m'\nmemory = \"32MiB\"\nuse_model_name = \"densenet_onnx\"\n"
@@ -218,13 +242,18 @@ fn a34_a_conversation_that_is_dropped_leaves_no_lease() {
 /// Returns the requests inside `red`, as the API tells them on the same
 /// connection.
 async fn residentd_in_flight(client: &Client) -> u64 {
-    let request = Request::get("http://models.test/api/v1/models/red")
+    let model = read(client, "http://models.test/api/v1/models/red").await;
+    model["data"]["in_flight"].as_u64().expect("a number")
+}
+
+/// Reads JSON on the same connection.
+async fn read(client: &Client, url: &str) -> serde_json::Value {
+    let request = Request::get(url)
         .body(Full::new(Bytes::new()).boxed_unsync())
         .expect("a good request");
     let answer = client.clone().send_request(request).await;
     let body = answer.expect("an answer").collect().await.expect("whole");
-    let model: serde_json::Value = serde_json::from_slice(&body.to_bytes()).expect("JSON");
-    model["data"]["in_flight"].as_u64().expect("a number")
+    serde_json::from_slice(&body.to_bytes()).expect("JSON")
 }
 
 #[test]

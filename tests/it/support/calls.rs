@@ -40,6 +40,8 @@ where
         let stream = tokio::net::TcpStream::connect(address)
             .await
             .expect("a connection");
+        // As every client of gRPC: a message does not wait for its head's receipt.
+        stream.set_nodelay(true).expect("a socket option");
         let (sender, connection) = http2::handshake(TokioExecutor::new(), TokioIo::new(stream))
             .await
             .expect("it speaks HTTP/2");
