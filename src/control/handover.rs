@@ -17,8 +17,9 @@ use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 use tracing::info;
 
+use super::arrivals::Arrival;
 use super::command::Reply;
-use super::task::{Arrival, Pending, Task};
+use super::task::{Pending, Task};
 use super::{COMMAND_QUEUE, Command, Guests, Lease, LimitRequest, ReadyWorker, Refusal, Signal};
 use crate::gate::{Gate, Pulse};
 use crate::model::{Bytes, Domain, ModelName, Upstream, WorkerId};

@@ -7,6 +7,7 @@
 
 mod adopt;
 mod answers;
+mod arrivals;
 mod autopsy;
 mod command;
 mod decision;

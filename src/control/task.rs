@@ -10,12 +10,13 @@ use tracing::{debug, warn};
 
 use super::adopt::Adoption;
 use super::answers::Answers;
+use super::arrivals::{Arrival, Arrivals};
 use super::command::Reply;
 use super::files::Files;
 use super::handover::{Held, Inheritance};
 use super::tell::Told;
 use super::{
-    CleanupReport, Command, Controller, Counters, Guests, Lease, LimitSource, LogTail, ReadyWorker,
+    CleanupReport, Controller, Counters, Guests, Lease, LimitSource, LogTail, ReadyWorker,
     Recorder, Refusal, Reloads, Routes, Signal, Snapshot, What,
 };
 use crate::clock::{Clock, Timestamp};
@@ -144,48 +145,6 @@ pub fn start(parts: Parts) -> Controller {
     handle
 }
 
-struct Arrivals {
-    commands: mpsc::Receiver<Command>,
-    pub(super) signals: mpsc::UnboundedReceiver<Signal>,
-    pub(super) events: mpsc::UnboundedReceiver<WorkerEvent>,
-    readings: watch::Receiver<Arc<Reading>>,
-}
-
-pub(super) enum Arrival {
-    Command(Command),
-    Signal(Signal),
-    Worker(WorkerEvent),
-    Reading,
-    Wake,
-    /// Every handle is gone: nobody can ask any more.
-    Abandoned,
-}
-
-impl Arrivals {
-    async fn next(&mut self, clock: Clock, wake: Option<Timestamp>) -> Arrival {
-        let wake = async {
-            match wake {
-                Some(at) => tokio::time::sleep_until(clock.instant(at)).await,
-                None => std::future::pending().await,
-            }
-        };
-        tokio::select! {
-            Some(event) = self.events.recv() => Arrival::Worker(event),
-            Some(signal) = self.signals.recv() => Arrival::Signal(signal),
-            Ok(()) = self.readings.changed() => Arrival::Reading,
-            command = self.commands.recv() => command.map_or(Arrival::Abandoned, Arrival::Command),
-            () = wake => Arrival::Wake,
-        }
-    }
-
-    fn ready_now(&mut self) -> Option<Arrival> {
-        let event = self.events.try_recv().ok().map(Arrival::Worker);
-        let signal = || self.signals.try_recv().ok().map(Arrival::Signal);
-        let command = || self.commands.try_recv().ok().map(Arrival::Command);
-        event.or_else(signal).or_else(command)
-    }
-}
-
 async fn run(mut task: Task, mut arrivals: Arrivals, publish: watch::Sender<Arc<Snapshot>>) {
     if task.held.is_none() {
         task.feed(Event::Tick);
@@ -204,7 +163,7 @@ async fn run(mut task: Task, mut arrivals: Arrivals, publish: watch::Sender<Arc<
         for _ in 0..BATCH {
             let Some(next) = arrival else { break };
             if matches!(next, Arrival::Reading) {
-                task.reading = arrivals.readings.borrow_and_update().clone();
+                task.reading = arrivals.newest_reading();
             }
             task.handle(next);
             // Nothing is ours to handle then.

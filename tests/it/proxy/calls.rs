@@ -70,87 +70,6 @@ fn a36_a_call_is_routed_by_the_name_in_its_first_message_and_passes_whole() {
 }
 
 #[test]
-fn a36_calls_go_to_the_port_that_a_worker_has_for_them_also_after_a_crash_of_residentd() {
-    let mut residentd = Residentd::start(&format!(
-        "[memory]\nlimit = \"400MiB\"\nreserve = \"16MiB\"\n[models.m]\ncommand = '{STUB} --port ${{PORT}} --grpc-port ${{GRPC_PORT}} --name m'\nmemory = \"32MiB\"\ngrpc_upstream = \"http://127.0.0.1:${{GRPC_PORT}}\"\n"
-    ));
-    let pid = residentd.complete("m").worker_pid();
-    let called = |residentd: &Residentd| {
-        with(residentd.address(), |client| async move {
-            let done = ask(&client, "ModelInfer", &[], named("m").frame()).await;
-            assert_eq!(done.status(), "0", "{done:?}");
-            assert_eq!(done.headers["x-stub-name"], "m");
-        });
-    };
-    called(&residentd);
-    residentd.wait_until_kept("m");
-    residentd.signal(nix::sys::signal::Signal::SIGKILL);
-    residentd.wait();
-    residentd.start_again(&[]);
-    called(&residentd);
-    assert_eq!(residentd.complete("m").worker_pid(), pid);
-}
-
-#[test]
-fn calls_of_one_message_share_a_connection_whatever_their_service() {
-    let residentd = start();
-    residentd.complete("red");
-    with(residentd.address(), |client| async move {
-        let metadata = [("x-model", "red")];
-        for method in ["ModelInfer", "/a.B/C"] {
-            let before = worker_connections(&client).await;
-            for _ in 0..10 {
-                let done = ask(&client, method, &metadata, named("red").frame()).await;
-                assert_eq!(done.status(), "0", "{done:?}");
-            }
-            let opened = worker_connections(&client).await - before;
-            assert!(opened <= 2, "{method}: {opened} connections for ten calls");
-        }
-    });
-}
-
-/// Returns how many connections `red` has taken.
-async fn worker_connections(client: &Client) -> u64 {
-    let books = read(client, "http://models.test/upstream/red/stats").await;
-    books["connections"].as_u64().expect("a number")
-}
-
-#[test]
-fn a_worker_reads_its_own_name_of_the_model_in_every_message() {
-    let residentd = Residentd::start(&format!(
-        "[memory]\nlimit = \"400MiB\"\nreserve = \"16MiB\"\n[models.m]\ncommand = '{STUB} --port ${{PORT}} --name m'\nmemory = \"32MiB\"\nuse_model_name = \"densenet_onnx\"\n"
-    ));
-    with(residentd.address(), |client| async move {
-        for raw in ["x".repeat(10), "x".repeat(200_000)] {
-            let message = named("m").text(3, "id").text(7, &raw);
-            let done = ask(&client, "ModelInfer", &[], message.frame()).await;
-            assert_eq!(done.status(), "0", "{done:?}");
-            let own = Value::Bytes(b"densenet_onnx");
-            assert_eq!(field(&done.data, 1), Some(own));
-            assert_eq!(field(&done.data, 6), Some(Value::Bytes(raw.as_bytes())));
-        }
-        let (say, body) = open();
-        let request = call(&format!("{INFERENCE}/ModelStreamInfer"), &[], body);
-        let next = |turn: u32| named("m").text(3, &turn.to_string());
-        say.try_send(Frame::data(next(0).frame())).expect("open");
-        let response = client.clone().send_request(request).await;
-        let mut response = response.expect("the head comes before the client is done");
-        for turn in 0..3 {
-            let frame = response.body_mut().frame().await.expect("an answer");
-            let data = frame.expect("no error").into_data().expect("data");
-            let Some(Value::Bytes(answer)) = field(&data, 2) else {
-                panic!("no answer in {data:?}")
-            };
-            let framed = [&[0; 5], answer].concat();
-            let own = Value::Bytes(b"densenet_onnx");
-            assert_eq!(field(&framed, 1), Some(own), "message {turn}");
-            say.try_send(Frame::data(next(turn + 1).frame()))
-                .expect("open");
-        }
-    });
-}
-
-#[test]
 fn a36_a_call_that_is_answered_elsewhere_is_told_what_time_is_left() {
     let residentd = start();
     residentd.complete("red");
@@ -247,7 +166,7 @@ async fn residentd_in_flight(client: &Client) -> u64 {
 }
 
 /// Reads JSON on the same connection.
-async fn read(client: &Client, url: &str) -> serde_json::Value {
+pub(super) async fn read(client: &Client, url: &str) -> serde_json::Value {
     let request = Request::get(url)
         .body(Full::new(Bytes::new()).boxed_unsync())
         .expect("a good request");

@@ -6,6 +6,7 @@ mod checksum;
 
 mod bodies;
 mod calls;
+mod calls_to_worker;
 mod endings;
 mod filters;
 mod headers;
