@@ -232,7 +232,8 @@ impl Server {
 
     /// Serves a connection in a task of its own.
     fn take(&self, stream: Stream, at: At) {
-        let server = self.clone();
+        // Each request takes it along, so it is one thing to take.
+        let server = Arc::new(self.clone());
         let task = async move {
             let (stream, peer) = match (stream, at.origin) {
                 (Stream::Unix(stream), _) => return server.serve(TokioIo::new(stream), at).await,
@@ -261,14 +262,13 @@ impl Server {
         telemetry::spawn_often("connection", self.connections.track_future(task));
     }
 
-    async fn serve<I>(&self, io: TokioIo<I>, at: At)
+    async fn serve<I>(self: &Arc<Self>, io: TokioIo<I>, at: At)
     where
         TokioIo<I>: hyper::rt::Read + hyper::rt::Write + Unpin + Send + 'static,
         I: Send + 'static,
     {
         let asked = Arc::new(AtomicBool::new(false));
-        // Each request takes it along, so it is one thing to take.
-        let (server, asks) = (Arc::new(self.clone()), Arc::clone(&asked));
+        let (server, asks) = (Arc::clone(self), Arc::clone(&asked));
         // Its own: each poll of a token takes the token's lock.
         let closing = self.closing.child_token();
         let service = service_fn(move |request| {

@@ -235,16 +235,17 @@ fn changed(old: &ModelSpec, new: &ModelSpec) -> Option<ChangedModel> {
     replaces.compare("env", &(&old.env, texts(old)), &(env, texts(new)));
     replaces.compare(
         "upstream",
-        &(Some(&old.upstream), asked(old, Some(&old.upstream))),
-        &(Some(upstream), asked(new, Some(upstream))),
+        &asked(old, &old.upstream),
+        &asked(new, upstream),
     );
+    let calls = |spec, upstream: &Option<UpstreamSpec>| {
+        let upstream = upstream.as_ref();
+        upstream.map(|upstream| asked(spec, upstream))
+    };
     replaces.compare(
         "grpc_upstream",
-        &(
-            old.grpc_upstream.as_ref(),
-            asked(old, old.grpc_upstream.as_ref()),
-        ),
-        &(grpc_upstream.as_ref(), asked(new, grpc_upstream.as_ref())),
+        &calls(old, &old.grpc_upstream),
+        &calls(new, grpc_upstream),
     );
     replaces.compare("ready", &shown(&old.ready), &shown(ready));
     replaces.compare("gpus", &old.gpus, gpus);
@@ -299,9 +300,9 @@ fn of_requests(old: &RequestSpec, new: &RequestSpec, keys: &mut Keys) {
     keys.compare("heartbeat", &old.heartbeat, heartbeat);
 }
 
-/// The values of the variables in one of a model's upstreams.
-fn asked(spec: &ModelSpec, upstream: Option<&UpstreamSpec>) -> Vec<Option<String>> {
-    upstream.map_or_else(Vec::new, |upstream| used(spec, upstream.text()))
+/// One of a model's upstreams, and the values of the variables in it.
+fn asked(spec: &ModelSpec, upstream: &UpstreamSpec) -> (UpstreamSpec, Vec<Option<String>>) {
+    (upstream.clone(), used(spec, upstream.text()))
 }
 
 /// The values of the variables that a template uses, in order.

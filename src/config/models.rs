@@ -271,17 +271,13 @@ impl Model<'_> {
         let words = || templates.command.iter().chain(templates.env.values());
         let is_given = |name: &str| words().any(|template| template.uses(name));
         let shown = |name: &str| match name {
-            "GRPC_PORT" => ("grpc_upstream", grpc_upstream),
-            _ => ("upstream", Some(upstream)),
+            "GRPC_PORT" => ("grpc_upstream", &self.raw.grpc_upstream, grpc_upstream),
+            _ => ("upstream", &self.raw.upstream, Some(upstream)),
         };
 
         let is_unused = |name: &&str| is_given(name) && !is_asked(name);
         if let Some(name) = upstream::OF_LIFE.into_iter().find(is_unused) {
-            let (key, upstream) = shown(name);
-            let raw = match key {
-                "upstream" => self.raw.upstream.as_ref(),
-                _ => self.raw.grpc_upstream.as_ref(),
-            };
+            let (key, setting, upstream) = shown(name);
             let what = match upstream {
                 Some(upstream) => format!("{:?} never uses ${{{name}}}", upstream.to_string()),
                 None => format!("there is none that uses ${{{name}}}"),
@@ -291,13 +287,13 @@ impl Model<'_> {
                 "SOCKET" => r#"write upstream = "unix:${SOCKET}""#.to_owned(),
                 _ => format!("write {key} = \"http://127.0.0.1:${{{name}}}\""),
             };
-            let place = self.place_of(raw.map(|setting| &setting.place), key);
+            let place = self.place_of(setting.as_ref().map(|setting| &setting.place), key);
             problems.error(&place, what, fix);
             return;
         }
         for name in upstream::OF_LIFE {
             if is_asked(name) && !is_given(name) {
-                let (key, upstream) = shown(name);
+                let (key, _, upstream) = shown(name);
                 let own = self.raw.command.as_ref().map(|command| &command.place);
                 let upstream = upstream.map(ToString::to_string).unwrap_or_default();
                 let what = format!("never uses ${{{name}}}, but {key} is {upstream:?}");

@@ -280,7 +280,6 @@ impl Proxy {
             .counted(counted);
         let head = &passage.head;
         let mut headers = head.headers.clone();
-        headers.insert(HOST, pool.host(passage.wire()));
         if lease.worker().is_heir && passage.tried {
             headers.insert(headers::TRIED, HeaderValue::from_static("1"));
         }
@@ -295,9 +294,12 @@ impl Proxy {
         };
         *request.version_mut() = Version::HTTP_11;
         *request.headers_mut() = headers;
-        if let Some(call) = passage.call {
-            let now = self.controller.clock().now();
-            call.address(&mut request, lease.worker().address(true), now)?;
+        let host = pool.host(passage.wire());
+        match passage.call {
+            Some(call) => call.address(&mut request, &host, self.controller.clock().now())?,
+            None => {
+                request.headers_mut().insert(HOST, host);
+            }
         }
         Ok(request)
     }

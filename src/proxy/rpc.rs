@@ -7,7 +7,7 @@
 
 use std::time::Duration;
 
-use hyper::header::{CONTENT_LENGTH, HOST, HeaderMap};
+use hyper::header::{CONTENT_LENGTH, HOST, HeaderMap, HeaderValue};
 use hyper::http::request;
 use hyper::{Request, Response, StatusCode, Uri, Version};
 
@@ -17,7 +17,7 @@ use super::held::Held;
 use crate::clock::Timestamp;
 use crate::gate::Visit;
 use crate::grpc::{self, Code, Finder, Found};
-use crate::model::{Bytes, ModelSpec, Upstream};
+use crate::model::{Bytes, ModelSpec};
 use crate::reply::{self, Fault};
 
 /// How long a message is waited for that comes at once. A stream begins so much
@@ -58,19 +58,19 @@ impl Call {
         self.deadline.map_or(other, |deadline| deadline.min(other))
     }
 
-    /// Makes a request one of HTTP/2 for this worker, which is told how much
+    /// Makes a request one of HTTP/2 for the worker at `host`, which is told how much
     /// time is left.
     pub(super) fn address<B>(
         &self,
         request: &mut Request<B>,
-        upstream: &Upstream,
+        host: &HeaderValue,
         now: Timestamp,
     ) -> Result<(), hyper::http::Error> {
         let target = request.uri().path_and_query().cloned();
         let target = target.ok_or_else(|| Uri::try_from("").expect_err("no address"))?;
         let address = Uri::builder()
             .scheme("http")
-            .authority(upstream.host())
+            .authority(host.as_bytes())
             .path_and_query(target);
         *request.uri_mut() = address.build()?;
         *request.version_mut() = Version::HTTP_2;
@@ -159,14 +159,14 @@ pub(super) async fn read_whole(
     if is_known && path.ends_with("/ModelStreamInfer") {
         return Ok(());
     }
-    let whole = async {
-        while held.size() < size && held.read().await?.is_some() {}
-        Ok(())
-    };
+    let whole = held.read_up_to(size);
     match is_known {
-        true => whole.await,
-        false => tokio::time::timeout(AT_ONCE, whole).await.unwrap_or(Ok(())),
-    }
+        true => whole.await?,
+        false => tokio::time::timeout(AT_ONCE, whole)
+            .await
+            .unwrap_or(Ok(false))?,
+    };
+    Ok(())
 }
 
 /// Tells a client that its time was over, and what it waited for.

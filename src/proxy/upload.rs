@@ -39,8 +39,6 @@ pub(super) struct RequestBody {
     most: Size,
     /// Gives messages another name as they pass.
     renamer: Option<Box<Renamer>>,
-    /// What comes behind what a renamer held back.
-    last: Option<Frame<Bytes>>,
     /// Counts the bytes of the rest.
     counted: Option<Arc<AtomicU64>>,
     /// Waits for the worker from the end of the body on.
@@ -69,7 +67,6 @@ impl RequestBody {
             left: most.get(),
             most,
             renamer: None,
-            last: None,
             counted: None,
             visit,
         }
@@ -104,9 +101,7 @@ impl RequestBody {
             visit.waits();
         }
     }
-}
 
-impl RequestBody {
     /// Takes the next frame as the client sent it.
     fn poll_plain(
         &mut self,
@@ -160,30 +155,31 @@ impl Body for RequestBody {
     ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
         let this = &mut *self;
         loop {
-            let frame = match this.last.take() {
-                Some(frame) => Some(Ok(frame)),
-                None => ready!(this.poll_plain(cx)),
-            };
+            let frame = ready!(this.poll_plain(cx));
             let Some(renamer) = &mut this.renamer else {
                 return Poll::Ready(frame);
             };
-            let (renamed, last) = match frame {
+            let (renamed, behind) = match frame {
                 Some(Err(_)) => return Poll::Ready(frame),
                 Some(Ok(frame)) => match frame.into_data() {
-                    Ok(data) => (renamer.feed(data), None),
-                    Err(trailers) => (renamer.finish(), Some(Some(trailers))),
+                    Ok(data) => match renamer.feed(data) {
+                        // The next frame brings what the name is in.
+                        renamed if renamed.is_empty() => continue,
+                        renamed => (renamed, None),
+                    },
+                    Err(trailers) => (renamer.finish(), Some(trailers)),
                 },
-                None => (renamer.finish(), Some(None)),
+                None => (renamer.finish(), None),
             };
-            match (renamed.is_empty(), last) {
-                (false, last) => {
-                    this.last = last.flatten();
-                    return Poll::Ready(Some(Ok(Frame::data(renamed))));
-                }
-                (true, Some(last)) => return Poll::Ready(last.map(Ok)),
-                // The next frame brings what the name is in.
-                (true, None) => {}
+            if renamed.is_empty() {
+                return Poll::Ready(behind.map(Ok));
             }
+            if let Some(trailers) = behind {
+                // Next, behind what was held back.
+                this.rest = None;
+                this.trailers = trailers.into_trailers().ok();
+            }
+            return Poll::Ready(Some(Ok(Frame::data(renamed))));
         }
     }
 

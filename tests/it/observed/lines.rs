@@ -85,14 +85,7 @@ fn a_line_of_a_call_has_its_status_from_wherever_it_stands() {
 #[test]
 fn a_connection_that_left_http_is_logged_with_what_went_each_way() {
     let played = crate::proxy::rig::Played::logged(&LOG);
-    let mut client = played.client();
-    client.put("GET /upstream/m/ws HTTP/1.1\r\nhost: x\r\nconnection: upgrade\r\nupgrade: websocket\r\n\r\n");
-    let mut worker = played.worker();
-    worker.head();
-    worker.put(
-        "HTTP/1.1 101 Switching Protocols\r\nconnection: upgrade\r\nupgrade: websocket\r\n\r\n",
-    );
-    assert_eq!(client.head().status(), 101);
+    let (mut client, mut worker) = played.out_of_http();
     client.put("from the client");
     worker.exactly(15);
     worker.put("back");

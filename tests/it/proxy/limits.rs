@@ -130,14 +130,7 @@ fn the_wait_for_a_load_does_not_count() {
 #[test]
 fn a_connection_that_left_http_has_no_answer_that_could_be_late() {
     let played = Played::with(KEYS);
-    let mut client = played.client();
-    client.put("GET /upstream/m/ws HTTP/1.1\r\nhost: x\r\nconnection: upgrade\r\nupgrade: websocket\r\n\r\n");
-    let mut worker = played.worker();
-    worker.head();
-    worker.put(
-        "HTTP/1.1 101 Switching Protocols\r\nconnection: upgrade\r\nupgrade: websocket\r\n\r\n",
-    );
-    assert_eq!(client.head().status(), 101);
+    let (mut client, mut worker) = played.out_of_http();
     pause(LIMIT * 2);
     worker.put("hello");
     assert_eq!(client.exactly(5), b"hello");

@@ -77,6 +77,19 @@ impl Played {
         wait_until("a connection to the worker", || self.try_worker())
     }
 
+    /// Returns both ends of a connection that has left HTTP for a websocket.
+    pub(crate) fn out_of_http(&self) -> (Wire, Wire) {
+        let mut client = self.client();
+        client.put("GET /upstream/m/ws HTTP/1.1\r\nhost: x\r\nconnection: upgrade\r\nupgrade: websocket\r\n\r\n");
+        let mut worker = self.worker();
+        worker.head();
+        worker.put(
+            "HTTP/1.1 101 Switching Protocols\r\nconnection: upgrade\r\nupgrade: websocket\r\n\r\n",
+        );
+        assert_eq!(client.head().status(), 101);
+        (client, worker)
+    }
+
     /// Returns a connection to the worker if one waits.
     pub(crate) fn try_worker(&self) -> Option<Wire> {
         let (stream, _) = self.listener.accept().ok()?;
