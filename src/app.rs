@@ -5,6 +5,7 @@
 //! spawned, so that a port that is taken costs no model load. Order of the end:
 //! the controller refuses new work and drains, workers end, listeners close.
 
+mod connection;
 mod core;
 mod entrance;
 mod inputs;
@@ -186,7 +187,7 @@ impl App {
         let state = ApiState::new(controller.clone(), Some(reloader.clone()));
         let state = state.with_upgrader(options.program.is_some().then(|| upgrader.clone()));
         let state = state.with_past(keeper::past(&store));
-        let server = Server::new(&config, proxy, state, seen.clone());
+        let server = Server::new(&config, controller.clock(), proxy, state, seen.clone());
         let grace = Arc::new(Grace::new(config.server.shutdown_grace));
         let sources = Arc::new(sources);
         if config.server.watch_config {

@@ -1,9 +1,8 @@
 //! Takes connections, and serves each by the proxy or the API.
 
-use std::convert::Infallible;
 use std::path::Path;
+use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use arc_swap::ArcSwapOption;
@@ -13,10 +12,8 @@ use hyper::body::{Body as _, Incoming};
 use hyper::header::{
     CONNECTION, CONTENT_LENGTH, Entry, HeaderMap, HeaderValue, TRANSFER_ENCODING, UPGRADE,
 };
-use hyper::service::service_fn;
 use hyper::{Method, Request, Response, StatusCode, Version};
-use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
-use hyper_util::server::conn::auto;
+use hyper_util::rt::TokioIo;
 use tokio::sync::watch;
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::rustls::ServerConfig;
@@ -24,20 +21,18 @@ use tokio_util::sync::CancellationToken;
 use tower::ServiceExt;
 use tracing::{debug, warn};
 
-use super::entrance::{self, Entrance, Page, Rules};
+use super::connection::{self, HEAD_TIMEOUT};
+use super::entrance::{self, Entrance, Rules};
 use super::reload::proxy_settings;
 use super::sockets::{Listener, Scope};
 use super::upgrade::{named_peer, pass};
 use crate::api::{self, ApiState, KnownPage, PeerAddr};
+use crate::clock::Clock;
 use crate::config::Config;
-use crate::proxy::{Proxy, ProxyBody, REQUEST_ID, TRIED};
+use crate::proxy::{self, Proxy, ProxyBody, REQUEST_ID, TRIED};
 use crate::reply::{Fault, Speech};
 use crate::{grpc, telemetry};
 
-/// Longest time for a client to send a request's head.
-const HEAD_TIMEOUT: Duration = Duration::from_secs(30);
-/// How long one on which nothing was asked may take to end.
-const LEAVE: Duration = Duration::from_secs(2);
 /// Wait after an accept that failed, as it does when descriptors run out.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
@@ -60,6 +55,7 @@ pub(super) enum Doors {
 /// What every connection is served with.
 #[derive(Clone, Debug)]
 pub(super) struct Server {
+    clock: Clock,
     proxy: Proxy,
     api: axum::Router,
     /// What is left of it where operators have an address of their own.
@@ -170,20 +166,6 @@ async fn accept(listener: &Listener) -> std::io::Result<(Stream, Origin)> {
     }
 }
 
-fn builder() -> auto::Builder<TokioExecutor> {
-    let mut builder = auto::Builder::new(TokioExecutor::new());
-    builder
-        .http1()
-        .timer(TokioTimer::new())
-        .header_read_timeout(HEAD_TIMEOUT);
-    // A client that is gone without a word does not answer.
-    builder
-        .http2()
-        .timer(TokioTimer::new())
-        .keep_alive_interval(HEAD_TIMEOUT);
-    builder
-}
-
 /// Returns whether a body is not simply in chunks: whoever reads on could take
 /// another part of it for its end.
 fn is_recoded(headers: &HeaderMap) -> bool {
@@ -200,15 +182,23 @@ fn set_encrypted(headers: &mut HeaderMap) {
 }
 
 type Body = Either<ProxyBody, ApiBody>;
+/// An answer that is waited for.
+type Answering = Pin<Box<dyn Future<Output = Response<Body>> + Send>>;
+
+fn at_once(response: Response<Body>) -> Answering {
+    Box::pin(std::future::ready(response))
+}
 
 impl Server {
     pub(super) fn new(
         config: &Config,
+        clock: Clock,
         proxy: Proxy,
         state: ApiState,
         doors: watch::Receiver<Doors>,
     ) -> Self {
         let made = Self {
+            clock,
             proxy,
             probes: api::probes(state.clone()),
             api: api::router(state),
@@ -267,127 +257,93 @@ impl Server {
         TokioIo<I>: hyper::rt::Read + hyper::rt::Write + Unpin + Send + 'static,
         I: Send + 'static,
     {
-        let asked = Arc::new(AtomicBool::new(false));
-        let (server, asks) = (Arc::clone(self), Arc::clone(&asked));
-        // Its own: each poll of a token takes the token's lock.
-        let closing = self.closing.child_token();
-        let service = service_fn(move |request| {
-            asks.store(true, Ordering::Relaxed);
-            let server = Arc::clone(&server);
-            async move { Ok::<_, Infallible>(server.answer(request, at).await) }
-        });
-        let builder = builder();
-        let connection = builder.serve_connection_with_upgrades(io, service);
-        tokio::pin!(connection);
-        // The time-out for heads begins with the first byte only.
-        let first = tokio::time::timeout(HEAD_TIMEOUT, connection.as_mut());
-        let ended = tokio::select! {
-            ended = first => ended.ok(),
-            () = closing.cancelled() => {
-                connection.as_mut().graceful_shutdown();
-                Some(connection.as_mut().await)
-            }
+        let client = match at.origin {
+            Origin::Client(peer) | Origin::Encrypted(peer) => peer.0.map(proxy::client),
+            // That one has named the client to workers.
+            Origin::Handover => None,
         };
-        let ended = match ended {
-            Some(ended) => ended,
-            None => {
-                if !asked.load(Ordering::Relaxed) {
-                    connection.as_mut().graceful_shutdown();
-                    let left = tokio::time::timeout(LEAVE, connection.as_mut()).await;
-                    if left.is_ok() || !asked.load(Ordering::Relaxed) {
-                        debug!("nothing was asked on a connection");
-                        return;
-                    }
-                }
-                tokio::select! {
-                    ended = connection.as_mut() => ended,
-                    () = closing.cancelled() => {
-                        connection.as_mut().graceful_shutdown();
-                        connection.await
-                    }
-                }
-            }
-        };
-        if let Err(error) = ended {
-            debug!(error = %error, "a connection ended early");
-        }
+        let answer = |request| Arc::clone(self).answer(request, at, client.clone());
+        connection::serve(io, (self.clock, self.closing.clone()), answer).await;
     }
 
-    async fn answer(&self, mut request: Request<Incoming>, at: At) -> Response<Body> {
+    /// Answers one request. What can be told of it at once is, so that the future
+    /// has room for little else than the one inside of it.
+    fn answer(
+        self: Arc<Self>,
+        mut request: Request<Incoming>,
+        at: At,
+        client: Option<HeaderValue>,
+    ) -> impl Future<Output = Response<Body>> + use<> {
         let name = self.proxy.name(request.headers_mut());
-        let mut response = self.answer_named(request, at).await;
-        response.headers_mut().insert(REQUEST_ID, name);
-        response
-    }
-
-    async fn answer_named(&self, request: Request<Incoming>, at: At) -> Response<Body> {
         let rules = self.entrance.rules();
         let (version, page) = (request.version(), rules.page(request.headers()));
         let is_head = request.method() == Method::HEAD;
-        if is_recoded(request.headers()) {
+        let answering = if is_recoded(request.headers()) {
             let fault = Fault::BadRequest("the body has a coding other than chunked".into());
             let mut response = fault.response(ProxyBody::text).map(Either::Left);
             let close = HeaderValue::from_static("close");
             response.headers_mut().insert(CONNECTION, close);
-            return response;
-        }
-        let mut response = match entrance::is_preflight(request.method(), request.headers()) {
-            true => entrance::preflight(page.as_ref(), request.headers()).map(Either::Left),
-            false => self.let_in(request, at, &rules, page.as_ref()).await,
+            at_once(response)
+        } else if entrance::is_preflight(request.method(), request.headers()) {
+            at_once(entrance::preflight(page.as_ref(), request.headers()).map(Either::Left))
+        } else {
+            Arc::clone(&self).let_in((request, client), at, &rules, page.is_some())
         };
-        entrance::tell(page.as_ref(), response.headers_mut());
-        self.part(version, response.headers_mut());
-        match is_head {
-            true => without_content(response),
-            false => response,
+        async move {
+            let mut response = answering.await;
+            let headers = response.headers_mut();
+            entrance::tell(page.as_ref(), headers);
+            self.part(version, headers);
+            headers.insert(REQUEST_ID, name);
+            match is_head {
+                true => without_content(response),
+                false => response,
+            }
         }
     }
 
-    async fn let_in(
-        &self,
-        mut request: Request<Incoming>,
+    fn let_in(
+        self: Arc<Self>,
+        (mut request, client): (Request<Incoming>, Option<HeaderValue>),
         At { scope, origin }: At,
         rules: &Rules,
-        page: Option<&Page>,
-    ) -> Response<Body> {
+        has_page: bool,
+    ) -> Answering {
         let peer = origin.peer(request.headers());
         let is_ours = Proxy::takes(request.uri().path())
             || grpc::is_call(&request) && !api::answers(&request);
         if scope != Scope::Admin && is_ours {
-            let (client, tried) = match origin {
-                Origin::Client(_) => (peer.0, false),
-                Origin::Encrypted(_) => {
-                    set_encrypted(request.headers_mut());
-                    (peer.0, false)
-                }
-                // That one has named the client to workers.
-                Origin::Handover => (None, request.headers().contains_key(TRIED)),
-            };
-            // It has asked for a token too.
+            // That one has asked for a token too.
             let is_known = matches!(origin, Origin::Handover);
-            let speech = Speech::of(&request);
+            let tried = is_known && request.headers().contains_key(TRIED);
+            if matches!(origin, Origin::Encrypted(_)) {
+                set_encrypted(request.headers_mut());
+            }
             if !is_known && let Err(fault) = rules.admit(request.headers_mut()) {
+                let speech = Speech::of(&request);
                 self.proxy.count_stray(&fault, speech);
-                return speech.answer(&fault, ProxyBody::text).map(Either::Left);
+                return at_once(speech.answer(&fault, ProxyBody::text).map(Either::Left));
             }
             // A connection keeps the room of its largest request as long as it is open:
             // the answer may be a stream of hours.
-            let response = Box::pin(self.proxy.handle(request, client, tried)).await;
-            return response.map(Either::Left);
+            let asked = self.proxy.take(request, client, tried);
+            return Box::pin(async move { self.proxy.handle(asked).await.map(Either::Left) });
         }
         let standing = rules.standing(request.headers());
         request.extensions_mut().insert(standing);
         request.extensions_mut().insert(peer);
-        if page.is_some() {
+        if has_page {
             request.extensions_mut().insert(KnownPage);
         }
         if scope == Scope::Inference && !api::is_probe(request.uri().path()) {
-            let answer = self.probes.clone().oneshot(request).await;
-            return answer
-                .unwrap_or_else(|never| match never {})
-                .map(Either::Right);
+            return Box::pin(async move {
+                let answer = self.probes.clone().oneshot(request).await;
+                answer
+                    .unwrap_or_else(|never| match never {})
+                    .map(Either::Right)
+            });
         }
-        Box::pin(self.call(request, peer)).await.map(Either::Right)
+        Box::pin(async move { self.call(request, peer).await.map(Either::Right) })
     }
 
     /// Answers a call of the API: here, or by the residentd that has taken over.

@@ -113,9 +113,18 @@ impl Controller {
     /// # Errors
     /// Why there is no lease; each refusal has one status and code.
     pub async fn acquire(&self, route: &ModelRoute, deadline: Timestamp) -> Result<Lease, Refusal> {
-        if let Some(lease) = route.try_lease(self.clock, &self.signals) {
-            return Ok(lease);
+        match route.try_lease(self.clock, &self.signals) {
+            Some(lease) => Ok(lease),
+            // Boxed, since few need it and all would have room for it.
+            None => Box::pin(self.wait_for_lease(route, deadline)).await,
         }
+    }
+
+    async fn wait_for_lease(
+        &self,
+        route: &ModelRoute,
+        deadline: Timestamp,
+    ) -> Result<Lease, Refusal> {
         let model = route.name().clone();
         let answer = self.ask(|ticket, reply| Command::Acquire {
             ticket,

@@ -74,7 +74,10 @@ pub(super) async fn change(
         return Err(Fault::BadRequest(why));
     }
     let changed = match (boundary, &filter.model) {
-        (Some(boundary), Some(model)) => in_form(Finder::new(&boundary), model, held, most).await?,
+        (Some(boundary), Some(model)) => {
+            let finder = Finder::new(&boundary);
+            Box::pin(in_form(finder, model, held, most)).await?
+        }
         _ => in_json(filter, held, most).await?,
     };
     changed.ok_or_else(|| Fault::FilterTooLong {

@@ -2,15 +2,16 @@
 
 use std::error::Error;
 use std::io::ErrorKind::{ConnectionRefused, NotFound};
-use std::net::SocketAddr;
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
 use hyper::body::{Body, Incoming};
 use hyper::header::{CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_TYPE, HOST, HeaderMap, HeaderValue};
 use hyper::http::request;
+use hyper::http::uri::PathAndQuery;
 use hyper::upgrade::OnUpgrade;
-use hyper::{Method, Request, Response, StatusCode, Uri, Version};
+use hyper::{Method, Request, Response, StatusCode, Version};
 use tokio::time::Instant;
 use tracing::debug;
 
@@ -27,28 +28,38 @@ use crate::clock::Timestamp;
 use crate::control::{Lease, ModelRoute, Refusal};
 use crate::gate::Visit;
 use crate::grpc::Renamer;
-use crate::reply::Fault;
+use crate::reply::{Fault, Speech};
 use crate::telemetry;
 
 /// How long a broken worker's end is waited for before another lease is asked
 /// for, so that the dead one is not taken again.
 const END_OF_BROKEN: Duration = Duration::from_millis(250);
 
-/// One request on its way.
-pub(super) struct Passage {
-    pub(super) route: Arc<ModelRoute>,
+/// One request as its client sent it.
+#[derive(Debug)]
+pub struct Asked {
+    pub(super) speech: Speech,
     pub(super) head: request::Parts,
-    pub(super) peer: Option<SocketAddr>,
-    pub(super) target: String,
     pub(super) held: Held,
-    /// What is changed of what is held.
-    pub(super) change: Change,
+    /// What its worker is told of the client.
+    pub(super) client: Option<HeaderValue>,
     pub(super) began: Timestamp,
-    pub(super) account: Account,
     /// A worker broke over it already.
     pub(super) tried: bool,
     /// Of a call of gRPC.
     pub(super) call: Option<Call>,
+}
+
+/// One request on its way.
+pub(super) struct Passage {
+    pub(super) asked: Box<Asked>,
+    pub(super) route: Arc<ModelRoute>,
+    pub(super) target: PathAndQuery,
+    /// What is changed of what is held.
+    pub(super) change: Change,
+    pub(super) account: Account,
+    /// Its client asks to leave HTTP.
+    pub(super) leaves: bool,
 }
 
 /// The head of an answer, and what is held until the answer ends.
@@ -77,7 +88,10 @@ enum Tried {
 impl Proxy {
     /// Carries a request out up to the head of its answer, and accounts for one
     /// that gets none.
-    pub(super) async fn carry(&self, mut passage: Passage) -> Result<Response<ProxyBody>, Fault> {
+    pub(super) async fn carry(
+        &self,
+        mut passage: Box<Passage>,
+    ) -> Result<Response<ProxyBody>, Fault> {
         let answered = match self.pass(&mut passage).await {
             Ok(answered) => answered,
             Err(fault) => {
@@ -99,7 +113,7 @@ impl Proxy {
             Some(client) => upgrade::switch(response, client, account, lease),
             None => {
                 let held = (lease, visit);
-                let answer = answer(response, account, connection, held, passage.call);
+                let answer = answer(response, account, connection, held, passage.asked.call);
                 limit::bound(answer, ends)
             }
         })
@@ -108,29 +122,26 @@ impl Proxy {
     /// Leases, sends, and tries once more when the worker broke before its
     /// head and nothing of the body is gone.
     async fn pass(&self, passage: &mut Passage) -> Result<Answered, Fault> {
-        let deadline = passage.began + passage.route.spec().queue_timeout;
-        let call = passage.call;
+        let deadline = passage.asked.began + passage.route.spec().queue_timeout;
+        let call = passage.asked.call;
         let deadline = call.map_or(deadline, |call| call.or_earlier(deadline));
-        let client = passage.head.extensions.remove::<OnUpgrade>();
-        let client = client.filter(|_| headers::asks_upgrade(&passage.head.headers));
-        headers::towards_worker(&mut passage.head, passage.peer, client.is_some());
-        passage.account.tell(&mut passage.head.headers);
+        let client = passage.asked.head.extensions.remove::<OnUpgrade>();
+        let client = client.filter(|_| headers::asks_upgrade(&passage.asked.head.headers));
+        passage.leaves = client.is_some();
         let mut lease = self.lease(passage, deadline).await?;
         loop {
             let leased = passage.account.leased(&lease);
             let pool = self.pools.of(lease.worker());
             // What is sent the second time goes where nothing can have closed.
-            let fresh = passage.tried || client.is_some();
+            let fresh = passage.asked.tried || client.is_some();
             let limit = passage.route.spec().requests.timeout;
             // The one who has taken over counts itself, from its own lease on.
             let limit = limit.filter(|_| !lease.worker().is_heir);
             let ends = limit.map(|limit| self.controller.clock().instant(leased + limit));
-            let tried = self.try_once(&pool, &lease, passage, fresh);
-            let Some(tried) = until(ends, tried).await else {
-                return Err(passage.late());
-            };
-            let cause = match tried {
-                Tried::Answered(response, sender, visit) => {
+            // Not kept in a variable, for which there would have to be room below.
+            let cause = match self.try_until(ends, (&pool, &lease), passage, fresh).await {
+                None => return Err(passage.late()),
+                Some(Tried::Answered(response, sender, visit)) => {
                     let switches = response.status() == StatusCode::SWITCHING_PROTOCOLS;
                     if switches && client.is_none() {
                         return Err(passage.broke("it left HTTP unasked".into()));
@@ -144,11 +155,11 @@ impl Proxy {
                         client: client.filter(|_| switches),
                     });
                 }
-                Tried::Refused(fault) => return Err(fault),
-                Tried::Broke(cause) | Tried::Unsent(cause) => cause,
+                Some(Tried::Refused(fault)) => return Err(fault),
+                Some(Tried::Broke(cause) | Tried::Unsent(cause)) => cause,
             };
             debug!(worker = %lease.worker().id, cause, "a worker broke before it answered");
-            if passage.tried || !passage.held.can_be_sent() {
+            if passage.asked.tried || !passage.asked.held.can_be_sent() {
                 return Err(match lease.worker().is_heir {
                     // It says nothing of the model that the one who has taken over
                     // is gone: the next one will do.
@@ -156,12 +167,27 @@ impl Proxy {
                     false => passage.broke(cause),
                 });
             }
-            passage.tried = true;
+            passage.asked.tried = true;
             let ended = lease.worker().closing.clone();
             drop(lease);
             // A worker that lives on is simply asked once more.
-            let _ = tokio::time::timeout(END_OF_BROKEN, ended.cancelled()).await;
+            let _ = Box::pin(tokio::time::timeout(END_OF_BROKEN, ended.cancelled())).await;
             lease = self.lease(passage, deadline).await?;
+        }
+    }
+
+    /// Tries once, until then at the latest if that is set.
+    async fn try_until(
+        &self,
+        ends: Option<Instant>,
+        (pool, lease): (&Arc<Pool>, &Lease),
+        passage: &mut Passage,
+        fresh: bool,
+    ) -> Option<Tried> {
+        let tried = pin!(self.try_once(pool, lease, passage, fresh));
+        match ends {
+            None => Some(tried.await),
+            Some(ends) => Box::pin(tokio::time::timeout_at(ends, tried)).await.ok(),
         }
     }
 
@@ -183,27 +209,35 @@ impl Proxy {
         fresh: bool,
     ) -> Tried {
         passage.account.step(Step::Connect);
-        if !fresh
-            && passage.held.is_whole()
-            && let Some(sender) = pool.kept(passage.wire()).await
-        {
+        let mut kept = match !fresh && passage.asked.held.is_whole() {
+            true => pool.kept(passage.wire()).await,
+            false => None,
+        };
+        loop {
+            let was_kept = kept.is_some();
+            let sender = match kept.take() {
+                Some(sender) => sender,
+                // Boxed, since few need it and all would have room for it.
+                None => match Box::pin(pool.connect(passage.wire())).await {
+                    // Whoever it is that listens there now.
+                    Ok(_) if !lease.worker().runs() => {
+                        return Tried::Unsent("it has ended".into());
+                    }
+                    Ok(sender) => sender,
+                    Err(error) => {
+                        if matches!(error.kind(), ConnectionRefused | NotFound) {
+                            lease.worker().pulse.refused();
+                        }
+                        return Tried::Broke(format!("connect: {error}"));
+                    }
+                },
+            };
             match self.send(sender, (pool, lease), passage).await {
-                Tried::Unsent(cause) => {
+                Tried::Unsent(cause) if was_kept => {
                     debug!(worker = %lease.worker().id, cause, "a kept connection was closed");
                     passage.account.step(Step::Connect);
                 }
-                done @ (Tried::Answered(..) | Tried::Broke(_) | Tried::Refused(_)) => return done,
-            }
-        }
-        match pool.connect(passage.wire()).await {
-            // Whoever it is that listens there now.
-            Ok(_) if !lease.worker().runs() => Tried::Unsent("it has ended".into()),
-            Ok(sender) => self.send(sender, (pool, lease), passage).await,
-            Err(error) => {
-                if matches!(error.kind(), ConnectionRefused | NotFound) {
-                    lease.worker().pulse.refused();
-                }
-                Tried::Broke(format!("connect: {error}"))
+                done => return done,
             }
         }
     }
@@ -217,7 +251,7 @@ impl Proxy {
         // Whoever asks for work and gets none says something of the worker; a
         // connection on which a client only listens may be quiet for long.
         passage.account.step(Step::FirstByte);
-        let asks_for_work = has_body(&passage.head.method);
+        let asks_for_work = has_body(&passage.asked.head.method);
         let visit = asks_for_work.then(|| Visit::begin(Arc::clone(&lease.worker().pulse)));
         let request = match self.request((pool, lease), passage, visit.as_ref()) {
             Ok(request) => request,
@@ -226,10 +260,14 @@ impl Proxy {
                 return Tried::Refused(Fault::BadRequest(why));
             }
         };
-        match sender.send(request).await {
+        let answered = {
+            let answer = pin!(sender.send(request));
+            sender.answered(answer).await
+        };
+        match answered {
             Ok(response) => {
                 if let Some(visit) = &visit {
-                    rpc::tell(visit, passage.call.is_some(), &response);
+                    rpc::tell(visit, passage.asked.call.is_some(), &response);
                 }
                 Tried::Answered(response, sender, visit)
             }
@@ -259,8 +297,8 @@ impl Proxy {
     ) -> Result<Request<RequestBody>, hyper::http::Error> {
         // The one who has taken over changes it itself.
         let beginning = match lease.worker().is_heir {
-            true => passage.held.pieces(),
-            false => passage.change.of(&passage.held),
+            true => passage.asked.held.pieces(),
+            false => passage.change.of(&passage.asked.held),
         };
         let renamer = match &passage.change {
             Change::Messages(field, name) if !lease.worker().is_heir => {
@@ -270,32 +308,33 @@ impl Proxy {
             }
             _ => None,
         };
-        let rest = passage.held.take_rest();
-        let read = passage.held.size();
+        let rest = passage.asked.held.take_rest();
+        let read = passage.asked.held.size();
         let counted = passage.account.sends(read, rest.is_some());
         let most = self.settings.load().max_body;
         let body = RequestBody::new(beginning, rest, most, visit)
-            .with_trailers(passage.held.trailers())
+            .with_trailers(passage.asked.held.trailers())
             .renamed(renamer)
             .counted(counted);
-        let head = &passage.head;
-        let mut headers = head.headers.clone();
-        if lease.worker().is_heir && passage.tried {
+        let (asked, head) = (&passage.asked, &passage.asked.head);
+        let mut headers = headers::towards_worker(head, asked.client.as_ref(), passage.leaves);
+        passage.account.tell(&mut headers);
+        if lease.worker().is_heir && passage.asked.tried {
             headers.insert(headers::TRIED, HeaderValue::from_static("1"));
         }
-        if passage.call.is_none() && has_body(&head.method) && body.is_end_stream() {
+        if passage.asked.call.is_none() && has_body(&head.method) && body.is_end_stream() {
             headers.insert(CONTENT_LENGTH, HeaderValue::from_static("0"));
         }
         let mut request = Request::new(body);
         *request.method_mut() = head.method.clone();
         *request.uri_mut() = match (lease.worker().is_heir, head.uri.path_and_query()) {
             (true, Some(asked)) => asked.clone().into(),
-            _ => Uri::try_from(passage.target.as_str())?,
+            _ => passage.target.clone().into(),
         };
         *request.version_mut() = Version::HTTP_11;
         *request.headers_mut() = headers;
         let host = pool.host(passage.wire());
-        match passage.call {
+        match passage.asked.call {
             Some(call) => call.address(&mut request, &host, self.controller.clock().now())?,
             None => {
                 request.headers_mut().insert(HOST, host);
@@ -307,7 +346,7 @@ impl Proxy {
 
 impl Passage {
     fn wire(&self) -> Wire {
-        match self.call {
+        match self.asked.call {
             Some(_) => Wire::Http2,
             None => Wire::Http1,
         }
@@ -323,14 +362,6 @@ impl Passage {
             model: self.route.name().clone(),
             limit: self.route.spec().requests.timeout.unwrap_or_default(),
         }
-    }
-}
-
-/// Waits for something, until then at the latest if that is set.
-async fn until<T>(ends: Option<Instant>, done: impl Future<Output = T>) -> Option<T> {
-    match ends {
-        None => Some(done.await),
-        Some(ends) => tokio::time::timeout_at(ends, done).await.ok(),
     }
 }
 

@@ -4,8 +4,7 @@
 use std::net::SocketAddr;
 
 use hyper::header::{
-    CONNECTION, CONTENT_LENGTH, COOKIE, EXPECT, Entry, HOST, HeaderMap, HeaderName, HeaderValue,
-    TE, UPGRADE,
+    CONNECTION, COOKIE, Entry, HOST, HeaderMap, HeaderName, HeaderValue, TE, UPGRADE,
 };
 use hyper::http::request;
 
@@ -17,21 +16,9 @@ pub const PEER: HeaderName = HeaderName::from_static("x-residentd-peer");
 /// Says the same way that a worker broke over the request already, so that it is not
 /// tried twice more.
 pub const TRIED: HeaderName = HeaderName::from_static("x-residentd-tried");
-/// Headers of one connection, never passed on (RFC 9110, 7.6.1; the two about
-/// authentication are for the proxy they reach). Trailers pass, and so does the
-/// header that announces them: HTTP/1 sends none that it does not.
-const HOP_BY_HOP: [HeaderName; 10] = [
-    CONNECTION,
-    PEER,
-    TRIED,
-    HeaderName::from_static("keep-alive"),
-    HeaderName::from_static("proxy-authenticate"),
-    HeaderName::from_static("proxy-authorization"),
-    HeaderName::from_static("proxy-connection"),
-    TE,
-    HeaderName::from_static("transfer-encoding"),
-    UPGRADE,
-];
+/// Headers that workers get beside those of the client, at most: three of a proxy,
+/// its host, the length, a place in a trace, and what a residentd tells another.
+const ADDED: usize = 8;
 const FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
 const FORWARDED_HOST: HeaderName = HeaderName::from_static("x-forwarded-host");
 const FORWARDED_PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto");
@@ -42,9 +29,47 @@ pub(super) fn asks_upgrade(headers: &HeaderMap) -> bool {
         && connection_words(headers).any(|word| word.eq_ignore_ascii_case("upgrade"))
 }
 
-/// Makes a client's headers fit for the worker; its `Host` and the body's
-/// length are set for each try. `peer` is the client's address.
-pub(super) fn towards_worker(head: &mut request::Parts, peer: Option<SocketAddr>, upgrade: bool) {
+/// Returns whether a header is of one connection, never passed on (RFC 9110, 7.6.1;
+/// the two about authentication are for the proxy they reach). Trailers pass, and so
+/// does the header that announces them: HTTP/1 sends none that it does not.
+fn is_hop_by_hop(name: &HeaderName) -> bool {
+    // Mostly told by the length already.
+    matches!(
+        name.as_str(),
+        "connection"
+            | "x-residentd-peer"
+            | "x-residentd-tried"
+            | "keep-alive"
+            | "proxy-authenticate"
+            | "proxy-authorization"
+            | "proxy-connection"
+            | "te"
+            | "transfer-encoding"
+            | "upgrade"
+    )
+}
+
+/// Returns whether a header is not passed on as it came. The client was told to go
+/// on already, and the length is that of the body as it was understood here, not as
+/// it was announced.
+fn is_set_anew(name: &HeaderName) -> bool {
+    matches!(name.as_str(), "host" | "content-length" | "expect")
+}
+
+/// Returns what workers are told of a client at this address.
+#[must_use]
+pub fn client(address: SocketAddr) -> HeaderValue {
+    let text = address.ip().to_canonical().to_string();
+    HeaderValue::try_from(text).expect("an address is plain text")
+}
+
+/// Returns a client's headers as they are fit for the worker, but for its `Host`
+/// and the body's length. `client` is what [`client()`] returned.
+pub(super) fn towards_worker(
+    head: &request::Parts,
+    client: Option<&HeaderValue>,
+    upgrade: bool,
+) -> HeaderMap {
     let host = match head.headers.get(HOST) {
         Some(host) => Some(host.clone()),
         None => head
@@ -52,14 +77,19 @@ pub(super) fn towards_worker(head: &mut request::Parts, peer: Option<SocketAddr>
             .authority()
             .and_then(|authority| HeaderValue::from_str(authority.as_str()).ok()),
     };
-    let headers = &mut head.headers;
-    let protocol = headers.get(UPGRADE).filter(|_| upgrade).cloned();
-    let trailers = headers.get(TE).is_some_and(|value| value == "trailers");
-    strip(headers);
-    // The client was told to go on already, and the length is that of the body
-    // as it was understood here, not as it was announced.
-    headers.remove(EXPECT);
-    headers.remove(CONTENT_LENGTH);
+    let asked = &head.headers;
+    let protocol = asked.get(UPGRADE).filter(|_| upgrade).cloned();
+    let trailers = asked.get(TE).is_some_and(|value| value == "trailers");
+    let named = named_by_connection(asked);
+    // Copied, and not taken away from: it may have to be sent once more, and what
+    // is added needs no larger table.
+    let mut headers = HeaderMap::with_capacity(asked.len() + ADDED);
+    for (name, value) in asked {
+        if !is_hop_by_hop(name) && !is_set_anew(name) && !named.contains(name) {
+            headers.append(name, value.clone());
+        }
+    }
+    let headers = &mut headers;
     if trailers {
         headers.insert(TE, HeaderValue::from_static("trailers"));
     }
@@ -69,22 +99,31 @@ pub(super) fn towards_worker(head: &mut request::Parts, peer: Option<SocketAddr>
     }
     // HTTP/2 may send a cookie in crumbs (RFC 9113, 8.2.3).
     join(headers, COOKIE, "; ", None);
-    let address = peer.map(|peer| peer.ip().to_canonical().to_string());
-    join(headers, FORWARDED_FOR, ", ", address.as_deref());
+    join(headers, FORWARDED_FOR, ", ", client);
     set_default(headers, FORWARDED_PROTO, HeaderValue::from_static("http"));
     if let Some(host) = host {
         set_default(headers, FORWARDED_HOST, host);
     }
+    std::mem::take(headers)
 }
 
 /// Takes off the headers of one connection, and those that it names.
 pub(super) fn strip(headers: &mut HeaderMap) {
-    let named: Vec<HeaderName> = connection_words(headers)
-        .filter_map(|name| name.parse().ok())
-        .collect();
-    for name in named.iter().chain(&HOP_BY_HOP) {
+    let own = headers.keys().filter(|name| is_hop_by_hop(name));
+    let mut dropped: Vec<HeaderName> = own.cloned().collect();
+    // What names others is one of them.
+    if !dropped.is_empty() {
+        dropped.extend(named_by_connection(headers));
+    }
+    for name in dropped {
         headers.remove(name);
     }
+}
+
+/// Returns the headers that are of this connection because it says so.
+fn named_by_connection(headers: &HeaderMap) -> Vec<HeaderName> {
+    let words = connection_words(headers);
+    words.filter_map(|name| name.parse().ok()).collect()
 }
 
 /// Returns the value of `Host` for a worker.
@@ -102,13 +141,18 @@ fn connection_words(headers: &HeaderMap) -> impl Iterator<Item = &str> {
 }
 
 /// Makes one line of several, `last` at its end.
-fn join(headers: &mut HeaderMap, name: HeaderName, between: &str, last: Option<&str>) {
+fn join(headers: &mut HeaderMap, name: HeaderName, between: &str, last: Option<&HeaderValue>) {
     let lines = headers.get_all(&name);
-    if last.is_none() && lines.iter().nth(1).is_none() {
-        return;
+    match (lines.iter().count(), last) {
+        (0 | 1, None) => return,
+        (0, Some(last)) => {
+            headers.insert(name, last.clone());
+            return;
+        }
+        _ => {}
     }
-    let values = lines.iter().map(HeaderValue::as_bytes);
-    let all: Vec<&[u8]> = values.chain(last.map(str::as_bytes)).collect();
+    let values = lines.iter().chain(last);
+    let all: Vec<&[u8]> = values.map(HeaderValue::as_bytes).collect();
     if let Ok(joined) = HeaderValue::from_bytes(&all.join(between.as_bytes())) {
         headers.insert(name, joined);
     }
@@ -134,10 +178,10 @@ mod tests {
                 .headers_mut()
                 .append(*name, HeaderValue::from_static(value));
         }
-        let (mut head, ()) = request.into_parts();
-        towards_worker(&mut head, "10.1.2.3:4".parse().ok(), upgrade);
-        let mut all: Vec<_> = head
-            .headers
+        let (head, ()) = request.into_parts();
+        let asks = client("10.1.2.3:4".parse().expect("an address"));
+        let headers = towards_worker(&head, Some(&asks), upgrade);
+        let mut all: Vec<_> = headers
             .iter()
             .map(|(n, v)| (n.to_string(), v.to_str().expect("text").to_owned()))
             .collect();
@@ -207,7 +251,6 @@ mod tests {
         ];
         let expected = [
             ("cookie", "a=1; b=2"),
-            ("host", "models.example"),
             ("x-forwarded-for", "192.0.2.1, 192.0.2.2, 10.1.2.3"),
             ("x-forwarded-host", "models.example"),
             ("x-forwarded-proto", "https"),

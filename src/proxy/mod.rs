@@ -29,7 +29,6 @@ mod spans;
 mod upgrade;
 mod upload;
 
-use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -37,6 +36,7 @@ use arc_swap::ArcSwap;
 use hyper::body::Incoming;
 use hyper::header::{ACCEPT_ENCODING, HeaderMap, HeaderValue};
 use hyper::http::request;
+use hyper::http::uri::PathAndQuery;
 use hyper::{Request, Response};
 use tracing::debug;
 
@@ -44,8 +44,9 @@ pub use self::access::AccessLog;
 use self::account::Account;
 pub use self::body::{ProxyBody, Streamed};
 use self::filter::Change;
+pub use self::forward::Asked;
 use self::forward::Passage;
-pub use self::headers::{PEER, TRIED};
+pub use self::headers::{PEER, TRIED, client};
 pub use self::heartbeat::Waiting;
 use self::held::Held;
 use self::ids::Names;
@@ -56,7 +57,6 @@ use self::resolve::ByPath;
 use self::rpc::Call;
 use self::spans::{Ended, Spans};
 pub use self::upload::BodyError;
-use crate::clock::Timestamp;
 use crate::control::{Controller, ModelRoute, Passed};
 use crate::model::Bytes;
 use crate::reply::{self, Fault, Speech};
@@ -86,6 +86,14 @@ pub struct Proxy {
     access: Option<AccessLog>,
     names: Arc<Names>,
     traces: Option<Traces>,
+}
+
+/// What became of a request before it asks for its worker.
+enum Begun {
+    /// It needs none.
+    Answered(Response<ProxyBody>),
+    /// It is ready to, and its client hears so often that it waits.
+    Passage(Box<Passage>, Option<Duration>),
 }
 
 impl Proxy {
@@ -143,17 +151,45 @@ impl Proxy {
         self.controller.routes().stray().count(&refused);
     }
 
-    /// Answers one request of a client at `peer`; a Unix socket has none. One over which
-    /// a worker broke in another residentd is `tried` already.
-    pub async fn handle(
+    /// Takes a request in. `client` is what its worker is told of the client, see
+    /// [`client()`]. One over which a worker broke in another residentd is `tried`
+    /// already.
+    #[must_use]
+    pub fn take(
         &self,
         request: Request<Incoming>,
-        peer: Option<SocketAddr>,
+        client: Option<HeaderValue>,
         tried: bool,
-    ) -> Response<ProxyBody> {
+    ) -> Box<Asked> {
         let (speech, began) = (Speech::of(&request), self.controller.clock().now());
         let call = (speech == Speech::Grpc).then(|| Call::of(began, request.headers()));
-        match self.walk(request, (peer, tried), began, call).await {
+        let (head, body) = request.into_parts();
+        Box::new(Asked {
+            speech,
+            head,
+            held: Held::new(body),
+            client,
+            began,
+            tried,
+            call,
+        })
+    }
+
+    /// Answers one request.
+    pub async fn handle(&self, asked: Box<Asked>) -> Response<ProxyBody> {
+        let (speech, call) = (asked.speech, asked.call);
+        // One after the other, so that they share their room.
+        let passed = match self.begin(asked).await {
+            Ok(Begun::Answered(response)) => Ok(response),
+            Ok(Begun::Passage(passage, None)) => self.carry(passage).await,
+            Ok(Begun::Passage(passage, Some(every))) => {
+                let proxy = self.clone();
+                let passing = async move { proxy.carry(passage).await };
+                Box::pin(heartbeat::wait(Box::pin(passing), every)).await
+            }
+            Err(fault) => Err(fault),
+        };
+        match passed {
             Ok(response) => response,
             Err(fault) => {
                 debug!(code = fault.code(), why = %fault, "refusing a request");
@@ -165,26 +201,29 @@ impl Proxy {
         }
     }
 
-    async fn walk(
-        &self,
-        request: Request<Incoming>,
-        (peer, tried): (Option<SocketAddr>, bool),
-        began: Timestamp,
-        call: Option<Call>,
-    ) -> Result<Response<ProxyBody>, Fault> {
-        if let Some(name) = models::asked(request.uri().path()) {
-            return self.models(request.method(), name);
+    /// Takes a request as far as it goes without its worker.
+    async fn begin(&self, mut asked: Box<Asked>) -> Result<Begun, Fault> {
+        let Asked {
+            head,
+            held,
+            began,
+            call,
+            ..
+        } = &mut *asked;
+        let call = *call;
+        if let Some(name) = models::asked(head.uri.path()) {
+            return self.models(&head.method, name).map(Begun::Answered);
         }
-        let (mut head, body) = request.into_parts();
-        let mut held = Held::new(body);
-        let times = (self.controller.clock(), began);
+        let times = (self.controller.clock(), *began);
         let spans = self.traces.as_ref().map(|traces| {
             let asked = (&head.method, head.uri.path());
             Spans::begin(traces, asked, &head.headers, times, call.is_some())
         });
-        let (route, target) = match self.find(&head, &mut held, call).await {
+        let (route, target) = match self.find(head, held, call).await {
             Ok(ByPath::Model(route, target)) => (route, target),
-            Ok(ByPath::Readiness(route, name)) => return Ok(self.readiness(&name, &route)),
+            Ok(ByPath::Readiness(route, name)) => {
+                return Ok(Begun::Answered(self.readiness(&name, &route)));
+            }
             Ok(ByPath::Unknown(name)) => {
                 return Err(self.stray(self.not_found(&name), call, spans));
             }
@@ -192,36 +231,21 @@ impl Proxy {
             Err(fault) => return Err(self.stray(fault, call, spans)),
         };
         let account = Account::new(Arc::clone(&route), &head.headers, times, call).traced(spans);
-        let prepared = self.prepare((&route, &target), &head, &mut held, call);
-        let (change, beats) = match prepared.await {
-            Ok(prepared) => prepared,
-            Err(fault) => {
-                account.refused(&fault);
-                return Err(fault);
-            }
-        };
-        if beats.is_some() {
-            // The head may go out before the worker could say how it packs.
-            head.headers.remove(ACCEPT_ENCODING);
-        }
-        let passage = Passage {
+        let mut passage = Box::new(Passage {
+            asked,
             route,
-            head,
-            peer,
             target,
-            held,
-            change,
-            began,
+            change: Change::None,
             account: account.logged(self.access.clone()),
-            tried,
-            call,
-        };
-        let Some(every) = beats else {
-            return self.carry(passage).await;
-        };
-        let proxy = self.clone();
-        let passing = async move { proxy.carry(passage).await };
-        heartbeat::wait(Box::pin(passing), every).await
+            leaves: false,
+        });
+        match self.prepare(&mut passage).await {
+            Ok(beats) => Ok(Begun::Passage(passage, beats)),
+            Err(fault) => {
+                passage.account.refused(&fault);
+                Err(fault)
+            }
+        }
     }
 
     /// Finds the model that a request is for, and what its worker is asked for.
@@ -236,7 +260,7 @@ impl Proxy {
             return Err(Fault::BodyTooLarge(settings.max_body));
         }
         let routes = self.controller.routes();
-        match resolve::by_path(routes, head.uri.path(), head.uri.query()) {
+        match resolve::by_path(routes, head.uri.path(), head.uri.query())? {
             ByPath::Silent => {}
             told => return Ok(told),
         }
@@ -246,34 +270,43 @@ impl Proxy {
             (None, Some(_)) => rpc::by_content(head, held, prefix).await?,
             (None, None) => resolve::by_content(head, held, prefix).await?,
         };
-        let target = head.uri.path_and_query().map_or("/", |both| both.as_str());
-        Ok(ByPath::Model(self.route(name)?, target.to_owned()))
+        let target = head.uri.path_and_query().cloned();
+        let target = target.unwrap_or_else(|| PathAndQuery::from_static("/"));
+        Ok(ByPath::Model(self.route(name)?, target))
     }
 
-    /// Does what is to be done before a request asks for its worker. Returns what
-    /// is changed of its body, and how often its client hears that it waits.
-    async fn prepare(
-        &self,
-        (route, target): (&ModelRoute, &str),
-        head: &request::Parts,
-        held: &mut Held,
-        call: Option<Call>,
-    ) -> Result<(Change, Option<Duration>), Fault> {
-        if let Some(path) = resolve::parks(route, target) {
+    /// Does what is to be done before a request asks for its worker. Returns how
+    /// often its client hears that it waits.
+    async fn prepare(&self, passage: &mut Passage) -> Result<Option<Duration>, Fault> {
+        let Passage {
+            asked,
+            route,
+            target,
+            change,
+            ..
+        } = passage;
+        if let Some(path) = resolve::parks(route, target.path()) {
             let model = route.name().clone();
             return Err(Fault::ParkPath { model, path });
         }
         let (spec, most) = (route.spec(), self.settings.load().model_prefix);
-        let change = match call {
+        let Asked {
+            head, held, call, ..
+        } = &mut **asked;
+        *change = match call {
             Some(_) => rpc::change(spec, head),
             None => filter::change(spec, head, held, most).await?,
         };
-        let beats = heartbeat::wanted(spec, head, (held, &change), most).await?;
+        let beats = heartbeat::wanted(spec, head, (held, change), most).await?;
         match call {
             Some(_) => rpc::read_whole(head, held, REPLAYED).await?,
             None => held.read_whole(REPLAYED).await?,
         }
-        Ok((change, beats))
+        if beats.is_some() {
+            // The head may go out before the worker could say how it packs.
+            head.headers.remove(ACCEPT_ENCODING);
+        }
+        Ok(beats)
     }
 
     /// Counts a request that named no model that there is.

@@ -5,18 +5,20 @@
 //! a client is connected and waits), and none is kept any more.
 
 use std::collections::HashMap;
+use std::convert::Infallible;
 use std::io;
-use std::pin::pin;
+use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::Duration;
 
 use futures_util::FutureExt;
+use futures_util::future::Either;
 use hyper::body::Incoming;
-use hyper::client::conn::{http1, http2};
+use hyper::client::conn::{TrySendError, http1, http2};
 use hyper::header::HeaderValue;
 use hyper::{Request, Response};
 use hyper_util::rt::{TokioExecutor, TokioIo};
-use tokio_util::sync::CancellationToken;
+use tokio::sync::oneshot;
 use tracing::debug;
 
 use super::headers;
@@ -55,10 +57,13 @@ enum Requests {
 #[derive(Debug)]
 pub(super) struct Sender {
     requests: Requests,
-    /// Cancelled when the connection has ended, and after all that hyper says of
-    /// the requests it took.
-    ended: CancellationToken,
+    /// Tells when the connection has ended, after all that hyper says of the
+    /// requests it took.
+    ended: oneshot::Receiver<Infallible>,
 }
+
+/// What hyper says of a request.
+type Answer = Result<Response<Incoming>, TrySendError<Request<RequestBody>>>;
 
 /// Why a request has no answer.
 #[derive(Debug)]
@@ -69,42 +74,57 @@ pub(super) struct Unanswered {
     pub(super) error: Option<hyper::Error>,
 }
 
+impl From<TrySendError<Request<RequestBody>>> for Unanswered {
+    fn from(failed: TrySendError<Request<RequestBody>>) -> Self {
+        Self {
+            unsent: failed.message().is_some(),
+            error: Some(failed.into_error()),
+        }
+    }
+}
+
 impl Sender {
-    /// Sends a request and waits for the head of its answer.
+    /// Hands a request over at once. What is returned has the head of its answer,
+    /// if [`Sender::answered`] waits for it.
+    pub(super) fn send(
+        &mut self,
+        request: Request<RequestBody>,
+    ) -> impl Future<Output = Answer> + use<> {
+        match &mut self.requests {
+            Requests::Http1(requests) => Either::Left(requests.try_send_request(request)),
+            Requests::Http2(requests) => Either::Right(requests.try_send_request(request)),
+        }
+    }
+
+    /// Waits for the answer to what was sent.
     ///
     /// A request that is handed over in the very moment in which the connection
     /// ends may stay where nobody looks any more, in hyper's channel to it: some
     /// in 100,000 that meet such an end do. So it is not waited for beyond that.
-    pub(super) async fn send(
+    pub(super) async fn answered(
         &mut self,
-        request: Request<RequestBody>,
+        mut answer: Pin<&mut impl Future<Output = Answer>>,
     ) -> Result<Response<Incoming>, Unanswered> {
-        let wire = self.wire();
-        let requests = &mut self.requests;
-        let mut answer = pin!(async {
-            match requests {
-                Requests::Http1(requests) => requests.try_send_request(request).await,
-                Requests::Http2(requests) => requests.try_send_request(request).await,
-            }
-        });
-        let answered = tokio::select! {
+        // Not kept in a variable, for which there would have to be room below.
+        if let Some(answered) = tokio::select! {
             biased;
             answered = &mut answer => Some(answered),
-            // What hyper had to say of HTTP/1 it has said by now; of HTTP/2 other
-            // tasks of its own may be about to.
-            () = self.ended.cancelled() => match wire {
-                Wire::Http1 => (&mut answer).now_or_never(),
-                Wire::Http2 => tokio::time::timeout(LAST_WORD, &mut answer).await.ok(),
-            },
+            _ = &mut self.ended => None,
+        } {
+            return answered.map_err(Unanswered::from);
+        }
+        // What hyper had to say of HTTP/1 it has said by now; of HTTP/2 other tasks
+        // of its own may be about to.
+        let wire = self.wire();
+        let last = match wire {
+            Wire::Http1 => answer.now_or_never(),
+            Wire::Http2 => Box::pin(tokio::time::timeout(LAST_WORD, answer)).await.ok(),
         };
         let forgotten = Unanswered {
             unsent: wire == Wire::Http1,
             error: None,
         };
-        answered.ok_or(forgotten)?.map_err(|failed| Unanswered {
-            unsent: failed.message().is_some(),
-            error: Some(failed.into_error()),
-        })
+        last.ok_or(forgotten)?.map_err(Unanswered::from)
     }
 
     fn wire(&self) -> Wire {
@@ -244,7 +264,8 @@ impl Pool {
     pub(super) async fn kept(&self, wire: Wire) -> Option<Sender> {
         match self.take(wire) {
             Some(sender) => Some(sender),
-            None if wire == Wire::Http1 => self.opened().await,
+            // Boxed, since few need it and all would have room for it.
+            None if wire == Wire::Http1 => Box::pin(self.opened()).await,
             None => None,
         }
     }
@@ -321,11 +342,10 @@ fn sender(
     requests: Requests,
     connection: impl Future<Output = Result<(), hyper::Error>> + Send + 'static,
 ) -> Sender {
-    let ended = CancellationToken::new();
-    let end = ended.clone().drop_guard();
+    let (end, ended) = oneshot::channel();
     telemetry::spawn_often("upstream", async move {
         // Goes after the connection, however that ends.
-        let _end = end;
+        let _end: oneshot::Sender<Infallible> = end;
         if let Err(error) = connection.await {
             debug!(%error, "a connection to a worker ended early");
         }
@@ -336,6 +356,7 @@ fn sender(
 #[cfg(test)]
 mod tests {
     use std::collections::VecDeque;
+    use std::pin::pin;
 
     use super::*;
     use crate::model::Bytes;
@@ -347,18 +368,19 @@ mod tests {
         let (requests, connection) = http1::handshake(TokioIo::new(ours))
             .await
             .expect("a connection");
-        let ended = CancellationToken::new();
+        let (end, ended) = oneshot::channel();
         let mut sender = Sender {
             requests: Requests::Http1(requests),
-            ended: ended.clone(),
+            ended,
         };
         // Never polled and never dropped: so it is with one that came too late.
         let _connection = connection;
         let body = RequestBody::new(VecDeque::new(), None, Bytes::mib(1), None);
-        let mut sent = pin!(sender.send(Request::new(body)));
+        let answer = pin!(sender.send(Request::new(body)));
+        let mut sent = pin!(sender.answered(answer));
         let soon = tokio::time::timeout(Duration::from_secs(60), &mut sent);
         assert!(soon.await.is_err(), "it may be answered yet");
-        ended.cancel();
+        drop(end);
         let failed = sent.await.expect_err("there is no answer");
         assert!(failed.unsent && failed.error.is_none(), "{failed:?}");
     }

@@ -7,8 +7,9 @@
 use std::borrow::Cow;
 use std::sync::Arc;
 
-use hyper::header::{CONTENT_ENCODING, CONTENT_TYPE};
+use hyper::header::{CONTENT_ENCODING, CONTENT_TYPE, HeaderName};
 use hyper::http::request;
+use hyper::http::uri::PathAndQuery;
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, percent_decode_str, utf8_percent_encode};
 
 use super::held::Held;
@@ -20,6 +21,8 @@ use crate::reply::Fault;
 
 /// A name has at most 128 bytes, each of which may be written as `%2F`.
 const LONGEST_IN_PATH: usize = 3 * 128;
+/// Names the model.
+const MODEL: HeaderName = HeaderName::from_static("x-model");
 /// What of a name is written as `%XX` in a path.
 const IN_PATH: &AsciiSet = &NON_ALPHANUMERIC
     .remove(b'-')
@@ -31,7 +34,7 @@ const IN_PATH: &AsciiSet = &NON_ALPHANUMERIC
 #[derive(Debug)]
 pub(super) enum ByPath {
     /// This model, and the path and query the worker gets.
-    Model(Arc<ModelRoute>, String),
+    Model(Arc<ModelRoute>, PathAndQuery),
     /// Whether this model is ready, in the Open Inference Protocol.
     Readiness(Arc<ModelRoute>, String),
     /// A model that is not configured.
@@ -42,14 +45,17 @@ pub(super) enum ByPath {
 
 /// Looks for the model in the path. Names may hold slashes, as they are or as
 /// `%2F`; the longest configured name wins.
-pub(super) fn by_path(routes: &Routes, path: &str, query: Option<&str>) -> ByPath {
+///
+/// # Errors
+/// When what the worker would be asked for is no path.
+pub(super) fn by_path(routes: &Routes, path: &str, query: Option<&str>) -> Result<ByPath, Fault> {
     let (rest, strips) = match (
         path.strip_prefix("/upstream/"),
         path.strip_prefix("/v2/models/"),
     ) {
         (Some(rest), _) => (rest, true),
         (None, Some(rest)) => (rest, false),
-        (None, None) => return ByPath::Silent,
+        (None, None) => return Ok(ByPath::Silent),
     };
     let ends = rest
         .match_indices('/')
@@ -65,11 +71,12 @@ pub(super) fn by_path(routes: &Routes, path: &str, query: Option<&str>) -> ByPat
     }
     let Some((route, end)) = found else {
         let first = rest.split('/').next().unwrap_or_default();
-        return ByPath::Unknown(percent_decode_str(first).decode_utf8_lossy().into_owned());
+        let name = percent_decode_str(first).decode_utf8_lossy();
+        return Ok(ByPath::Unknown(name.into_owned()));
     };
     if !strips && asks_readiness(&rest[end..]) {
         let name = percent_decode_str(&rest[..end]).decode_utf8_lossy();
-        return ByPath::Readiness(route, name.into_owned());
+        return Ok(ByPath::Readiness(route, name.into_owned()));
     }
     let mut target = if !strips {
         match &route.spec().requests.filter.model {
@@ -89,7 +96,8 @@ pub(super) fn by_path(routes: &Routes, path: &str, query: Option<&str>) -> ByPat
         target.push('?');
         target.push_str(query);
     }
-    ByPath::Model(route, target)
+    let bad = |error| Fault::BadRequest(format!("the path cannot be passed on: {error}"));
+    Ok(ByPath::Model(route, target.try_into().map_err(bad)?))
 }
 
 /// Whether this, behind a model's name, is `/ready`, of a version or not.
@@ -101,9 +109,8 @@ fn asks_readiness(rest: &str) -> bool {
 
 /// Returns the path when it is one of those that park or unpark the worker,
 /// however it is written.
-pub(super) fn parks(route: &ModelRoute, target: &str) -> Option<String> {
+pub(super) fn parks(route: &ModelRoute, path: &str) -> Option<String> {
     let park = route.spec().park.as_ref()?;
-    let path = target.split('?').next().unwrap_or_default();
     let path = percent_decode_str(path).decode_utf8_lossy();
     let parts: Vec<_> = path.split('/').filter(|part| !part.is_empty()).collect();
     let path = format!("/{}", parts.join("/"));
@@ -129,7 +136,7 @@ pub(super) async fn by_content(
 
 /// Looks for the model in the header `x-model`.
 pub(super) fn by_header(head: &request::Parts) -> Result<Option<String>, Fault> {
-    let Some(value) = head.headers.get("x-model") else {
+    let Some(value) = head.headers.get(MODEL) else {
         return Ok(None);
     };
     let text = value
@@ -176,7 +183,8 @@ async fn by_body(head: &request::Parts, held: &mut Held, prefix: Bytes) -> Resul
     }
     let kind = kind(head);
     match multipart::boundary(kind) {
-        Some(boundary) => by_multipart(held, Finder::new(&boundary), prefix).await,
+        // Boxed, since few need it and all would have room for it.
+        Some(boundary) => Box::pin(by_multipart(held, Finder::new(&boundary), prefix)).await,
         None => by_json(held, prefix, may_be_else(kind)).await,
     }
 }
@@ -197,8 +205,11 @@ pub(super) fn kind(head: &request::Parts) -> &str {
 /// Whether a body of this type is something else than JSON and need not name a
 /// model. Forms are what `curl -d` calls its JSON.
 pub(super) fn may_be_else(kind: &str) -> bool {
-    let kind = kind.to_ascii_lowercase();
-    !kind.is_empty() && !kind.contains("json") && !kind.contains("form")
+    let has = |word: &[u8; 4]| {
+        let mut fours = kind.as_bytes().windows(word.len());
+        fours.any(|four| four.eq_ignore_ascii_case(word))
+    };
+    !kind.is_empty() && !has(b"json") && !has(b"form")
 }
 
 async fn by_json(held: &mut Held, prefix: Bytes, may_be_else: bool) -> Result<Named, Fault> {
@@ -270,7 +281,8 @@ mod tests {
         let routes = Routes::new([]);
         let path = format!("/upstream/{}", "a/".repeat(30_000));
         let clock = crate::clock::Clock::start();
-        assert!(matches!(by_path(&routes, &path, None), ByPath::Unknown(_)));
+        let found = by_path(&routes, &path, None);
+        assert!(matches!(found, Ok(ByPath::Unknown(_))));
         // Quadratic work took seconds.
         assert!(clock.now().since_start() < std::time::Duration::from_millis(500));
     }

@@ -198,6 +198,9 @@ impl Scanner {
         if self.raw.len() > LONGEST {
             return None;
         }
+        if !self.raw.iter().any(|byte| *byte == b'\\' || *byte < b' ') {
+            return String::from_utf8(self.raw.clone()).ok();
+        }
         let mut quoted = Vec::with_capacity(self.raw.len() + 2);
         quoted.push(b'"');
         quoted.extend_from_slice(&self.raw);

@@ -2,12 +2,15 @@
 
 use std::time::Duration;
 
-use hyper::header::{CONTENT_TYPE, HeaderValue, RETRY_AFTER};
+use hyper::header::{CONTENT_TYPE, HeaderName, HeaderValue, RETRY_AFTER};
 use hyper::{Request, Response, StatusCode};
 use serde_json::json;
 
 use super::Fault;
 use crate::grpc::{self, Code};
+
+/// A must in Anthropic's API, whatever the path before it.
+const ANTHROPIC: HeaderName = HeaderName::from_static("anthropic-version");
 
 /// Which protocol a request speaks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -32,8 +35,7 @@ impl Speech {
             Self::Grpc
         } else if rest.is_some_and(|rest| rest.is_empty() || rest.starts_with('/')) {
             Self::OpenInference
-        } else if request.headers().contains_key("anthropic-version") {
-            // A must in that API, whatever the path before it.
+        } else if request.headers().contains_key(ANTHROPIC) {
             Self::Anthropic
         } else {
             Self::Native
