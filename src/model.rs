@@ -28,7 +28,7 @@ pub use gaps::{GAP_CLASSES, Gaps};
 pub use health::{Ailment, Live};
 pub use park::{ParkCall, ParkSpec};
 pub use prefetch::{Prefetch, PrefetchEnd, PrefetchReason};
-pub use record::WorkerRecord;
+pub use record::{LastUse, WorkerRecord};
 pub use requests::{Filter, RequestSpec};
 pub use secret::Secret;
 

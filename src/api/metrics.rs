@@ -20,7 +20,7 @@ use prometheus_client::registry::Registry;
 use super::ApiState;
 use super::entry::is_loaded;
 use super::memory::usage_ratio;
-use crate::clock::{Clock, Timestamp};
+use crate::clock::Clock;
 use crate::control::{Controller, DomainView, ModelView, Phase, PressureLevel, Snapshot};
 use crate::memory::Usage;
 use crate::model::Domain;
@@ -114,7 +114,7 @@ fn config(out: Out<'_, '_>, snapshot: &Snapshot, clock: Clock) -> fmt::Result {
     good.sample(&[], u64::from(!config.last_refused))?;
     let help = "When a configuration was last taken in: at a reload, else at the start";
     let name = "config_last_reload_success_timestamp_seconds";
-    let at = config.last_applied.unwrap_or(Timestamp::START);
+    let at = config.last_applied.unwrap_or(clock.began());
     gauge(out, name, help)?.sample(&[], clock.unix(at))
 }
 

@@ -52,7 +52,7 @@ impl Core {
         owns_process: bool,
         inherited: &Inherited,
     ) -> Result<Self, AppError> {
-        let clock = Clock::start();
+        let clock = Clock::of_machine();
         let store = open_store(config, clock).await?;
         let access = access_log(config)?;
         let traces = traces(config)?;

@@ -20,6 +20,12 @@ use crate::worker::Adoptee;
 /// A peak that grew by less than this share is not written down again.
 const GROWTH_PERCENT: u64 = 105;
 
+/// That a worker was used is written down when that is so long ago, so that one in
+/// use is not written down with each request;
+const USED_JUST_NOW: Duration = Duration::from_secs(1);
+/// and this often while it is.
+const USE_EVERY: Duration = Duration::from_secs(10);
+
 /// How a worker came to be ours that we did not spawn.
 #[derive(Clone, Debug)]
 pub(super) struct Adoption {
@@ -29,6 +35,8 @@ pub(super) struct Adoption {
     age: Duration,
     /// It had answered the earlier residentd.
     pub(super) was_ready: bool,
+    /// Since when nobody used it, as far as that was written.
+    pub(super) idle_since: Option<Timestamp>,
     /// The most it was known to hold of each GPU.
     held: BTreeMap<u32, Bytes>,
     told: bool,
@@ -53,11 +61,18 @@ impl Task {
             worker: adoptee.record.worker.clone(),
             gpus: indexes(devices, &adoptee.record.gpus),
             peak: adoptee.record.peak.clone(),
+            idle_since: idle_since(&adoptee.record).map(|since| since.min(at)),
         });
         let adopted: Vec<_> = adopted.collect();
         let measured = self.measured();
         self.policy.adopt(at, &measured, adopted.iter().cloned());
-        for (adoptee, Adopted { worker, gpus, peak }) in adoptees.into_iter().zip(adopted) {
+        for (adoptee, adopted) in adoptees.into_iter().zip(adopted) {
+            let Adopted {
+                worker,
+                gpus,
+                peak,
+                idle_since,
+            } = adopted;
             let gpu = |(domain, bytes): (Domain, Bytes)| match domain {
                 Domain::Gpu(index) => Some((index, bytes)),
                 Domain::Host => None,
@@ -66,12 +81,15 @@ impl Task {
                 at,
                 age: adoptee.age,
                 was_ready: adoptee.record.ready,
+                idle_since,
                 held: peak.into_iter().filter_map(gpu).collect(),
                 told: false,
             };
             let record = Some(Box::new(adoptee.record.clone()));
+            let last_used = idle_since.filter(|_| adoptee.record.last_use.used);
             let handle = self.spawner.adopt(adoptee, self.events.clone());
             let past = self.records.entry(worker.model.clone()).or_default();
+            past.last_used = last_used;
             past.tail = Some((worker.generation, Arc::clone(&handle.tail)));
             let live = Live {
                 handle,
@@ -136,9 +154,9 @@ impl Task {
         self.update(worker, |record, _| std::mem::take(&mut record.parked));
     }
 
-    /// Keeps peaks that grew, and tells of workers taken back that are measured
-    /// now.
-    pub(super) fn follow_peaks(&mut self) {
+    /// Keeps peaks that grew and who was used, and tells of workers taken back that
+    /// are measured now.
+    pub(super) fn follow_workers(&mut self) {
         let workers: Vec<_> = self.workers.keys().cloned().collect();
         for worker in workers {
             self.update(&worker, |record, peak| {
@@ -151,8 +169,39 @@ impl Task {
                 }
                 grew
             });
+            self.follow_use(&worker, false);
             self.tell_adoption(&worker);
         }
+    }
+
+    /// Keeps since when nobody used any worker, as of now: another residentd goes on
+    /// from there.
+    pub(super) fn keep_use(&mut self) {
+        let workers: Vec<_> = self.workers.keys().cloned().collect();
+        for worker in workers {
+            self.follow_use(&worker, true);
+        }
+    }
+
+    /// Keeps since when nobody used a worker: soon after it was used, at times while
+    /// it is, or now.
+    fn follow_use(&mut self, worker: &WorkerId, at_once: bool) {
+        let live = self.workers.get(worker);
+        let Some(ready) = live.and_then(|live| live.ready.as_ref()) else {
+            return;
+        };
+        let (read, now) = (ready.gate.read(), self.clock.now());
+        self.update(worker, |record, _| {
+            let written = idle_since(record).unwrap_or(Timestamp::START);
+            let rests = read.inside == 0 && now.since(read.last_left) >= USED_JUST_NOW;
+            let is_time = at_once || rests || read.last_left.since(written) >= USE_EVERY;
+            let is_news = is_time && read.last_left > written;
+            if is_news {
+                record.last_use.idle_since = Some(read.last_left.as_micros());
+                record.last_use.used |= read.entered > 0;
+            }
+            is_news
+        });
     }
 
     fn update(
@@ -195,6 +244,11 @@ impl Task {
         };
         self.tell(worker, what);
     }
+}
+
+fn idle_since(record: &WorkerRecord) -> Option<Timestamp> {
+    let micros = record.last_use.idle_since.map(Duration::from_micros);
+    micros.map(Timestamp::from_start)
 }
 
 /// Returns the indexes of the devices with these UUIDs.

@@ -63,7 +63,7 @@ pub fn record(clock: Clock, first: u64) -> (Recorder, Decisions) {
         ring: Arc::clone(&ring),
         newest: sender,
     };
-    let epoch = std::time::Duration::try_from_secs_f64(clock.unix(Timestamp::START));
+    let epoch = std::time::Duration::try_from_secs_f64(clock.unix(clock.began()));
     let decisions = Decisions {
         ring,
         newest,

@@ -220,6 +220,10 @@ impl Task {
         let Some(reply) = held.settling.take() else {
             return;
         };
+        self.keep_use();
+        let Some(held) = self.held.as_mut() else {
+            return;
+        };
         let mut answering = Vec::new();
         for (worker, live) in &self.workers {
             let Some(ready) = &live.ready else { continue };

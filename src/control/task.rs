@@ -359,6 +359,8 @@ impl Task {
             Some(adoption) => Some(adoption.age(now)),
             None => Some(now.since(model.since)),
         };
+        let adoption = live.adoption.as_ref();
+        let idle_since = adoption.and_then(|adoption| adoption.idle_since);
         let reload = model.history.evicted;
         self.next_serial += 1;
         let ready = Arc::new(ReadyWorker {
@@ -367,7 +369,7 @@ impl Task {
             grpc_upstream,
             opened,
             pulse: Arc::clone(&live.handle.pulse),
-            gate: Gate::open(now, model.spec.concurrency),
+            gate: Gate::open(idle_since.unwrap_or(now), model.spec.concurrency),
             closing: CancellationToken::new(),
             serial: self.next_serial,
             since: now,
@@ -435,7 +437,7 @@ impl Task {
         let measured = self.measured();
         self.feed(Event::Measured(measured));
         self.mind_files();
-        self.follow_peaks();
+        self.follow_workers();
         self.tell_refusals();
     }
 

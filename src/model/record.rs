@@ -45,6 +45,17 @@ pub struct WorkerRecord {
     pub ready: bool,
     /// It was told to park and is not known to have its memory again.
     pub parked: bool,
+    /// When it was used, as far as that was written.
+    pub last_use: LastUse,
     /// The most it used so far, by domain.
     pub peak: BTreeMap<Domain, Bytes>,
+}
+
+/// When a worker was used.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct LastUse {
+    /// Since when nobody used it, in microseconds of the machine's clock.
+    pub idle_since: Option<u64>,
+    /// It has answered requests.
+    pub used: bool,
 }

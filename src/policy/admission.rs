@@ -6,7 +6,7 @@
 //! busy workers does not hold up those behind it.
 
 use super::Policy;
-use super::event::{Effect, Ticket};
+use super::event::{Activity, Effect, Ticket};
 use super::ledger::{self, Need};
 use super::lifecycle::{ModelState, Waiter};
 use super::verdict::{Claims, Verdict, Victim, least};
@@ -100,8 +100,10 @@ impl Policy {
             model.history.reloads += 1;
         }
         model.failures.last = None;
-        model.activity.last_left = now;
-        model.activity.last_entered = now;
+        // One that was taken back has been idle since it was before.
+        if !model.adopted {
+            model.activity = Activity::opened(now);
+        }
         model.enter(Phase::Ready, now);
         self.grant_waiters(worker, out);
     }

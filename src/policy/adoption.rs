@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 
 use super::Policy;
-use super::event::Measured;
+use super::event::{Activity, Measured};
 use crate::clock::Timestamp;
 use crate::model::{Bytes, Domain, WorkerId};
 
@@ -17,6 +17,8 @@ pub struct Adopted {
     pub gpus: Vec<u32>,
     /// The most it used so far, by domain.
     pub peak: BTreeMap<Domain, Bytes>,
+    /// Since when nobody used it, as far as that is known.
+    pub idle_since: Option<Timestamp>,
 }
 
 impl Policy {
@@ -30,7 +32,13 @@ impl Policy {
         workers: impl IntoIterator<Item = Adopted>,
     ) {
         self.measure(measured);
-        for Adopted { worker, gpus, peak } in workers {
+        for adopted in workers {
+            let Adopted {
+                worker,
+                gpus,
+                peak,
+                idle_since,
+            } = adopted;
             let Some(model) = self.models.get_mut(&worker.model) else {
                 continue;
             };
@@ -44,6 +52,7 @@ impl Policy {
                 model.generation = worker.generation;
                 model.adopted = true;
                 model.life = peak;
+                model.activity = Activity::opened(idle_since.unwrap_or(now));
             }
         }
     }
@@ -51,20 +60,32 @@ impl Policy {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::super::testing::{World, granted, name, spec};
     use super::super::{Effect, ExpectedSource, Phase};
     use super::*;
     use crate::model::{ModelSpec, Prefetch};
 
     fn adopted(world: &mut World, generation: u64, peak: u64) -> WorkerId {
+        adopt(world, ("a", generation), peak, None)
+    }
+
+    fn adopt(
+        world: &mut World,
+        (model, generation): (&str, u64),
+        peak: u64,
+        idle_since: Option<Timestamp>,
+    ) -> WorkerId {
         let worker = WorkerId {
-            model: name("a"),
+            model: name(model),
             generation,
         };
         let adopted = Adopted {
             worker: worker.clone(),
             gpus: Vec::new(),
             peak: [(Domain::Host, Bytes::mib(peak))].into(),
+            idle_since,
         };
         world
             .policy
@@ -100,6 +121,26 @@ mod tests {
         let model = &world.policy.models()[&worker.model];
         assert_eq!((model.phase, model.history.loads), (Phase::Ready, 0));
         assert_eq!(model.history.last_load, None);
+    }
+
+    #[test]
+    fn who_was_least_recently_used_before_goes_first() {
+        let models = ["a", "b"].map(|model| spec(model, None));
+        let mut world = World::with(1000, models.to_vec(), &[("a", 400), ("b", 400)]);
+        world.pass(Duration::from_secs(100));
+        // Ready in the other order.
+        for (model, seconds) in [("b", 20), ("a", 10)] {
+            let since = Timestamp::from_millis(seconds * 1000);
+            adopt(&mut world, (model, 3), 400, Some(since));
+        }
+        for model in ["b", "a"] {
+            world.ready(model);
+        }
+        let order = world.policy.candidates_in_order();
+        let order: Vec<_> = order.iter().map(|m| m.name().as_str()).collect();
+        assert_eq!(order, ["a", "b"]);
+        let a = &world.policy.models()["a"];
+        assert_eq!(a.idle_since(), Timestamp::from_millis(10_000));
     }
 
     #[test]

@@ -203,8 +203,12 @@ impl World {
         let worker = self.worker(model);
         self.pass(Duration::from_millis(100));
         self.holding.insert(worker.clone());
-        self.inside
-            .insert(worker.clone(), Activity::opened(self.now));
+        let state = &self.policy.models()[&worker.model];
+        let gate = match state.adopted {
+            true => state.activity,
+            false => Activity::opened(self.now),
+        };
+        self.inside.insert(worker.clone(), gate);
         let mut effects = self.step(Event::Ready { worker });
         effects.extend(self.measure());
         effects

@@ -71,7 +71,7 @@ impl Proxy {
 
     fn entry(&self, name: &str, route: &ModelRoute) -> Value {
         let clock = self.controller.clock();
-        let created = clock.unix(crate::clock::Timestamp::START).floor();
+        let created = clock.unix(clock.began()).floor();
         json!({
             "id": name,
             "object": "model",

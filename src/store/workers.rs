@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use crate::model::{Bytes, Domain, ModelName, WorkerId, WorkerRecord};
+use crate::model::{Bytes, Domain, LastUse, ModelName, WorkerId, WorkerRecord};
 
 /// A [`WorkerRecord`] as JSON.
 #[derive(Debug, Serialize, Deserialize)]
@@ -36,6 +36,11 @@ struct Written {
     /// Not written before there were parks.
     #[serde(default)]
     parked: bool,
+    /// Not written before the order of eviction outlived residentd.
+    #[serde(default)]
+    idle_since: Option<u64>,
+    #[serde(default)]
+    used: bool,
     peak: BTreeMap<String, u64>,
 }
 
@@ -71,6 +76,8 @@ pub(super) fn write(record: &WorkerRecord) -> String {
         gpus: record.gpus.clone(),
         ready: record.ready,
         parked: record.parked,
+        idle_since: record.last_use.idle_since,
+        used: record.last_use.used,
         peak: peak
             .map(|(domain, bytes)| (domain.to_string(), bytes.get()))
             .collect(),
@@ -113,6 +120,10 @@ pub(super) fn read(text: &str) -> Result<WorkerRecord, Unreadable> {
         gpus: written.gpus,
         ready: written.ready,
         parked: written.parked,
+        last_use: LastUse {
+            idle_since: written.idle_since,
+            used: written.used,
+        },
         peak: peak.collect::<Result<_, Unreadable>>()?,
     })
 }
@@ -146,6 +157,10 @@ mod tests {
             gpus: vec!["GPU-a".into()],
             ready: true,
             parked: true,
+            last_use: LastUse {
+                idle_since: Some(5_000_000),
+                used: true,
+            },
             peak: [(Domain::Host, Bytes(5)), (Domain::Gpu(1), Bytes(6))].into(),
         };
         assert_eq!(read(&write(&record)).expect("it is readable"), record);
@@ -158,9 +173,11 @@ mod tests {
         assert_eq!(read(&write(&unix)).expect("it is readable"), unix);
         let older = write(&unix)
             .replace(",\"parked\":true", "")
+            .replace(",\"idle_since\":5000000,\"used\":true", "")
             .replace(",\"notify\":\"/s/y.sock\"", "");
         let older = read(&older).expect("it is readable");
         assert_eq!((older.parked, older.notify), (false, None));
+        assert_eq!(older.last_use, LastUse::default());
         for bad in ["", "{}", "[1]"] {
             assert!(read(bad).is_err(), "{bad}");
         }

@@ -232,7 +232,7 @@ pub fn origin(spec: &ModelSpec, files: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::{Upstream, WorkerId};
+    use crate::model::{LastUse, Upstream, WorkerId};
     use crate::procfs::mark::VARIABLE;
 
     const MARK: &str = "a-state 1 2 m#3";
@@ -266,6 +266,7 @@ mod tests {
             gpus: Vec::new(),
             ready: true,
             parked: false,
+            last_use: LastUse::default(),
             peak: BTreeMap::new(),
         }
     }

@@ -13,7 +13,7 @@ use super::opened::Opened;
 use super::output::Log;
 use super::port::{Held, Ports};
 use super::process::Process;
-use crate::model::{ModelSpec, PlacedGpu, ReadyCheck, WorkerId, WorkerRecord};
+use crate::model::{LastUse, ModelSpec, PlacedGpu, ReadyCheck, WorkerId, WorkerRecord};
 
 /// Raised for workers, so that the kernel's OOM killer takes one of them
 /// before it takes residentd.
@@ -113,6 +113,7 @@ impl Body {
             gpus: gpus.iter().map(|gpu| gpu.uuid.clone()).collect(),
             ready: false,
             parked: false,
+            last_use: LastUse::default(),
             peak: BTreeMap::new(),
         };
         let body = Self {

@@ -2,6 +2,7 @@
 //! ends them, and nothing runs twice.
 
 mod changed;
+mod order;
 
 use std::io::{Read, Write};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};

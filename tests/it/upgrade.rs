@@ -224,6 +224,25 @@ fn what_an_operator_set_until_the_next_restart_outlives_an_upgrade() {
 }
 
 #[test]
+fn who_was_used_when_outlives_an_upgrade() {
+    let (residentd, _) = start(&config(), &[]);
+    let used = || {
+        let used = |name| residentd.model(name)["last_used"].as_f64();
+        ["a", "b", "c"].map(|name| used(name).expect("a time"))
+    };
+    residentd.complete("b");
+    pause(Duration::from_millis(50));
+    residentd.complete("a");
+    let before = used();
+    assert!(before[0] > before[1] && before[2] == 0.0, "{before:?}");
+    upgrade(&residentd);
+    let after = used();
+    for (before, after) in before.iter().zip(after) {
+        assert!((before - after).abs() < 0.03, "{before} {after}");
+    }
+}
+
+#[test]
 fn an_operators_load_that_waits_is_answered_by_the_new_one() {
     let (residentd, _) = start(&config(), &[]);
     let address = residentd.address().to_owned();
