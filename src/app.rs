@@ -5,6 +5,7 @@
 //! spawned, so that a port that is taken costs no model load. Order of the end:
 //! the controller refuses new work and drains, workers end, listeners close.
 
+mod again;
 mod connection;
 mod core;
 mod entrance;

@@ -26,6 +26,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tracing::debug;
 
+use super::again::Again;
 use crate::clock::{Clock, Timestamp};
 
 /// Longest time for a client to send a request's head.
@@ -60,27 +61,28 @@ pub(super) async fn serve<I, B, A>(
         answer(request).map(Ok::<_, Infallible>)
     });
     let builder = builder(&due);
-    let mut connection = pin!(builder.serve_connection_with_upgrades(io, service));
+    let connection = pin!(builder.serve_connection_with_upgrades(io, service));
+    let mut connection = Again::new(connection);
     let mut events = pin!(FuturesUnordered::new());
     let at_first = clock.instant(due.began + HEAD_TIMEOUT);
     events.push(event(Some(closing), at_first));
     let ended = loop {
         let event_came = tokio::select! {
             biased;
-            ended = connection.as_mut() => break ended,
+            ended = &mut connection => break ended,
             event = events.next() => event,
         };
         let closing = match event_came {
             Some(Event::Time(closing)) => closing,
             Some(Event::Closing) | None => {
-                connection.as_mut().graceful_shutdown();
+                connection.inner().as_mut().graceful_shutdown();
                 None
             }
         };
         // What hyper notes begins with the first byte only.
         if !asked.load(Ordering::Relaxed) && due.is_old() {
-            connection.as_mut().graceful_shutdown();
-            let left = tokio::time::timeout(LEAVE, connection.as_mut());
+            connection.inner().as_mut().graceful_shutdown();
+            let left = tokio::time::timeout(LEAVE, &mut connection);
             let left = Box::pin(left).await;
             if left.is_ok() || !asked.load(Ordering::Relaxed) {
                 debug!("nothing was asked on a connection");

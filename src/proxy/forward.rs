@@ -260,10 +260,9 @@ impl Proxy {
                 return Tried::Refused(Fault::BadRequest(why));
             }
         };
-        let answered = {
-            let answer = pin!(sender.send(request));
-            sender.answered(answer).await
-        };
+        // In a room of its own, since it has place for a request that comes back.
+        let answer = Box::pin(sender.send(request));
+        let answered = sender.answered(answer).await;
         match answered {
             Ok(response) => {
                 if let Some(visit) = &visit {

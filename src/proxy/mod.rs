@@ -179,26 +179,28 @@ impl Proxy {
     pub async fn handle(&self, asked: Box<Asked>) -> Response<ProxyBody> {
         let (speech, call) = (asked.speech, asked.call);
         // One after the other, so that they share their room.
-        let passed = match self.begin(asked).await {
-            Ok(Begun::Answered(response)) => Ok(response),
-            Ok(Begun::Passage(passage, None)) => self.carry(passage).await,
-            Ok(Begun::Passage(passage, Some(every))) => {
+        let (passage, beats) = match self.begin(asked).await {
+            Ok(Begun::Answered(response)) => return response,
+            Ok(Begun::Passage(passage, beats)) => (passage, beats),
+            Err(fault) => return self.refuse(&fault, speech, call),
+        };
+        let passed = match beats {
+            None => self.carry(passage).await,
+            Some(every) => {
                 let proxy = self.clone();
                 let passing = async move { proxy.carry(passage).await };
                 Box::pin(heartbeat::wait(Box::pin(passing), every)).await
             }
-            Err(fault) => Err(fault),
         };
-        match passed {
-            Ok(response) => response,
-            Err(fault) => {
-                debug!(code = fault.code(), why = %fault, "refusing a request");
-                if call.is_some_and(|call| call.is_late(self.controller.clock().now())) {
-                    return rpc::too_late(&fault);
-                }
-                speech.answer(&fault, ProxyBody::text)
-            }
+        passed.unwrap_or_else(|fault| self.refuse(&fault, speech, call))
+    }
+
+    fn refuse(&self, fault: &Fault, speech: Speech, call: Option<Call>) -> Response<ProxyBody> {
+        debug!(code = fault.code(), why = %fault, "refusing a request");
+        if call.is_some_and(|call| call.is_late(self.controller.clock().now())) {
+            return rpc::too_late(fault);
         }
+        speech.answer(fault, ProxyBody::text)
     }
 
     /// Takes a request as far as it goes without its worker.

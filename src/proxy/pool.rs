@@ -103,7 +103,7 @@ impl Sender {
     /// in 100,000 that meet such an end do. So it is not waited for beyond that.
     pub(super) async fn answered(
         &mut self,
-        mut answer: Pin<&mut impl Future<Output = Answer>>,
+        mut answer: Pin<Box<impl Future<Output = Answer>>>,
     ) -> Result<Response<Incoming>, Unanswered> {
         // Not kept in a variable, for which there would have to be room below.
         if let Some(answered) = tokio::select! {
@@ -376,7 +376,7 @@ mod tests {
         // Never polled and never dropped: so it is with one that came too late.
         let _connection = connection;
         let body = RequestBody::new(VecDeque::new(), None, Bytes::mib(1), None);
-        let answer = pin!(sender.send(Request::new(body)));
+        let answer = Box::pin(sender.send(Request::new(body)));
         let mut sent = pin!(sender.answered(answer));
         let soon = tokio::time::timeout(Duration::from_secs(60), &mut sent);
         assert!(soon.await.is_err(), "it may be answered yet");
