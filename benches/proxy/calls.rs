@@ -36,7 +36,7 @@ pub(crate) fn run(options: &Options, report: &mut Report) -> io::Result<()> {
     let worker = peers::whoami(&residentd.address, MODEL);
     let bare = peers::bare(&worker);
     let mut targets = vec![residentd, bare];
-    targets.extend(before(options));
+    targets.extend(before(options, ""));
     targets.push(Target::direct(worker));
     let rounds = Rounds::run(options.rounds, &targets, |target| &target.name, visit)?;
     report.table("S06", &rounds);

@@ -116,7 +116,7 @@ impl Stage {
                 ),
             }
         }
-        targets.extend(before(options));
+        targets.extend(before(options, server));
         targets.extend(options.peer.iter().map(|peer| peers::other(peer, &worker)));
         targets.push(Target::direct(worker));
         Self(targets)
@@ -131,10 +131,11 @@ impl Stage {
     }
 }
 
-/// Starts the residentd of before a change, if one was given.
-fn before(options: &Options) -> Option<Target> {
+/// Starts the residentd of before a change, if one was given, with the same lines of
+/// configuration.
+fn before(options: &Options, server: &str) -> Option<Target> {
     let binary = options.before.as_ref()?;
-    let mut target = peers::residentd(binary, "", 1, false);
+    let mut target = peers::residentd(binary, server, 1, false);
     peers::whoami(&target.address, MODEL);
     BEFORE.clone_into(&mut target.name);
     Some(target)

@@ -73,14 +73,19 @@ pub(crate) fn runs(pid: i64) -> bool {
 
 /// Returns the pids whose command line holds `mark`.
 pub(crate) fn processes_with(mark: &str) -> Vec<i64> {
+    processes_whose("cmdline", mark)
+}
+
+/// Returns the pids in whose file of this name in `/proc` there is `mark`.
+pub(crate) fn processes_whose(file: &str, mark: &str) -> Vec<i64> {
     let Ok(entries) = std::fs::read_dir("/proc") else {
         return Vec::new();
     };
     entries
         .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse::<i64>().ok())
         .filter(|pid| {
-            let line = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-            String::from_utf8_lossy(&line).contains(mark) && runs(*pid)
+            let text = std::fs::read(format!("/proc/{pid}/{file}")).unwrap_or_default();
+            String::from_utf8_lossy(&text).contains(mark) && runs(*pid)
         })
         .collect()
 }

@@ -7,7 +7,7 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 
 use serde_json::{Value, json};
 
-use super::{Answer, PATIENCE, now, pause, processes_with, request, wait_until};
+use super::{Answer, PATIENCE, now, pause, processes_whose, request, wait_until};
 
 /// The binary under test.
 pub(crate) const RESIDENTD: &str = env!("CARGO_BIN_EXE_residentd");
@@ -285,9 +285,13 @@ impl Drop for Residentd {
                 log.get(from..).unwrap_or(&log)
             );
         }
-        // Whatever the test did, no worker of its own may outlive it.
+        // Whatever the test did, no worker of its own may outlive it: each is told where
+        // it may report to.
         let mark = self.folder.path().display().to_string();
-        for pid in processes_with(&mark) {
+        for pid in ["cmdline", "environ"]
+            .iter()
+            .flat_map(|file| processes_whose(file, &mark))
+        {
             if let Ok(pid) = i32::try_from(pid) {
                 let _ = nix::sys::signal::kill(
                     nix::unistd::Pid::from_raw(pid),
