@@ -185,8 +185,14 @@ type Body = Either<ProxyBody, ApiBody>;
 /// An answer that is waited for.
 type Answering = Pin<Box<dyn Future<Output = Response<Body>> + Send>>;
 
-fn at_once(response: Response<Body>) -> Answering {
-    Box::pin(std::future::ready(response))
+/// Answers without a look at the request's body. That is let go with the answer and
+/// not before: as long as somebody has it hyper does not give the connection up,
+/// and more of it may have come then.
+fn at_once(response: Response<Body>, request: Request<Incoming>) -> Answering {
+    Box::pin(async move {
+        drop(request);
+        response
+    })
 }
 
 impl Server {
@@ -283,9 +289,10 @@ impl Server {
             let mut response = fault.response(ProxyBody::text).map(Either::Left);
             let close = HeaderValue::from_static("close");
             response.headers_mut().insert(CONNECTION, close);
-            at_once(response)
+            at_once(response, request)
         } else if entrance::is_preflight(request.method(), request.headers()) {
-            at_once(entrance::preflight(page.as_ref(), request.headers()).map(Either::Left))
+            let response = entrance::preflight(page.as_ref(), request.headers());
+            at_once(response.map(Either::Left), request)
         } else {
             Arc::clone(&self).let_in((request, client), at, &rules, page.is_some())
         };
@@ -322,7 +329,8 @@ impl Server {
             if !is_known && let Err(fault) = rules.admit(request.headers_mut()) {
                 let speech = Speech::of(&request);
                 self.proxy.count_stray(&fault, speech);
-                return at_once(speech.answer(&fault, ProxyBody::text).map(Either::Left));
+                let response = speech.answer(&fault, ProxyBody::text).map(Either::Left);
+                return at_once(response, request);
             }
             // A connection keeps the room of its largest request as long as it is open:
             // the answer may be a stream of hours.

@@ -149,14 +149,22 @@ async fn a_survey_tells_what_is_cached_of_each_model_and_looks_again_when_told()
                 tokio::time::sleep(Duration::from_millis(5)).await;
             }
         };
-        tokio::time::timeout(Duration::from_secs(20), found).await
+        tokio::time::timeout(Duration::from_secs(5), found).await
     };
     let cold = until(&|_| true).await.expect("it is looked at");
     assert_eq!(cold.size, Bytes(SIZE));
     assert!(cold.bytes < Some(Bytes(SIZE / 10)), "{cold:?}");
     assert_eq!(survey.found()[&none].bytes, None);
-    drop(fs::read(&file).expect("it can be read"));
-    survey.again();
-    let warm = until(&|found| found.bytes == Some(found.size)).await;
-    warm.expect("it is looked at again");
+    // What was read may be gone again where other tests use all memory.
+    for _ in 0..5 {
+        drop(fs::read(&file).expect("it can be read"));
+        survey.again();
+        if until(&|found| found.bytes == Some(found.size))
+            .await
+            .is_ok()
+        {
+            return;
+        }
+    }
+    panic!("it is not looked at again: {:?}", survey.found());
 }
