@@ -32,6 +32,12 @@ impl Timestamp {
         Self(Duration::from_millis(millis))
     }
 
+    /// Returns the moment `micros` microseconds after the zero.
+    #[must_use]
+    pub const fn from_micros(micros: u64) -> Self {
+        Self(Duration::from_micros(micros))
+    }
+
     /// Returns the time since the zero.
     #[must_use]
     pub const fn since_start(self) -> Duration {

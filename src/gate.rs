@@ -243,8 +243,7 @@ impl Gate {
 }
 
 fn time(micros: &AtomicU64) -> Timestamp {
-    let micros = micros.load(Ordering::Acquire);
-    Timestamp::from_start(Duration::from_micros(micros))
+    Timestamp::from_micros(micros.load(Ordering::Acquire))
 }
 
 fn inside(word: u64) -> u32 {

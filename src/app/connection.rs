@@ -67,12 +67,12 @@ pub(super) async fn serve<I, B, A>(
     let at_first = clock.instant(due.began + HEAD_TIMEOUT);
     events.push(event(Some(closing), at_first));
     let ended = loop {
-        let event_came = tokio::select! {
+        let came = tokio::select! {
             biased;
             ended = &mut connection => break ended,
-            event = events.next() => event,
+            came = events.next() => came,
         };
-        let closing = match event_came {
+        let closing = match came {
             Some(Event::Time(closing)) => closing,
             Some(Event::Closing) | None => {
                 connection.inner().as_mut().graceful_shutdown();
@@ -125,8 +125,8 @@ fn builder(due: &Arc<Due>) -> auto::Builder<TokioExecutor> {
     builder
 }
 
-/// When the head that a connection waits for is due, in nanoseconds since the
-/// clock's start.
+/// When the head that a connection waits for is due, in microseconds since the
+/// clock's zero.
 #[derive(Debug)]
 struct Due {
     clock: Clock,
@@ -155,17 +155,13 @@ impl Due {
     /// noted meanwhile is due earlier.
     fn look(&self) -> Timestamp {
         let now = self.clock.now();
-        let (at, passed) = (self.at.load(Ordering::Relaxed), nanos(now));
+        let (at, passed) = (self.at.load(Ordering::Relaxed), now.as_micros());
         if at > passed && at < NEVER {
-            return Timestamp::from_start(Duration::from_nanos(at));
+            return Timestamp::from_micros(at);
         }
         self.past.store(passed, Ordering::Relaxed);
         now + HEAD_TIMEOUT
     }
-}
-
-fn nanos(at: Timestamp) -> u64 {
-    u64::try_from(at.since_start().as_nanos()).unwrap_or(NEVER - 1)
 }
 
 /// What hyper takes for a timer.
@@ -176,7 +172,7 @@ struct HeadTimer(Arc<Due>);
 mod timer {
     use std::time::Instant;
 
-    use super::{Arc, Duration, HeadTimer, Pin, Sleep, Timer, Timestamp, UntilDue, nanos};
+    use super::{Arc, Duration, HeadTimer, Pin, Sleep, Timer, Timestamp, UntilDue};
 
     impl Timer for HeadTimer {
         fn sleep(&self, duration: Duration) -> Pin<Box<dyn Sleep>> {
@@ -186,7 +182,7 @@ mod timer {
         fn sleep_until(&self, deadline: Instant) -> Pin<Box<dyn Sleep>> {
             let start = self.0.clock.instant(Timestamp::START).into_std();
             let since_start = deadline.saturating_duration_since(start);
-            let at = nanos(Timestamp::from_start(since_start));
+            let at = Timestamp::from_start(since_start).as_micros();
             let due = Arc::clone(&self.0);
             Box::pin(UntilDue { due, at })
         }

@@ -316,7 +316,6 @@ impl Server {
         rules: &Rules,
         has_page: bool,
     ) -> Answering {
-        let peer = origin.peer(request.headers());
         let is_ours = Proxy::takes(request.uri().path())
             || grpc::is_call(&request) && !api::answers(&request);
         if scope != Scope::Admin && is_ours {
@@ -337,6 +336,7 @@ impl Server {
             let asked = self.proxy.take(request, client, tried);
             return Box::pin(async move { self.proxy.handle(asked).await.map(Either::Left) });
         }
+        let peer = origin.peer(request.headers());
         let standing = rules.standing(request.headers());
         request.extensions_mut().insert(standing);
         request.extensions_mut().insert(peer);

@@ -67,12 +67,7 @@ impl Task {
         let measured = self.measured();
         self.policy.adopt(at, &measured, adopted.iter().cloned());
         for (adoptee, adopted) in adoptees.into_iter().zip(adopted) {
-            let Adopted {
-                worker,
-                gpus,
-                peak,
-                idle_since,
-            } = adopted;
+            let (worker, idle_since) = (adopted.worker, adopted.idle_since);
             let gpu = |(domain, bytes): (Domain, Bytes)| match domain {
                 Domain::Gpu(index) => Some((index, bytes)),
                 Domain::Host => None,
@@ -82,18 +77,17 @@ impl Task {
                 age: adoptee.age,
                 was_ready: adoptee.record.ready,
                 idle_since,
-                held: peak.into_iter().filter_map(gpu).collect(),
+                held: adopted.peak.into_iter().filter_map(gpu).collect(),
                 told: false,
             };
             let record = Some(Box::new(adoptee.record.clone()));
-            let last_used = idle_since.filter(|_| adoptee.record.last_use.used);
-            let handle = self.spawner.adopt(adoptee, self.events.clone());
             let past = self.records.entry(worker.model.clone()).or_default();
-            past.last_used = last_used;
+            past.last_used = idle_since.filter(|_| adoptee.record.last_use.used);
+            let handle = self.spawner.adopt(adoptee, self.events.clone());
             past.tail = Some((worker.generation, Arc::clone(&handle.tail)));
             let live = Live {
                 handle,
-                gpus,
+                gpus: adopted.gpus,
                 tree: None,
                 ready: None,
                 adoption: Some(adoption),
@@ -247,8 +241,7 @@ impl Task {
 }
 
 fn idle_since(record: &WorkerRecord) -> Option<Timestamp> {
-    let micros = record.last_use.idle_since.map(Duration::from_micros);
-    micros.map(Timestamp::from_start)
+    record.last_use.idle_since.map(Timestamp::from_micros)
 }
 
 /// Returns the indexes of the devices with these UUIDs.

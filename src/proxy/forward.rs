@@ -260,10 +260,7 @@ impl Proxy {
                 return Tried::Refused(Fault::BadRequest(why));
             }
         };
-        // In a room of its own, since it has place for a request that comes back.
-        let answer = Box::pin(sender.send(request));
-        let answered = sender.answered(answer).await;
-        match answered {
+        match sender.send(request).await {
             Ok(response) => {
                 if let Some(visit) = &visit {
                     rpc::tell(visit, passage.asked.call.is_some(), &response);

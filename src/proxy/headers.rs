@@ -34,11 +34,9 @@ pub(super) fn asks_upgrade(headers: &HeaderMap) -> bool {
 /// does the header that announces them: HTTP/1 sends none that it does not.
 fn is_hop_by_hop(name: &HeaderName) -> bool {
     // Mostly told by the length already.
-    matches!(
+    let is_known = matches!(
         name.as_str(),
         "connection"
-            | "x-residentd-peer"
-            | "x-residentd-tried"
             | "keep-alive"
             | "proxy-authenticate"
             | "proxy-authorization"
@@ -46,7 +44,8 @@ fn is_hop_by_hop(name: &HeaderName) -> bool {
             | "te"
             | "transfer-encoding"
             | "upgrade"
-    )
+    );
+    is_known || *name == PEER || *name == TRIED
 }
 
 /// Returns whether a header is not passed on as it came. The client was told to go
@@ -89,7 +88,6 @@ pub(super) fn towards_worker(
             headers.append(name, value.clone());
         }
     }
-    let headers = &mut headers;
     if trailers {
         headers.insert(TE, HeaderValue::from_static("trailers"));
     }
@@ -98,13 +96,17 @@ pub(super) fn towards_worker(
         headers.insert(UPGRADE, protocol);
     }
     // HTTP/2 may send a cookie in crumbs (RFC 9113, 8.2.3).
-    join(headers, COOKIE, "; ", None);
-    join(headers, FORWARDED_FOR, ", ", client);
-    set_default(headers, FORWARDED_PROTO, HeaderValue::from_static("http"));
+    join(&mut headers, COOKIE, "; ", None);
+    join(&mut headers, FORWARDED_FOR, ", ", client);
+    set_default(
+        &mut headers,
+        FORWARDED_PROTO,
+        HeaderValue::from_static("http"),
+    );
     if let Some(host) = host {
-        set_default(headers, FORWARDED_HOST, host);
+        set_default(&mut headers, FORWARDED_HOST, host);
     }
-    std::mem::take(headers)
+    headers
 }
 
 /// Takes off the headers of one connection, and those that it names.

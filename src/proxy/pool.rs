@@ -84,24 +84,24 @@ impl From<TrySendError<Request<RequestBody>>> for Unanswered {
 }
 
 impl Sender {
-    /// Hands a request over at once. What is returned has the head of its answer,
-    /// if [`Sender::answered`] waits for it.
-    pub(super) fn send(
-        &mut self,
-        request: Request<RequestBody>,
-    ) -> impl Future<Output = Answer> + use<> {
-        match &mut self.requests {
-            Requests::Http1(requests) => Either::Left(requests.try_send_request(request)),
-            Requests::Http2(requests) => Either::Right(requests.try_send_request(request)),
-        }
-    }
-
-    /// Waits for the answer to what was sent.
+    /// Hands a request over at once, and waits for the head of its answer.
     ///
     /// A request that is handed over in the very moment in which the connection
     /// ends may stay where nobody looks any more, in hyper's channel to it: some
     /// in 100,000 that meet such an end do. So it is not waited for beyond that.
-    pub(super) async fn answered(
+    pub(super) fn send(
+        &mut self,
+        request: Request<RequestBody>,
+    ) -> impl Future<Output = Result<Response<Incoming>, Unanswered>> {
+        let answer = match &mut self.requests {
+            Requests::Http1(requests) => Either::Left(requests.try_send_request(request)),
+            Requests::Http2(requests) => Either::Right(requests.try_send_request(request)),
+        };
+        // In a room of its own, since it has place for a request that comes back.
+        self.answered(Box::pin(answer))
+    }
+
+    async fn answered(
         &mut self,
         mut answer: Pin<Box<impl Future<Output = Answer>>>,
     ) -> Result<Response<Incoming>, Unanswered> {
@@ -376,8 +376,7 @@ mod tests {
         // Never polled and never dropped: so it is with one that came too late.
         let _connection = connection;
         let body = RequestBody::new(VecDeque::new(), None, Bytes::mib(1), None);
-        let answer = Box::pin(sender.send(Request::new(body)));
-        let mut sent = pin!(sender.answered(answer));
+        let mut sent = pin!(sender.send(Request::new(body)));
         let soon = tokio::time::timeout(Duration::from_secs(60), &mut sent);
         assert!(soon.await.is_err(), "it may be answered yet");
         drop(end);
