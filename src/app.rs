@@ -314,6 +314,7 @@ impl App {
         self.closing.cancel();
         self.connections.close();
         self.connections.wait().await;
+        self.core.controller.routes().leave_heir();
         let (access, traces) = (self.core.access.clone(), self.core.traces.clone());
         // Only a panic of it could fail, which has been told.
         let _ = tokio::task::spawn_blocking(move || {

@@ -105,6 +105,15 @@ impl Routes {
         self.table.load().models.clone()
     }
 
+    /// Has connections to the residentd that has taken over closed: nothing more goes
+    /// there from here.
+    pub fn leave_heir(&self) {
+        let ready = self.all().into_iter().filter_map(|route| route.ready());
+        for heir in ready.filter(|ready| ready.is_heir) {
+            heir.closing.cancel();
+        }
+    }
+
     /// Returns the one model there is, when there is exactly one.
     #[must_use]
     pub fn only(&self) -> Option<Arc<ModelRoute>> {

@@ -7,13 +7,40 @@
 
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::os::unix::process::ExitStatusExt;
+use std::time::Duration;
 
 use super::ExitStatus;
 use crate::procfs::{ProcessKey, ProcessStat};
 
+/// Between two looks at a process that has ended.
+const LOOK: Duration = Duration::from_millis(5);
+/// Whoever reaps such a process takes at most this long: only then can it be told
+/// how it ended.
+const REAPED: Duration = Duration::from_millis(200);
+
+/// Returns how a process ended that has, when the kernel tells in time. `waited` is
+/// how long that was waited for already: whoever waits for other things too begins
+/// this again and again.
+pub(super) async fn told(
+    pidfd: BorrowedFd<'_>,
+    key: ProcessKey,
+    waited: &mut Duration,
+) -> ExitStatus {
+    loop {
+        if let Some(status) = status(pidfd, key) {
+            return status;
+        }
+        if *waited >= REAPED {
+            return ExitStatus::Unknown;
+        }
+        *waited += LOOK;
+        tokio::time::sleep(LOOK).await;
+    }
+}
+
 /// Returns how a process ended that has; `None` when it cannot be seen, or not
 /// yet.
-pub(super) fn status(pidfd: BorrowedFd<'_>, key: ProcessKey) -> Option<ExitStatus> {
+fn status(pidfd: BorrowedFd<'_>, key: ProcessKey) -> Option<ExitStatus> {
     let status = ProcessStat::wait_status(key).or_else(|| after_reap(pidfd))?;
     let status = std::process::ExitStatus::from_raw(status);
     let code = status.code().map(ExitStatus::Code);

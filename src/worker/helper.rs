@@ -2,22 +2,26 @@
 //! residentd that takes over.
 
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::process::{Child, Command};
 use std::sync::Arc;
+use std::time::Duration;
 
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use tokio::io::unix::AsyncFd;
 
 use super::reaper::Leaders;
 use super::watched::readable;
-use super::{ExitStatus, process};
+use super::{ExitStatus, exit, process};
+use crate::procfs::{ProcessKey, ProcessStat};
 
 /// A process that the reaper leaves to whoever holds this.
 #[derive(Debug)]
 pub struct Helper {
     pid: i32,
     pidfd: AsyncFd<OwnedFd>,
+    /// Absent of one that had ended when it was found.
+    key: Option<ProcessKey>,
     leaders: Arc<Leaders>,
 }
 
@@ -53,6 +57,7 @@ impl Helper {
         Ok(Self {
             pid,
             pidfd,
+            key: ProcessStat::read(pid).map(|stat| stat.key),
             leaders: Arc::clone(leaders),
         })
     }
@@ -80,12 +85,18 @@ impl Helper {
             .map(|mut ready| ready.retain_ready());
     }
 
-    /// Waits for its end and reaps it.
+    /// Waits for its end and reaps it. It may be somebody else's child, who then
+    /// reaps it.
     pub async fn exited(&self) -> ExitStatus {
         self.ended().await;
         let status = process::reap(&self.pidfd);
         self.leaders.helpers().remove(&self.pid);
-        // It may be somebody else's child, who then reaps it.
-        status.unwrap_or(ExitStatus::Unknown)
+        let mut waited = Duration::ZERO;
+        match (status, self.key) {
+            (Some(ExitStatus::Unknown) | None, Some(key)) => {
+                exit::told(self.pidfd.get_ref().as_fd(), key, &mut waited).await
+            }
+            (status, _) => status.unwrap_or(ExitStatus::Unknown),
+        }
     }
 }

@@ -26,9 +26,6 @@ use crate::procfs::{ProcessKey, ProcessStat, ProcessTable, ProcessTree};
 const LOOK: Duration = Duration::from_millis(5);
 /// A process that lives this long after SIGKILL hangs in the kernel.
 const STUCK: Duration = Duration::from_secs(10);
-/// Whoever reaps an adopted worker takes at most this long: only then can it be
-/// told how it ended.
-const REAPED: Duration = Duration::from_millis(200);
 /// Rescans after which new members are no longer waited for with SIGSTOP.
 const MOST_SCANS: usize = 50;
 
@@ -118,17 +115,8 @@ impl Process {
     /// Returns how an adopted leader ended that has, when the kernel tells.
     async fn told(&mut self) -> ExitStatus {
         use std::os::fd::AsFd;
-        loop {
-            if let Some(status) = exit::status(self.leader.get_ref().as_fd(), self.tree.leader()) {
-                return status;
-            }
-            if self.unreaped >= REAPED {
-                return ExitStatus::Unknown;
-            }
-            // Whoever waits for other things too begins this again and again.
-            self.unreaped += LOOK;
-            tokio::time::sleep(LOOK).await;
-        }
+        let pidfd = self.leader.get_ref().as_fd();
+        exit::told(pidfd, self.tree.leader(), &mut self.unreaped).await
     }
 
     /// Sends the leader a signal; one that has ended is no error.

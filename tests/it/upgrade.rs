@@ -205,6 +205,26 @@ fn a_connection_that_was_open_before_is_answered_by_the_new_one_and_then_closed(
     assert_eq!(models[0]["name"], "a");
     assert_eq!(models[0]["loads"], 0, "it was the old one that loaded it");
     assert!(runs(i64::from(new)));
+    // The old one stays as the parent, and keeps nothing open to the new one.
+    assert!(
+        connections_between(&residentd) > 0,
+        "it passed a request on"
+    );
+    wait_until("the last connection between the two to end", || {
+        (connections_between(&residentd) == 0).then_some(())
+    });
+    assert!(runs(i64::from(residentd.pid())));
+}
+
+/// Returns how many connections a residentd has from the one before it.
+fn connections_between(residentd: &Residentd) -> usize {
+    let state = residentd.folder().join("state/handover.");
+    let state = state.display().to_string();
+    let all = std::fs::read_to_string("/proc/net/unix").expect("Linux has it");
+    // The sixth field is 03 when it is connected.
+    let connected = |line: &&str| line.split_whitespace().nth(5) == Some("03");
+    let ours = all.lines().filter(|line| line.contains(&state));
+    ours.filter(connected).count()
 }
 
 #[test]

@@ -1,13 +1,19 @@
 //! What remains to be done for the residentd that has taken over.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
+use futures_util::future::join_all;
 use rustix::process::Signal;
 use tracing::{info, warn};
 
 use super::channel::{Listening, Word};
 use crate::telemetry;
 use crate::worker::{ExitStatus, Helper, ProcessSpawner};
+
+/// How long those that were replaced may take to end when the last has: the last
+/// pieces of their answers are on their way.
+const LEAVE: Duration = Duration::from_secs(3);
 
 /// Who watches over the residentd that has taken over.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -65,7 +71,7 @@ impl Heir {
 
     /// Waits until it has ended, and whoever took over from it. Called once.
     pub async fn exited(&self) -> ExitStatus {
-        let mut heard = true;
+        let (mut heard, mut replaced) = (true, Vec::new());
         loop {
             let current = Arc::clone(&self.current());
             tokio::select! {
@@ -77,16 +83,20 @@ impl Heir {
                             info!(pid, "another residentd has taken over");
                             *self.current() = Arc::new(helper);
                             // It ends with its last stream.
-                            telemetry::spawn("replaced", async move {
+                            replaced.push(telemetry::spawn("replaced", async move {
                                 current.exited().await;
-                            });
+                            }));
                         }
                         Err(error) => warn!(pid, %error, "the residentd that took over is not there"),
                     },
                     Some(_) => {}
                     None => heard = false,
                 },
-                status = current.exited() => return status,
+                status = current.exited() => {
+                    // Where this one is the first process, they end with it.
+                    let _ = tokio::time::timeout(LEAVE, join_all(replaced)).await;
+                    return status;
+                }
             }
         }
     }

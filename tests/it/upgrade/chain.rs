@@ -102,6 +102,19 @@ fn an_end_right_after_two_upgrades_is_a_good_one_and_leaves_nothing() {
     assert!(!state.join("handover.sock").exists());
 }
 
+#[test]
+fn the_first_of_three_ends_as_the_last_does_and_after_the_one_between_them() {
+    let (mut residentd, _) = start(&config(), &[]);
+    let pid = residentd.complete("a").worker_pid();
+    let new = [upgrade(&residentd), upgrade(&residentd)];
+    // Not through the first, which so is not told that an end is wanted.
+    residentd.taken_over_by(new[1]);
+    residentd.signal(Signal::SIGTERM);
+    assert_eq!(residentd.wait().code(), Some(0));
+    let left = new.map(|pid| runs(i64::from(pid)));
+    assert_eq!((left, runs(pid)), ([false; 2], false));
+}
+
 /// An engine with one thread: while it answers it hears no probe.
 const ENGINE: &str = r#"
 import http.server, os, sys, time
