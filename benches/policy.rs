@@ -107,6 +107,7 @@ impl World {
         Event::Measured(Measured {
             gpus: BTreeMap::new(),
             at: self.now,
+            gpus_at: self.now,
             domains: BTreeMap::from([(Domain::Host, host)]),
             workers: self.workers.iter().map(of).collect(),
             counted_twice: Bytes::ZERO,

@@ -83,7 +83,8 @@ fn measured(reading: &Reading, workers: &BTreeMap<WorkerId, Live>) -> Measured {
         (device.index, facts)
     });
     Measured {
-        at: reading.at,
+        at: reading.workers_at,
+        gpus_at: reading.devices_at,
         domains,
         workers,
         counted_twice: reading.counted_twice,

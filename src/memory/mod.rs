@@ -126,6 +126,12 @@ pub struct Reading {
     pub seq: u64,
     /// When the pass began. What ended before this moment is not in it.
     pub at: Timestamp,
+    /// When workers were last read; some passes look at the host only. What they
+    /// hold is not older than this.
+    pub workers_at: Timestamp,
+    /// When the GPUs were. A driver that is slow to answer has last been asked
+    /// before.
+    pub devices_at: Timestamp,
     /// The host or container.
     pub host: HostReading,
     /// Each followed worker's tree.

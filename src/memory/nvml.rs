@@ -42,6 +42,8 @@ pub(super) struct Sweep {
     pub(super) rows: Vec<Row>,
     /// What is wrong with a driver that is there.
     pub(super) error: Option<String>,
+    /// When the driver was asked for these figures.
+    pub(super) at: Timestamp,
 }
 
 /// The thread that owns the library, from outside.
@@ -222,8 +224,14 @@ fn answer_with(nvml: &Nvml, link: &Link) -> bool {
                 }
             }
         }
-        let last = link.lock().last.rows.clone();
-        let sweep = sweep_pools(&pools, &last);
+        let (at, last) = {
+            let state = link.lock();
+            (state.asked_at, state.last.rows.clone())
+        };
+        let sweep = Sweep {
+            at,
+            ..sweep_pools(&pools, &last)
+        };
         // Handles may be out of date: a MIG instance is gone, a GPU lost.
         outdated = sweep.error.is_some();
         link.answer(sweep);

@@ -61,6 +61,8 @@ pub(super) struct Observer {
     /// Workers whose proportional share somebody waits for.
     wanted: BTreeSet<WorkerId>,
     seq: u64,
+    /// When workers were last read.
+    workers_at: Timestamp,
     proc_failed: bool,
 }
 
@@ -127,6 +129,7 @@ impl Observer {
             last: Summary::default(),
             wanted: BTreeSet::new(),
             seq: 0,
+            workers_at: Timestamp::START,
             proc_failed: false,
         }
     }
@@ -136,8 +139,8 @@ impl Observer {
         self.wanted.extend(workers);
     }
 
-    /// Takes one reading. Everything in it is newer than the call. Returns it
-    /// with the depth that turned out to be needed.
+    /// Takes one reading, as deep as was asked or as turns out to be needed, and
+    /// returns it with that depth. What is read is newer than the call.
     pub(super) fn observe(&mut self, depth: Depth, followed: &Followed) -> (Reading, Depth) {
         let at = self.clock.now();
         if depth == Depth::Full {
@@ -162,6 +165,7 @@ impl Observer {
             self.read_parts(followed, depth);
         }
         if depth > Depth::Host {
+            self.workers_at = at;
             self.summarise(at, depth, change);
             self.sweep_gpus(at, depth);
         } else {
@@ -180,6 +184,8 @@ impl Observer {
         let reading = Reading {
             seq: self.seq,
             at,
+            workers_at: self.workers_at,
+            devices_at: sweep.at,
             host,
             workers,
             counted_twice: self.last.counted_twice,
@@ -194,6 +200,10 @@ impl Observer {
     /// done with the parts only.
     fn sweep_gpus(&mut self, at: Timestamp, depth: Depth) {
         let mut sweep = self.gpus.sweep(at);
+        if sweep.devices.is_empty() {
+            // Nothing of it is old.
+            sweep.at = at;
+        }
         if depth == Depth::Full {
             self.drm.relocate();
         }

@@ -104,6 +104,7 @@ impl Policy {
         if !model.adopted {
             model.activity = Activity::opened(now);
         }
+        model.loaded_at = now;
         model.enter(Phase::Ready, now);
         self.grant_waiters(worker, out);
     }

@@ -306,8 +306,10 @@ impl Activity {
 /// What one reading says, in the policy's terms.
 #[derive(Clone, Debug, Default)]
 pub struct Measured {
-    /// When the reading began; what ended earlier is not in it.
+    /// When workers were read; what ended earlier is not in it.
     pub at: Timestamp,
+    /// When the GPUs' driver was asked.
+    pub gpus_at: Timestamp,
     /// Size and headroom of each domain.
     pub domains: BTreeMap<Domain, DomainMeasure>,
     /// Each worker's memory in each domain.

@@ -79,6 +79,8 @@ pub struct ModelState {
     pub served: bool,
     /// It was measured since it was ready.
     pub weighed: bool,
+    /// When it had taken its memory: was ready, or ready again.
+    pub loaded_at: Timestamp,
     /// This life was spawned by an earlier residentd.
     pub adopted: bool,
     /// Failures and what they said.
@@ -137,6 +139,7 @@ impl ModelState {
             life: BTreeMap::new(),
             served: false,
             weighed: false,
+            loaded_at: Timestamp::START,
             adopted: false,
             failures: Failures::default(),
             history: History::default(),
@@ -348,6 +351,16 @@ impl ModelState {
             return Bytes::ZERO;
         }
         promised.map_or(Bytes::ZERO, |promised| promised.bytes)
+    }
+
+    /// Returns whether it loads here, or had loaded after the newest measurement
+    /// began. That may have seen its bytes missing of what is free and not known
+    /// them as its own, or the other way round.
+    #[must_use]
+    pub(super) fn is_unmeasured(&self, domain: Domain, measured_at: Timestamp) -> bool {
+        let serves = matches!(self.phase, Phase::Ready | Phase::Draining);
+        let unseen = self.is_loading() || serves && measured_at < self.loaded_at;
+        unseen && self.domains().contains(&domain)
     }
 
     /// Returns whether it moves memory in this domain: loads, is dying, or on its

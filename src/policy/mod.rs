@@ -383,7 +383,12 @@ impl Policy {
             while let Some((worker, usage)) = workers.next_if(|(w, _)| w.model <= *name) {
                 if worker.model == *name && worker.generation == model.generation && model.is_live()
                 {
-                    model.measure(usage, measured.at);
+                    let on_gpus = usage.keys().any(|domain| *domain != Domain::Host);
+                    let at = match on_gpus {
+                        true => measured.at.min(measured.gpus_at),
+                        false => measured.at,
+                    };
+                    model.measure(usage, at);
                 }
             }
         }

@@ -227,7 +227,7 @@ impl Policy {
     pub(super) fn awaits_measure(&self, worker: &WorkerId) -> bool {
         let model = &self.models[&worker.model];
         let can_park = model.spec.park.is_some() && !model.parking.failed;
-        can_park && model.phase == Phase::Ready && self.ledger.measured_at() < model.since
+        can_park && model.phase == Phase::Ready && self.ledger.measured_at() < model.loaded_at
     }
 
     /// Returns what parking this idle worker gives back, when that is possible
@@ -407,6 +407,7 @@ impl Policy {
         }
         model.history.unparks += 1;
         model.history.last_unpark = Some(now.since(model.since));
+        model.loaded_at = now;
         model.enter(Phase::Ready, now);
         self.grant_waiters(worker, out);
     }

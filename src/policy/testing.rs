@@ -338,6 +338,7 @@ impl World {
         Measured {
             gpus: gpus.collect(),
             at: self.now,
+            gpus_at: self.now,
             domains,
             workers,
             counted_twice: Bytes::ZERO,

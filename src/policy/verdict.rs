@@ -114,9 +114,10 @@ impl Policy {
         }
         if gpus
             .iter()
-            .any(|index| self.is_loading(Domain::Gpu(*index)))
+            .any(|index| self.awaits_first_measure(Domain::Gpu(*index)))
         {
-            // One transition at a time; what loads there may be idle then.
+            // One transition at a time; what loads there may be idle then, and what it
+            // takes is known when it is measured.
             return Verdict::Wait(need);
         }
         let policy = self.settings.eviction;
@@ -246,18 +247,21 @@ impl Policy {
         loading.any(|m| expected.is_unknown(domain) || alone(m))
     }
 
-    /// Returns whether a worker loads in this domain, or leaves its park.
-    pub(super) fn is_loading(&self, domain: Domain) -> bool {
-        let loads = |m: &ModelState| m.is_loading() && m.is_moving(domain);
-        self.models.values().any(loads)
+    /// Returns whether a worker loads here, or leaves its park, or was not measured
+    /// since: nobody knows yet what it holds.
+    fn awaits_first_measure(&self, domain: Domain) -> bool {
+        let measured_at = self.ledger.domain_measured_at(domain);
+        let mut models = self.models.values();
+        models.any(|m| m.is_unmeasured(domain, measured_at))
     }
 
     /// Returns whether a load may start in this domain: bytes of reaped workers
-    /// are back, and on a GPU nothing else loads or dies, since its memory is
-    /// only known between such transitions.
+    /// are back, and on a GPU nothing else loads or dies, and was measured since
+    /// the last load: its memory is only known between such transitions.
     pub(super) fn is_still(&self, domain: Domain) -> bool {
         let moving = || self.models.values().any(|m| m.is_moving(domain));
-        !self.ledger.is_settling(domain) && (domain == Domain::Host || !moving())
+        let is_known = || !moving() && !self.awaits_first_measure(domain);
+        !self.ledger.is_settling(domain) && (domain == Domain::Host || is_known())
     }
 
     /// Returns the bytes a load must find in each domain: what it is expected
@@ -295,7 +299,11 @@ impl Policy {
                     budget,
                 });
             }
-            let mut room = least(&self.ledger.possible(&self.models, domain));
+            let mut possible = self.ledger.possible(&self.models, domain);
+            if self.awaits_first_measure(domain) {
+                possible.retain(|(_, constraint), _| *constraint == Constraint::Limit);
+            }
+            let mut room = least(&possible);
             if model.pinned {
                 // A parked one holds some of it already, and keeps it.
                 room += model.charge(domain);

@@ -190,6 +190,7 @@ impl Digest {
             removed,
             parking: _,
             adopted: _,
+            loaded_at: _,
         } = model;
         assert!(!outdated && !removed, "reloads are not explored");
         assert!(spec.park.is_none(), "parks are not explored");
@@ -266,9 +267,13 @@ impl Digest {
             set_by_operator: _,
             counted_twice,
             measured_at,
+            gpus_at: _,
             baselines,
             reclaims,
         } = ledger;
+        for model in models.values() {
+            self.add(measured_at >= &model.loaded_at);
+        }
         let is_current = |worker: &WorkerId| models[&worker.model].generation == worker.generation;
         self.add(counted_twice.get());
         for (domain, books) in domains {

@@ -195,9 +195,33 @@ fn a17_a_reading_torn_by_an_allocation_admits_no_second_worker() {
 }
 
 #[test]
+fn nothing_starts_on_a_gpu_that_was_not_measured_since_a_load() {
+    let sizes = [("a", ONE, 4_000), ("b", ONE, 4_000), ("c", ONE, 4_000)];
+    let mut world = machine(&[10_000], &sizes);
+    world.acquire("a");
+    world.acquire("b");
+    world.acquire("c");
+    let a = world.worker("a");
+    world.pass(Duration::from_millis(100));
+    world.holding.insert(a.clone());
+    world.inside.insert(a.clone(), Activity::opened(world.now));
+    assert_eq!(
+        spawned(&world.step(Event::Ready { worker: a })),
+        [] as [&str; 0]
+    );
+    world.leave_at_once("a");
+    // A driver that is slow to answer tells how things were before.
+    let mut late = world.measured(Bytes::gib(15));
+    late.gpus_at = crate::clock::Timestamp::START;
+    let effects = world.step(Event::Measured(late));
+    assert_eq!((spawned(&effects), gone(&effects)), (vec![], vec![]));
+    assert_eq!(spawned(&world.measure()), ["b"]);
+}
+
+#[test]
 fn a16_a_worker_told_to_go_right_after_its_load_gives_back_what_it_took_since() {
     let mut world = machine(&[10_000], &[("old", ONE, 8_000), ("new", ONE, 8_000)]);
-    // Ready and idle before anything of it was measured.
+    // Ready and idle before the driver tells anything of it.
     world.acquire("old");
     let worker = world.worker("old");
     let idle = Activity::opened(world.now);
@@ -206,8 +230,10 @@ fn a16_a_worker_told_to_go_right_after_its_load_gives_back_what_it_took_since() 
         worker: worker.clone(),
     });
     world.leave_at_once("old");
-    assert_eq!(gone(&world.acquire("new").1), ["old"]);
-    // It is measured for the first time while it is dying.
+    let (_, effects) = world.acquire("new");
+    assert_eq!(gone(&effects), [] as [&str; 0], "it is measured first");
+    assert_eq!(gone(&world.measure()), ["old"]);
+    // What it holds is seen for the first time while it is dying.
     world.holding.insert(worker);
     world.measure();
     assert_eq!(spawned(&world.exit("old")), ["new"]);

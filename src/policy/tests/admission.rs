@@ -136,6 +136,34 @@ fn physics_bounds_a_load_that_the_limit_would_allow() {
 }
 
 #[test]
+fn bytes_that_a_new_worker_took_are_no_strangers_until_it_is_measured() {
+    let mut world = World::new(15_000, &[("a", 10_000), ("b", 10_000)]);
+    world.acquire("a");
+    // Its bytes are missing of what is free, and nobody knows that they are its own.
+    let headroom = Bytes::gib(16) - Bytes::mib(10_000);
+    world.measure_headroom(headroom);
+    let (b, effects) = world.acquire("b");
+    assert_eq!(refused(&effects, b), None, "a loads");
+    let a = world.worker("a");
+    world.pass(Duration::from_millis(100));
+    world.holding.insert(a.clone());
+    world.inside.insert(a.clone(), Activity::opened(world.now));
+    world.step(Event::Ready { worker: a });
+    assert_eq!(world.leave("a"), [], "a is not measured yet");
+    assert_eq!(gone(&world.measure()), ["a"]);
+    world.exit("a");
+    assert!(granted(&world.ready("b"), b));
+    // A stranger's bytes are known as such once all workers are measured.
+    world.leave("b");
+    world.measure_headroom(Bytes::mib(100));
+    let (a, effects) = world.acquire("a");
+    assert!(matches!(
+        refused(&effects, a),
+        Some(Refusal::NoRoom { room, .. }) if room == Bytes::mib(10_000 + 100 - 512)
+    ));
+}
+
+#[test]
 fn a_busy_worker_is_never_evicted_to_make_room() {
     let mut world = World::new(1000, &[("a", 600), ("b", 600)]);
     world.acquire("a");

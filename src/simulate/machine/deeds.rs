@@ -337,6 +337,7 @@ impl Machine {
         };
         self.feed(Event::Measured(Measured {
             at: self.now,
+            gpus_at: self.now,
             domains: self.memory.iter().map(measure).collect(),
             workers,
             counted_twice: Bytes::ZERO,

@@ -441,6 +441,8 @@ fn reading(models: &BTreeMap<ModelName, ModelView>) -> Reading {
     Reading {
         seq: 9,
         at: at(59),
+        workers_at: at(59),
+        devices_at: at(59),
         host: HostReading {
             total: Bytes::gib(16),
             available: Bytes::gib(12),

@@ -67,6 +67,24 @@ fn two(driver: &FakeDriver, flags: &str) -> [String; 2] {
 }
 
 #[test]
+fn two_that_take_turns_on_a_gpu_never_hold_it_both() {
+    let driver = FakeDriver::new(1);
+    let residentd = start(&driver, "600MiB", &two(&driver, ""));
+    let names = ["red", "green"];
+    let pids = names.map(|name| residentd.complete(name).worker_pid());
+    for _ in 0..12 {
+        for (name, pid) in names.into_iter().zip(pids) {
+            assert_eq!(residentd.complete(name).worker_pid(), pid);
+        }
+    }
+    for name in names {
+        for park in told(&residentd, name, "park") {
+            assert_eq!(park["reason"], "make_room", "{park}");
+        }
+    }
+}
+
+#[test]
 fn a_parked_worker_gives_its_memory_back_and_comes_back_as_the_same_process() {
     let driver = FakeDriver::new(1);
     let residentd = start(&driver, "600MiB", &two(&driver, ""));

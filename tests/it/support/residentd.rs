@@ -279,7 +279,7 @@ impl Drop for Residentd {
         )]
         if std::thread::panicking() {
             let log = self.log();
-            let from = log.len().saturating_sub(6000);
+            let from = log.len().saturating_sub(30_000);
             println!(
                 "--- end of residentd's log ---\n{}",
                 log.get(from..).unwrap_or(&log)
