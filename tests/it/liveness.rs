@@ -52,9 +52,12 @@ fn told(residentd: &Residentd, ailment: &str, words: &str) -> Value {
     let event = found(residentd);
     assert_eq!(event["ailment"], ailment, "{event}");
     assert!(event["message"].to_string().contains(words), "{event}");
-    let model = residentd.model("m");
-    let error = model["last_error"].to_string();
-    assert!(error.contains(words) || model["generation"] == 2, "{model}");
+    // An event is told a moment before the state that it leads to.
+    wait_until("the model to say why, or to be loaded again", || {
+        let model = residentd.model("m");
+        let error = model["last_error"].to_string();
+        (error.contains(words) || model["generation"] == 2).then_some(())
+    });
     assert_eq!(count(residentd, ailment), 1);
     event
 }
