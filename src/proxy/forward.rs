@@ -19,6 +19,7 @@ use super::account::Account;
 use super::body::{Kind, ProxyBody, Streamed};
 use super::filter::Change;
 use super::held::Held;
+use super::line::Share;
 use super::pool::{Pool, Sender, Wire};
 use super::rpc::{self, Call};
 use super::spans::Step;
@@ -209,9 +210,10 @@ impl Proxy {
         fresh: bool,
     ) -> Tried {
         passage.account.step(Step::Connect);
-        let mut kept = match !fresh && passage.asked.held.is_whole() {
-            true => pool.kept(passage.wire()).await,
-            false => None,
+        let mut kept = match (!fresh && passage.asked.held.is_whole(), passage.wire()) {
+            (true, Wire::Http1) => pool.kept().await,
+            (true, Wire::Http2) => pool.share(Share::of(passage.asked.held.size())),
+            (false, _) => None,
         };
         loop {
             let was_kept = kept.is_some();

@@ -40,12 +40,13 @@ impl Names {
     /// Returns the request's name: its client's own when that may stand in a log,
     /// else a new one, which takes the place of what the client said.
     pub(super) fn of(&self, headers: &mut HeaderMap) -> HeaderValue {
-        if let Some(given) = sole(headers, &REQUEST_ID).filter(|given| is_name(given)) {
-            return given.clone();
-        }
-        let made = self.make();
-        headers.insert(REQUEST_ID, made.clone());
-        made
+        let given = sole(headers, &REQUEST_ID).filter(|given| is_name(given));
+        let mut name = given.cloned().unwrap_or_else(|| self.make());
+        // Said once only: HTTP/2 is not to remember it in place of what comes again
+        // (RFC 7541, 7.1.3).
+        name.set_sensitive(true);
+        headers.insert(REQUEST_ID, name.clone());
+        name
     }
 
     fn make(&self) -> HeaderValue {

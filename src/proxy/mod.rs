@@ -18,6 +18,7 @@ mod heartbeat;
 mod held;
 mod ids;
 mod limit;
+mod line;
 mod models;
 mod multipart;
 mod pool;

@@ -6,23 +6,26 @@
 
 use std::collections::HashMap;
 use std::convert::Infallible;
+use std::future::poll_fn;
 use std::io;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::task::{Context, Poll};
 use std::time::Duration;
 
 use futures_util::FutureExt;
 use futures_util::future::Either;
 use hyper::body::Incoming;
-use hyper::client::conn::{TrySendError, http1, http2};
+use hyper::client::conn::{TrySendError, http1};
 use hyper::header::HeaderValue;
 use hyper::{Request, Response};
-use hyper_util::rt::{TokioExecutor, TokioIo};
+use hyper_util::rt::TokioIo;
 use tokio::sync::oneshot;
 use tracing::debug;
 
 use super::headers;
 use super::hearing::Hearing;
+use super::line::{Line, Place, Share};
 use super::upload::RequestBody;
 use crate::control::{Opened, ReadyWorker, Stream};
 use crate::model::Upstream;
@@ -33,30 +36,27 @@ const MOST_IDLE: usize = 64;
 /// How long an answer that came over HTTP/2 may take from the end of its
 /// connection to whoever waits for it.
 const LAST_WORD: Duration = Duration::from_secs(1);
-/// Bytes of an answer that a worker may send over HTTP/2 before its client has
-/// read them.
-const WINDOW: u32 = 256 << 10;
 
 /// How a worker is spoken to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Wire {
     /// As everybody does.
     Http1,
-    /// As gRPC needs it. Such a connection serves one call at a time too: calls
-    /// that share one hold each other up when a client reads slowly.
+    /// As gRPC needs it: small calls share connections, see [`super::line`].
     Http2,
 }
 
+/// A connection to a worker, or a share of one, for one request at a time.
 #[derive(Debug)]
-enum Requests {
-    Http1(http1::SendRequest<RequestBody>),
-    Http2(http2::SendRequest<RequestBody>),
+pub(super) enum Sender {
+    Http1(Single),
+    Http2(Place),
 }
 
-/// A connection to a worker, for one request at a time.
+/// A connection of HTTP/1.
 #[derive(Debug)]
-pub(super) struct Sender {
-    requests: Requests,
+pub(super) struct Single {
+    requests: http1::SendRequest<RequestBody>,
     /// Tells when the connection has ended, after all that hyper says of the
     /// requests it took.
     ended: oneshot::Receiver<Infallible>,
@@ -93,9 +93,9 @@ impl Sender {
         &mut self,
         request: Request<RequestBody>,
     ) -> impl Future<Output = Result<Response<Incoming>, Unanswered>> {
-        let answer = match &mut self.requests {
-            Requests::Http1(requests) => Either::Left(requests.try_send_request(request)),
-            Requests::Http2(requests) => Either::Right(requests.try_send_request(request)),
+        let answer = match self {
+            Self::Http1(single) => Either::Left(single.requests.try_send_request(request)),
+            Self::Http2(place) => Either::Right(place.requests().try_send_request(request)),
         };
         // In a room of its own, since it has place for a request that comes back.
         self.answered(Box::pin(answer))
@@ -109,7 +109,7 @@ impl Sender {
         if let Some(answered) = tokio::select! {
             biased;
             answered = &mut answer => Some(answered),
-            _ = &mut self.ended => None,
+            () = poll_fn(|cx| self.poll_ended(cx)) => None,
         } {
             return answered.map_err(Unanswered::from);
         }
@@ -127,24 +127,17 @@ impl Sender {
         last.ok_or(forgotten)?.map_err(Unanswered::from)
     }
 
+    fn poll_ended(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        match self {
+            Self::Http1(single) => Pin::new(&mut single.ended).poll(cx).map(drop),
+            Self::Http2(place) => place.poll_ended(cx),
+        }
+    }
+
     fn wire(&self) -> Wire {
-        match &self.requests {
-            Requests::Http1(_) => Wire::Http1,
-            Requests::Http2(_) => Wire::Http2,
-        }
-    }
-
-    fn is_ready(&self) -> bool {
-        match &self.requests {
-            Requests::Http1(requests) => requests.is_ready(),
-            Requests::Http2(requests) => requests.is_ready(),
-        }
-    }
-
-    fn is_closed(&self) -> bool {
-        match &self.requests {
-            Requests::Http1(requests) => requests.is_closed(),
-            Requests::Http2(requests) => requests.is_closed(),
+        match self {
+            Self::Http1(_) => Wire::Http1,
+            Self::Http2(_) => Wire::Http2,
         }
     }
 }
@@ -185,7 +178,7 @@ impl Pools {
             let mut state = pool.lock();
             state.closed = true;
             state.idle.clear();
-            state.idle_for_calls.clear();
+            state.lines.clear();
         }
     }
 }
@@ -218,19 +211,10 @@ impl Address {
 
 #[derive(Debug, Default)]
 struct State {
-    idle: Vec<Sender>,
-    /// Those of HTTP/2.
-    idle_for_calls: Vec<Sender>,
+    idle: Vec<Single>,
+    /// Those of HTTP/2, which serve calls or wait for some.
+    lines: Vec<Line>,
     closed: bool,
-}
-
-impl State {
-    fn idle(&mut self, wire: Wire) -> &mut Vec<Sender> {
-        match wire {
-            Wire::Http1 => &mut self.idle,
-            Wire::Http2 => &mut self.idle_for_calls,
-        }
-    }
 }
 
 impl Pool {
@@ -261,21 +245,20 @@ impl Pool {
 
     /// Takes a connection that need not be opened: the one that was used last
     /// and still lives, else the one on which the worker first answered.
-    pub(super) async fn kept(&self, wire: Wire) -> Option<Sender> {
-        match self.take(wire) {
-            Some(sender) => Some(sender),
+    pub(super) async fn kept(&self) -> Option<Sender> {
+        match self.take() {
+            Some(single) => Some(Sender::Http1(single)),
             // Boxed, since few need it and all would have room for it.
-            None if wire == Wire::Http1 => Box::pin(self.opened()).await,
-            None => None,
+            None => Box::pin(self.opened()).await,
         }
     }
 
-    fn take(&self, wire: Wire) -> Option<Sender> {
+    fn take(&self) -> Option<Single> {
         let mut state = self.lock();
-        let idle = state.idle(wire);
-        idle.retain(|sender| !sender.is_closed());
+        let idle = &mut state.idle;
+        idle.retain(|single| !single.requests.is_closed());
         // One that cannot take a request yet has its last one's body on the way.
-        let ready = idle.iter().rposition(Sender::is_ready)?;
+        let ready = idle.iter().rposition(|single| single.requests.is_ready())?;
         Some(idle.remove(ready))
     }
 
@@ -283,14 +266,32 @@ impl Pool {
         greet(self.opened.take()?, Wire::Http1).await.ok()
     }
 
+    /// Takes a share of a connection of HTTP/2 that is there: of the first that has
+    /// room, so that as few as may be are in use.
+    pub(super) fn share(&self, share: Share) -> Option<Sender> {
+        let mut state = self.lock();
+        state.lines.retain(Line::is_open);
+        let place = state.lines.iter().find_map(|line| line.take(share));
+        place.map(Sender::Http2)
+    }
+
     /// Keeps a connection whose answer has ended for the next request; it is taken
     /// when it can take one, since the last request's body may still be on its way.
     pub(super) fn put(&self, sender: Sender) {
         let mut state = self.lock();
-        let closed = state.closed || sender.is_closed();
-        let idle = state.idle(sender.wire());
-        if !closed && idle.len() < MOST_IDLE {
-            idle.push(sender);
+        match sender {
+            Sender::Http1(single) => {
+                let is_open = !state.closed && !single.requests.is_closed();
+                if is_open && state.idle.len() < MOST_IDLE {
+                    state.idle.push(single);
+                }
+            }
+            Sender::Http2(place) => {
+                let is_wanted = !state.closed && state.lines.len() < MOST_IDLE;
+                if let Some(line) = place.give_back().filter(|_| is_wanted) {
+                    state.lines.push(line);
+                }
+            }
         }
     }
 
@@ -307,23 +308,18 @@ async fn greet(stream: Stream, wire: Wire) -> io::Result<Sender> {
     match (stream, wire) {
         (Stream::Tcp(stream), Wire::Http1) => handshake(TokioIo::new(stream)).await,
         (Stream::Unix(stream), Wire::Http1) => handshake(TokioIo::new(stream)).await,
-        (Stream::Tcp(stream), Wire::Http2) => handshake2(TokioIo::new(stream)).await,
-        (Stream::Unix(stream), Wire::Http2) => handshake2(TokioIo::new(stream)).await,
+        (Stream::Tcp(stream), Wire::Http2) => open_line(TokioIo::new(stream)).await,
+        (Stream::Unix(stream), Wire::Http2) => open_line(TokioIo::new(stream)).await,
     }
 }
 
-/// Speaks HTTP/2 without being asked whether it may, as gRPC does.
-async fn handshake2<I>(io: TokioIo<I>) -> io::Result<Sender>
+async fn open_line<I>(io: TokioIo<I>) -> io::Result<Sender>
 where
     TokioIo<I>: hyper::rt::Read + hyper::rt::Write + Unpin + Send + 'static,
     I: Send + 'static,
 {
-    let mut builder = http2::Builder::new(TokioExecutor::new());
-    builder
-        .initial_stream_window_size(WINDOW)
-        .initial_connection_window_size(WINDOW);
-    let (requests, connection) = builder.handshake(io).await.map_err(io::Error::other)?;
-    Ok(sender(Requests::Http2(requests), connection))
+    let place = Line::open(io).await.map_err(io::Error::other)?;
+    Ok(Sender::Http2(place))
 }
 
 async fn handshake<I>(io: TokioIo<I>) -> io::Result<Sender>
@@ -334,15 +330,8 @@ where
     let (requests, connection) = http1::handshake(Hearing(io))
         .await
         .map_err(io::Error::other)?;
-    let requests = Requests::Http1(requests);
-    Ok(sender(requests, connection.with_upgrades()))
-}
-
-fn sender(
-    requests: Requests,
-    connection: impl Future<Output = Result<(), hyper::Error>> + Send + 'static,
-) -> Sender {
     let (end, ended) = oneshot::channel();
+    let connection = connection.with_upgrades();
     telemetry::spawn_often("upstream", async move {
         // Goes after the connection, however that ends.
         let _end: oneshot::Sender<Infallible> = end;
@@ -350,7 +339,7 @@ fn sender(
             debug!(%error, "a connection to a worker ended early");
         }
     });
-    Sender { requests, ended }
+    Ok(Sender::Http1(Single { requests, ended }))
 }
 
 #[cfg(test)]
@@ -369,10 +358,7 @@ mod tests {
             .await
             .expect("a connection");
         let (end, ended) = oneshot::channel();
-        let mut sender = Sender {
-            requests: Requests::Http1(requests),
-            ended,
-        };
+        let mut sender = Sender::Http1(Single { requests, ended });
         // Never polled and never dropped: so it is with one that came too late.
         let _connection = connection;
         let body = RequestBody::new(VecDeque::new(), None, Bytes::mib(1), None);

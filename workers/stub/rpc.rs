@@ -3,7 +3,8 @@
 //!
 //! A call of the Open Inference Protocol is answered as a model would whose
 //! outputs are its inputs; a compressed one goes back as it came. Metadata asks for more: `x-stub-status` for that
-//! status at the end, `x-stub-exit-after` for a SIGKILL after so many messages.
+//! status at the end, `x-stub-exit-after` for a SIGKILL after so many messages, `x-stub-delay-ms` for a wait before
+//! the first, `x-stub-times` for each message so many times.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -31,6 +32,9 @@ pub(crate) fn answer(stub: &Arc<Stub>, request: Request<Incoming>) -> Response<A
         read: BytesMut::new(),
         trailers: HeaderMap::new(),
         given: 0,
+        delay: number(&head.headers, "x-stub-delay-ms").map(Duration::from_millis),
+        times: number(&head.headers, "x-stub-times").unwrap_or(1),
+        again: (0, Bytes::new()),
         exit_after: number(&head.headers, "x-stub-exit-after"),
         status: number(&head.headers, "x-stub-status").unwrap_or(0),
         in_flight: stub.begin(),
@@ -130,6 +134,10 @@ struct Call {
     /// Those of the client.
     trailers: HeaderMap,
     given: u64,
+    delay: Option<Duration>,
+    times: u64,
+    /// What is given so many times more.
+    again: (u64, Bytes),
     exit_after: Option<u64>,
     status: u64,
     in_flight: InFlight,
@@ -144,8 +152,16 @@ impl Call {
             tokio::time::sleep(BEFORE_A_KILL).await;
             kill_self();
         }
+        if self.again.0 > 0 {
+            self.again.0 -= 1;
+            let frame = Frame::data(self.again.1.clone());
+            return Some((Ok(frame), Some(self)));
+        }
         loop {
             if let Some((compressed, message)) = self.take() {
+                if let Some(delay) = self.delay.take() {
+                    tokio::time::sleep(delay).await;
+                }
                 self.given += 1;
                 let answer = match compressed {
                     0 => self.shape.answer(&message),
@@ -155,7 +171,9 @@ impl Call {
                 let mut frame = vec![compressed];
                 frame.extend_from_slice(&length.to_be_bytes());
                 frame.extend_from_slice(&answer);
-                return Some((Ok(Frame::data(frame.into())), Some(self)));
+                let frame = Bytes::from(frame);
+                self.again = (self.times.saturating_sub(1), frame.clone());
+                return Some((Ok(Frame::data(frame)), Some(self)));
             }
             match self.body.frame().await {
                 Some(Ok(frame)) => match frame.into_data() {

@@ -1,13 +1,17 @@
 //! How calls of gRPC get to a worker: to which port, on which connection, and by
 //! which name of the model.
 
+use std::time::Duration;
+
 use http_body_util::BodyExt;
 use hyper::body::Frame;
 use residentd::grpc::Value;
 
 use super::calls::read;
 use crate::support::Residentd;
-use crate::support::calls::{Client, INFERENCE, ask, call, field, named, open, with};
+use crate::support::calls::{
+    Client, INFERENCE, ask, call, field, named, open, whole, with, with_another,
+};
 use crate::support::residentd::STUB;
 
 /// One model.
@@ -55,6 +59,50 @@ fn calls_of_one_message_share_a_connection_whatever_their_service() {
             let opened = worker_connections(&client).await - before;
             assert!(opened <= 2, "{method}: {opened} connections for ten calls");
         }
+    });
+}
+
+#[test]
+fn calls_at_once_share_a_connection_and_a_client_that_reads_slowly_holds_up_nobody() {
+    let residentd = Residentd::start(&model("", ""));
+    let address = residentd.address();
+    let small = || named("m").text(7, &"x".repeat(1000)).frame();
+    with(address, |others| async move {
+        with_another(address, |slow| async move {
+            ask(&others, "ModelInfer", &[], small()).await;
+            let before = worker_connections(&others).await;
+            // Far more than is held for it anywhere.
+            let metadata = [("x-stub-times", "20000")];
+            let path = format!("{INFERENCE}/ModelInfer");
+            let request = call(&path, &metadata, whole(small()));
+            let unread = slow.clone().send_request(request).await;
+            let unread = unread.expect("an answer begins");
+            for _ in 0..3 {
+                let metadata = [("x-stub-delay-ms", "100")];
+                let seven = (0..7).map(|_| ask(&others, "ModelInfer", &metadata, small()));
+                for done in futures_util::future::join_all(seven).await {
+                    assert_eq!(done.status(), "0", "{done:?}");
+                }
+            }
+            // `stats` is asked over HTTP/1.
+            let opened = worker_connections(&others).await - before;
+            assert_eq!(opened, 0, "eight calls at once have room on one");
+
+            let metadata = [("x-stub-delay-ms", "300")];
+            let waiting = ask(&others, "ModelInfer", &metadata, small());
+            let leaves = async {
+                tokio::time::sleep(Duration::from_millis(100)).await;
+                drop(unread);
+                // Its reset is on the way to the worker.
+                tokio::time::sleep(Duration::from_millis(100)).await;
+                ask(&others, "ModelInfer", &[], small()).await
+            };
+            let (waited, next) = tokio::join!(waiting, leaves);
+            assert_eq!((waited.status(), next.status()), ("0", "0"));
+            let opened = worker_connections(&others).await - before;
+            assert_eq!(opened, 1, "after a call was left the next goes elsewhere");
+        })
+        .await;
     });
 }
 

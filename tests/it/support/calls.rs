@@ -36,21 +36,33 @@ where
         .enable_all()
         .build()
         .expect("a runtime");
-    runtime.block_on(async {
-        let stream = tokio::net::TcpStream::connect(address)
-            .await
-            .expect("a connection");
-        // As every client of gRPC: a message does not wait for its head's receipt.
-        stream.set_nodelay(true).expect("a socket option");
-        let (sender, connection) = http2::handshake(TokioExecutor::new(), TokioIo::new(stream))
-            .await
-            .expect("it speaks HTTP/2");
-        tokio::select! {
-            biased;
-            done = tokio::time::timeout(PATIENCE, talk(sender)) => done.expect("in time"),
-            ended = connection => panic!("the connection ended: {ended:?}"),
-        }
-    })
+    runtime.block_on(with_another(address, talk))
+}
+
+/// The same within another one's talk.
+pub(crate) async fn with_another<B, F, T>(
+    address: &str,
+    talk: impl FnOnce(SendRequest<B>) -> F,
+) -> T
+where
+    B: hyper::body::Body + Send + Unpin + 'static,
+    B::Data: Send,
+    B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
+    F: Future<Output = T>,
+{
+    let stream = tokio::net::TcpStream::connect(address)
+        .await
+        .expect("a connection");
+    // As every client of gRPC: a message does not wait for its head's receipt.
+    stream.set_nodelay(true).expect("a socket option");
+    let (sender, connection) = http2::handshake(TokioExecutor::new(), TokioIo::new(stream))
+        .await
+        .expect("it speaks HTTP/2");
+    tokio::select! {
+        biased;
+        done = tokio::time::timeout(PATIENCE, talk(sender)) => done.expect("in time"),
+        ended = connection => panic!("the connection ended: {ended:?}"),
+    }
 }
 
 /// Builds a call.
