@@ -6,6 +6,7 @@
 use std::hash::{BuildHasher, RandomState};
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use bytes::Bytes;
 use hyper::header::{HeaderMap, HeaderName, HeaderValue};
 
 /// Names a request in the answer, in the log, and for the worker.
@@ -54,7 +55,9 @@ impl Names {
         let mut text = [0; 32];
         write_hex(&mut text[..16], self.random.into());
         write_hex(&mut text[16..], count.into());
-        HeaderValue::from_bytes(&text).expect("digits are visible")
+        // In one piece with its count of those who have it.
+        let text = Bytes::from_owner(text);
+        HeaderValue::from_maybe_shared(text).expect("digits are visible")
     }
 }
 

@@ -256,10 +256,18 @@ impl Pool {
     fn take(&self) -> Option<Single> {
         let mut state = self.lock();
         let idle = &mut state.idle;
-        idle.retain(|single| !single.requests.is_closed());
-        // One that cannot take a request yet has its last one's body on the way.
-        let ready = idle.iter().rposition(|single| single.requests.is_ready())?;
-        Some(idle.remove(ready))
+        // Only those that are looked at are dropped when they have ended: there may be
+        // many, and what an ended one holds is little.
+        for at in (0..idle.len()).rev() {
+            let requests = &idle[at].requests;
+            if requests.is_closed() {
+                idle.remove(at);
+            } else if requests.is_ready() {
+                return Some(idle.remove(at));
+            }
+            // Else its last request's body is on the way.
+        }
+        None
     }
 
     async fn opened(&self) -> Option<Sender> {
@@ -281,8 +289,13 @@ impl Pool {
         let mut state = self.lock();
         match sender {
             Sender::Http1(single) => {
-                let is_open = !state.closed && !single.requests.is_closed();
-                if is_open && state.idle.len() < MOST_IDLE {
+                if state.closed || single.requests.is_closed() {
+                    return;
+                }
+                if state.idle.len() == MOST_IDLE {
+                    state.idle.retain(|single| !single.requests.is_closed());
+                }
+                if state.idle.len() < MOST_IDLE {
                     state.idle.push(single);
                 }
             }
