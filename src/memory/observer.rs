@@ -165,7 +165,9 @@ impl Observer {
             self.read_parts(followed, depth);
         }
         if depth > Depth::Host {
-            self.workers_at = at;
+            if !self.proc_failed {
+                self.workers_at = at;
+            }
             self.summarise(at, depth, change);
             self.sweep_gpus(at, depth);
         } else {

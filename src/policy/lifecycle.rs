@@ -24,6 +24,7 @@ use super::event::{Activity, Measure, Ticket};
 use super::failures::Failures;
 use super::footprint::{self, Known, Lesson};
 use super::history::History;
+use super::ledger::BACK_DEADLINE;
 use super::parking::Parking;
 use super::reason::EvictReason;
 use super::reuse::Reuse;
@@ -355,11 +356,17 @@ impl ModelState {
 
     /// Returns whether it loads here, or had loaded after the newest measurement
     /// began. That may have seen its bytes missing of what is free and not known
-    /// them as its own, or the other way round.
+    /// them as its own, or the other way round. A driver that hangs is not waited
+    /// for: what was promised to the worker is taken then.
     #[must_use]
-    pub(super) fn is_unmeasured(&self, domain: Domain, measured_at: Timestamp) -> bool {
+    pub(super) fn is_unmeasured(
+        &self,
+        domain: Domain,
+        (measured_at, now): (Timestamp, Timestamp),
+    ) -> bool {
         let serves = matches!(self.phase, Phase::Ready | Phase::Draining);
-        let unseen = self.is_loading() || serves && measured_at < self.loaded_at;
+        let is_due = || now < self.loaded_at + BACK_DEADLINE;
+        let unseen = self.is_loading() || serves && measured_at < self.loaded_at && is_due();
         unseen && self.domains().contains(&domain)
     }
 

@@ -383,7 +383,7 @@ impl Policy {
             while let Some((worker, usage)) = workers.next_if(|(w, _)| w.model <= *name) {
                 if worker.model == *name && worker.generation == model.generation && model.is_live()
                 {
-                    let on_gpus = usage.keys().any(|domain| *domain != Domain::Host);
+                    let on_gpus = model.domains().iter().any(|domain| *domain != Domain::Host);
                     let at = match on_gpus {
                         true => measured.at.min(measured.gpus_at),
                         false => measured.at,

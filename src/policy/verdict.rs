@@ -114,7 +114,7 @@ impl Policy {
         }
         if gpus
             .iter()
-            .any(|index| self.awaits_first_measure(Domain::Gpu(*index)))
+            .any(|index| self.is_unmeasured(Domain::Gpu(*index)))
         {
             // One transition at a time; what loads there may be idle then, and what it
             // takes is known when it is measured.
@@ -249,10 +249,10 @@ impl Policy {
 
     /// Returns whether a worker loads here, or leaves its park, or was not measured
     /// since: nobody knows yet what it holds.
-    fn awaits_first_measure(&self, domain: Domain) -> bool {
-        let measured_at = self.ledger.domain_measured_at(domain);
+    fn is_unmeasured(&self, domain: Domain) -> bool {
+        let times = (self.ledger.domain_measured_at(domain), self.now);
         let mut models = self.models.values();
-        models.any(|m| m.is_unmeasured(domain, measured_at))
+        models.any(|m| m.is_unmeasured(domain, times))
     }
 
     /// Returns whether a load may start in this domain: bytes of reaped workers
@@ -260,7 +260,7 @@ impl Policy {
     /// the last load: its memory is only known between such transitions.
     pub(super) fn is_still(&self, domain: Domain) -> bool {
         let moving = || self.models.values().any(|m| m.is_moving(domain));
-        let is_known = || !moving() && !self.awaits_first_measure(domain);
+        let is_known = || !moving() && !self.is_unmeasured(domain);
         !self.ledger.is_settling(domain) && (domain == Domain::Host || is_known())
     }
 
@@ -300,7 +300,7 @@ impl Policy {
                 });
             }
             let mut possible = self.ledger.possible(&self.models, domain);
-            if self.awaits_first_measure(domain) {
+            if self.is_unmeasured(domain) {
                 possible.retain(|(_, constraint), _| *constraint == Constraint::Limit);
             }
             let mut room = least(&possible);

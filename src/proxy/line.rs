@@ -9,13 +9,14 @@
 //! end lines with many of those, so its line takes no other call.
 
 use std::pin::Pin;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::Poll;
 
 use hyper::client::conn::http2;
+use hyper::rt::Executor;
 use hyper_util::rt::{TokioExecutor, TokioIo};
-use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
+use tokio_util::sync::{CancellationToken, DropGuard, WaitForCancellationFutureOwned};
 use tracing::debug;
 
 use super::upload::RequestBody;
@@ -23,8 +24,8 @@ use crate::telemetry;
 
 /// Calls on one line at most.
 const MOST: u16 = 8;
-/// Bytes of a body that is small.
-const SMALL: u64 = 65_535 / MOST as u64;
+/// Bytes of a body that is small: eight times as many and longer names fit.
+const SMALL: u64 = 8_000;
 /// Bytes of an answer that a worker may send before its client has read them.
 const WINDOW: u32 = 256 << 10;
 
@@ -32,47 +33,64 @@ const WINDOW: u32 = 256 << 10;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Share {
     /// One of its places.
-    Place,
-    /// All of it.
-    Alone,
+    One,
+    /// All of them.
+    All,
 }
 
 impl Share {
     /// Returns what a call needs whose body is here and has so many bytes.
     pub(super) const fn of(size: u64) -> Self {
         match size <= SMALL {
-            true => Self::Place,
-            false => Self::Alone,
+            true => Self::One,
+            false => Self::All,
         }
     }
 
     fn places(self) -> usize {
         match self {
-            Self::Place => 1,
-            Self::Alone => usize::from(MOST),
+            Self::One => 1,
+            Self::All => usize::from(MOST),
         }
     }
 }
 
 /// One that may take calls.
 #[derive(Clone, Debug)]
-pub(super) struct Line {
-    requests: http2::SendRequest<RequestBody>,
-    state: Arc<State>,
-}
+pub(super) struct Line(Arc<State>);
 
 #[derive(Debug)]
 struct State {
+    /// Gone when no more calls are to come: so the line ends with its last one.
+    requests: Mutex<Option<http2::SendRequest<RequestBody>>>,
     /// Places that calls have now.
     taken: AtomicUsize,
     /// Calls that the worker lets be on it.
     most: AtomicUsize,
-    /// A call did not end well on it.
-    retired: AtomicBool,
     /// It is where calls look for one.
     kept: AtomicBool,
     /// Cancelled after all that hyper says of the calls it took.
     ended: CancellationToken,
+}
+
+/// Spawns hyper's tasks. A line has ended when none of them is left: the one that
+/// takes requests ends before those that are answered still when a worker says that
+/// it takes no more.
+#[derive(Clone)]
+struct Tasks(Arc<DropGuard>);
+
+impl<F> Executor<F> for Tasks
+where
+    F: Future + Send + 'static,
+    F::Output: Send + 'static,
+{
+    fn execute(&self, task: F) {
+        let guard = Arc::clone(&self.0);
+        TokioExecutor::new().execute(async move {
+            task.await;
+            drop(guard);
+        });
+    }
 }
 
 impl Line {
@@ -83,19 +101,21 @@ impl Line {
         TokioIo<I>: hyper::rt::Read + hyper::rt::Write + Unpin + Send + 'static,
         I: Send + 'static,
     {
-        let mut builder = http2::Builder::new(TokioExecutor::new());
+        let ended = CancellationToken::new();
+        let tasks = Tasks(Arc::new(ended.clone().drop_guard()));
+        let mut builder = http2::Builder::new(tasks.clone());
         builder
             .initial_stream_window_size(WINDOW)
             .initial_connection_window_size(WINDOW * u32::from(MOST));
         let (requests, mut connection) = builder.handshake(io).await?;
-        let state = Arc::new(State {
+        let line = Self(Arc::new(State {
+            requests: Mutex::new(Some(requests.clone())),
             taken: AtomicUsize::new(0),
             most: AtomicUsize::new(usize::from(MOST)),
-            retired: AtomicBool::new(false),
             kept: AtomicBool::new(false),
-            ended: CancellationToken::new(),
-        });
-        let shared = Arc::clone(&state);
+            ended,
+        }));
+        let shared = Arc::clone(&line.0);
         let connection = std::future::poll_fn(move |cx| {
             let ended = Pin::new(&mut connection).poll(cx);
             // It says so at any time.
@@ -103,44 +123,54 @@ impl Line {
             shared.most.store(most, Ordering::Relaxed);
             ended
         });
-        let end = state.ended.clone().drop_guard();
         telemetry::spawn_often("upstream", async move {
             // Goes after the connection, however that ends.
-            let _end = end;
+            let _tasks = tasks;
             if let Err(error) = connection.await {
                 debug!(%error, "a connection to a worker ended early");
             }
         });
-        Ok(Self { requests, state }.place(Share::Alone))
+        Ok(line.place(Share::All, requests))
     }
 
     /// Returns a share of it, if there is room. For one caller at a time.
     pub(super) fn take(&self, share: Share) -> Option<Place> {
-        let taken = self.state.taken.load(Ordering::Acquire);
-        let most = self
-            .state
-            .most
-            .load(Ordering::Relaxed)
-            .min(usize::from(MOST));
+        let taken = self.0.taken.load(Ordering::Acquire);
+        let most = self.0.most.load(Ordering::Relaxed);
+        let most = most.min(usize::from(MOST));
         let fits = taken == 0 || taken + share.places() <= most;
-        (fits && most > 0).then(|| self.clone().place(share))
+        if !fits || most == 0 {
+            return None;
+        }
+        let requests = self.requests().clone()?;
+        Some(self.place(share, requests))
     }
 
-    fn place(self, share: Share) -> Place {
-        self.state
-            .taken
-            .fetch_add(share.places(), Ordering::Relaxed);
+    fn place(&self, share: Share, requests: http2::SendRequest<RequestBody>) -> Place {
+        self.0.taken.fetch_add(share.places(), Ordering::Relaxed);
         Place {
-            ended: Box::pin(self.state.ended.clone().cancelled_owned()),
-            line: self,
+            ended: Box::pin(self.0.ended.clone().cancelled_owned()),
+            line: self.clone(),
+            requests,
             share,
             is_good: false,
         }
     }
 
+    fn requests(&self) -> MutexGuard<'_, Option<http2::SendRequest<RequestBody>>> {
+        let requests = self.0.requests.lock();
+        requests.unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Returns whether it takes calls still.
     pub(super) fn is_open(&self) -> bool {
-        !self.requests.is_closed() && !self.state.retired.load(Ordering::Relaxed)
+        let requests = self.requests();
+        requests.as_ref().is_some_and(|open| !open.is_closed())
+    }
+
+    /// Returns whether no call is on it.
+    pub(super) fn is_idle(&self) -> bool {
+        self.0.taken.load(Ordering::Acquire) == 0
     }
 }
 
@@ -148,6 +178,7 @@ impl Line {
 #[derive(Debug)]
 pub(super) struct Place {
     line: Line,
+    requests: http2::SendRequest<RequestBody>,
     share: Share,
     ended: Pin<Box<WaitForCancellationFutureOwned>>,
     /// The call ended well.
@@ -156,7 +187,7 @@ pub(super) struct Place {
 
 impl Place {
     pub(super) fn requests(&mut self) -> &mut http2::SendRequest<RequestBody> {
-        &mut self.line.requests
+        &mut self.requests
     }
 
     /// Polls for the end of the line.
@@ -168,58 +199,100 @@ impl Place {
     /// from now on.
     pub(super) fn give_back(mut self) -> Option<Line> {
         self.is_good = true;
-        let is_new = self.line.is_open() && !self.line.state.kept.swap(true, Ordering::Relaxed);
+        let is_new = self.line.is_open() && !self.line.0.kept.swap(true, Ordering::Relaxed);
         is_new.then(|| self.line.clone())
     }
 }
 
 impl Drop for Place {
     fn drop(&mut self) {
-        let state = &self.line.state;
         if !self.is_good {
-            state.retired.store(true, Ordering::Relaxed);
+            self.line.requests().take();
         }
-        state
-            .taken
-            .fetch_sub(self.share.places(), Ordering::Release);
+        let places = self.share.places();
+        self.line.0.taken.fetch_sub(places, Ordering::Release);
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::collections::VecDeque;
+    use std::time::Duration;
+
     use bytes::Bytes;
     use http_body_util::Full;
-    use hyper::Response;
     use hyper::service::service_fn;
+    use hyper::{Request, Response};
 
+    use super::super::pool::Sender;
     use super::*;
+    use crate::model::Bytes as Size;
 
-    /// A line that is kept, to a worker that lets so many calls be on it.
-    async fn line(calls: u32) -> Line {
+    /// How long the worker takes for an answer.
+    const TAKES: Duration = Duration::from_secs(20);
+
+    /// A line that is kept, to a worker that lets so many calls be on it, until it is
+    /// told to end.
+    async fn line(calls: u32) -> (Line, CancellationToken) {
         let (ours, theirs) = tokio::io::duplex(1 << 12);
         let answer = service_fn(async |_| {
+            tokio::time::sleep(TAKES).await;
             let yes = Full::new(Bytes::from_static(b"yes"));
             Ok::<_, std::convert::Infallible>(Response::new(yes))
         });
         let mut builder = hyper::server::conn::http2::Builder::new(TokioExecutor::new());
         builder.max_concurrent_streams(calls);
-        let serving = builder.serve_connection(TokioIo::new(theirs), answer);
-        drop(telemetry::spawn("test", serving));
+        let ends = CancellationToken::new();
+        let told = ends.clone();
+        drop(telemetry::spawn("test", async move {
+            let mut serving = Box::pin(builder.serve_connection(TokioIo::new(theirs), answer));
+            tokio::select! {
+                ended = &mut serving => return ended,
+                () = told.cancelled() => serving.as_mut().graceful_shutdown(),
+            }
+            serving.await
+        }));
         let place = Line::open(TokioIo::new(ours)).await;
         let line = place.expect("it speaks HTTP/2").give_back();
         let line = line.expect("it is new");
-        while line.state.most.load(Ordering::Relaxed) != usize::try_from(calls).expect("few") {
+        while line.0.most.load(Ordering::Relaxed) != usize::try_from(calls).expect("few") {
             tokio::task::yield_now().await;
         }
-        line
+        (line, ends)
+    }
+
+    fn call() -> Request<RequestBody> {
+        let body = RequestBody::new(VecDeque::new(), None, Size::mib(1), None);
+        let call = Request::post("http://worker/a.B/C").body(body);
+        call.expect("a good request")
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn calls_that_are_answered_when_the_worker_takes_no_more_are_answered_to_the_end() {
+        let (line, ends) = line(100).await;
+        let share = || Sender::Http2(line.take(Share::One).expect("there is room"));
+        let (mut first, mut second) = (share(), share());
+        let answered = telemetry::spawn("test", async move {
+            let answer = first.send(call()).await;
+            answer.map(|answer| answer.status().as_u16())
+        });
+        tokio::time::sleep(TAKES / 4).await;
+        ends.cancel();
+        tokio::time::sleep(TAKES / 4).await;
+        let late = second.send(call()).await;
+        assert!(late.expect_err("it takes no more").unsent);
+        let answered = answered.await.expect("it does not panic");
+        assert_eq!(answered.expect("an answer"), 200);
+        drop(second);
+        assert!(!line.is_open());
     }
 
     #[tokio::test]
     async fn small_calls_share_a_line_and_others_have_it_alone() {
-        let line = line(100).await;
-        let shares: Vec<_> = (0..MOST).map(|_| line.take(Share::Place)).collect();
+        let (line, _ends) = line(100).await;
+        let shares: Vec<_> = (0..MOST).map(|_| line.take(Share::One)).collect();
         assert!(shares.iter().all(Option::is_some));
-        assert!(line.take(Share::Place).is_none(), "there are eight places");
+        assert!(line.take(Share::One).is_none(), "there are eight places");
         for share in shares.into_iter().flatten() {
             assert!(share.give_back().is_none(), "it is kept already");
         }
@@ -227,26 +300,26 @@ mod tests {
         assert!(line.take(Share::of(SMALL)).is_none());
         drop(alone.give_back());
         let small = line.take(Share::of(SMALL)).expect("nobody is there");
-        assert!(line.take(Share::Alone).is_none());
+        assert!(line.take(Share::All).is_none());
         drop(small.give_back());
     }
 
     #[tokio::test]
     async fn no_more_calls_are_on_a_line_than_its_worker_lets() {
-        let line = line(2).await;
-        let two = [line.take(Share::Place), line.take(Share::Place)];
+        let (line, _ends) = line(2).await;
+        let two = [line.take(Share::One), line.take(Share::One)];
         assert!(two.iter().all(Option::is_some));
-        assert!(line.take(Share::Place).is_none());
+        assert!(line.take(Share::One).is_none());
         two.into_iter()
             .flatten()
             .for_each(|place| drop(place.give_back()));
-        assert!(line.take(Share::Alone).is_some(), "nobody is there");
+        assert!(line.take(Share::All).is_some(), "nobody is there");
     }
 
     #[tokio::test]
     async fn a_line_on_which_a_call_was_left_takes_no_other() {
-        let line = line(100).await;
-        let (left, stays) = (line.take(Share::Place), line.take(Share::Place));
+        let (line, _ends) = line(100).await;
+        let (left, stays) = (line.take(Share::One), line.take(Share::One));
         assert!(line.is_open());
         drop(left.expect("there is room"));
         assert!(!line.is_open());

@@ -300,9 +300,21 @@ impl Pool {
                 }
             }
             Sender::Http2(place) => {
-                let is_wanted = !state.closed && state.lines.len() < MOST_IDLE;
-                if let Some(line) = place.give_back().filter(|_| is_wanted) {
-                    state.lines.push(line);
+                let line = place.give_back();
+                if state.closed {
+                    return;
+                }
+                state.lines.extend(line);
+                // More than that are kept only as long as they are in use.
+                if state.lines.len() > MOST_IDLE {
+                    state.lines.retain(Line::is_open);
+                    let idle = state.lines.iter().filter(|line| line.is_idle());
+                    let mut spare = idle.count().saturating_sub(MOST_IDLE);
+                    state.lines.retain(|line| {
+                        let goes = spare > 0 && line.is_idle();
+                        spare -= usize::from(goes);
+                        !goes
+                    });
                 }
             }
         }

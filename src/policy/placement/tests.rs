@@ -215,7 +215,15 @@ fn nothing_starts_on_a_gpu_that_was_not_measured_since_a_load() {
     late.gpus_at = crate::clock::Timestamp::START;
     let effects = world.step(Event::Measured(late));
     assert_eq!((spawned(&effects), gone(&effects)), (vec![], vec![]));
-    assert_eq!(spawned(&world.measure()), ["b"]);
+    let mut waits = world.clone();
+    assert_eq!(spawned(&waits.measure()), ["b"]);
+    // One that hangs is not waited for, and nobody gets what was promised to another.
+    world.pass(Duration::from_secs(6));
+    let mut late = world.measured(Bytes::gib(15));
+    late.gpus_at = crate::clock::Timestamp::START;
+    late.workers.clear();
+    assert_eq!(spawned(&world.step(Event::Measured(late))), ["b"]);
+    assert_eq!(spawned(&world.acquire("c").1), [] as [&str; 0]);
 }
 
 #[test]
