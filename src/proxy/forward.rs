@@ -198,7 +198,8 @@ impl Proxy {
         Ok(lease.await?)
     }
 
-    /// Sends on a kept connection if there is one and it need not be a fresh one.
+    /// Sends on a kept connection, or a share of one, if there is one and it need
+    /// not be a fresh one.
     /// One that the worker had closed is no try: a fresh one is used then. One
     /// that broke later is: the worker may have begun. A body that could not be
     /// sent again goes on a fresh one at once.
