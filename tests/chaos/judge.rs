@@ -14,6 +14,8 @@ use crate::plan::{Ask, SHARES, Whim};
 use crate::site::{Blow, Site};
 use crate::support::Answer;
 
+/// What became of a request for which no residentd was there.
+pub(crate) const DOWN: &str = "broken while residentd was down";
 /// Status and code of each error, and whether it says when to come back.
 const ERRORS: [(&str, u16, bool); 12] = [
     ("model_not_found", 404, false),
@@ -55,7 +57,7 @@ pub(crate) fn judge(
             "no outcome: {:?}",
             String::from_utf8_lossy(&raw[..raw.len().min(300)])
         )),
-        Outcome::Broken(_) if struck(&[Blow::Down]) => Ok("broken while residentd was down".into()),
+        Outcome::Broken(_) if struck(&[Blow::Down]) => Ok(DOWN.into()),
         Outcome::Broken(why) => Err(format!("the connection broke without a cause: {why}")),
         Outcome::Answered(answer) if answer.header("x-stub-name").is_none() => {
             refused(ask, answer, struck, rests)
