@@ -383,12 +383,9 @@ impl Policy {
             while let Some((worker, usage)) = workers.next_if(|(w, _)| w.model <= *name) {
                 if worker.model == *name && worker.generation == model.generation && model.is_live()
                 {
-                    let on_gpus = model.domains().iter().any(|domain| *domain != Domain::Host);
-                    let at = match on_gpus {
-                        true => measured.at.min(measured.gpus_at),
-                        false => measured.at,
-                    };
-                    model.measure(usage, at);
+                    let domains = model.domains().into_iter();
+                    let at = domains.map(|domain| self.ledger.domain_measured_at(domain));
+                    model.measure(usage, at.min().unwrap_or(measured.at));
                 }
             }
         }

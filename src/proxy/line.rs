@@ -8,10 +8,11 @@
 //! large as all of them. One whose client is gone is called off by a reset, and workers
 //! end lines with many of those, so its line takes no other call.
 
+use std::future::poll_fn;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::task::Poll;
+use std::task::{Context, Poll};
 
 use hyper::client::conn::http2;
 use hyper::rt::Executor;
@@ -116,20 +117,14 @@ impl Line {
             ended,
         }));
         let shared = Arc::clone(&line.0);
-        let connection = std::future::poll_fn(move |cx| {
+        let connection = poll_fn(move |cx| {
             let ended = Pin::new(&mut connection).poll(cx);
             // It says so at any time.
             let most = connection.current_max_send_streams();
             shared.most.store(most, Ordering::Relaxed);
             ended
         });
-        telemetry::spawn_often("upstream", async move {
-            // Goes after the connection, however that ends.
-            let _tasks = tasks;
-            if let Err(error) = connection.await {
-                debug!(%error, "a connection to a worker ended early");
-            }
-        });
+        drive(connection, tasks);
         Ok(line.place(Share::All, requests))
     }
 
@@ -191,7 +186,7 @@ impl Place {
     }
 
     /// Polls for the end of the line.
-    pub(super) fn poll_ended(&mut self, cx: &mut std::task::Context<'_>) -> Poll<()> {
+    pub(super) fn poll_ended(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         self.ended.as_mut().poll(cx)
     }
 
@@ -212,6 +207,20 @@ impl Drop for Place {
         let places = self.share.places();
         self.line.0.taken.fetch_sub(places, Ordering::Release);
     }
+}
+
+/// Drives a connection to a worker, over HTTP/1 too, to its end in a task of its own. `end` goes after it, however
+/// it ends.
+pub(super) fn drive(
+    connection: impl Future<Output = hyper::Result<()>> + Send + 'static,
+    end: impl Send + 'static,
+) {
+    telemetry::spawn_often("upstream", async move {
+        let _end = end;
+        if let Err(error) = connection.await {
+            debug!(%error, "a connection to a worker ended early");
+        }
+    });
 }
 
 #[cfg(test)]

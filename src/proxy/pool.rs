@@ -21,11 +21,10 @@ use hyper::header::HeaderValue;
 use hyper::{Request, Response};
 use hyper_util::rt::TokioIo;
 use tokio::sync::oneshot;
-use tracing::debug;
 
 use super::headers;
 use super::hearing::Hearing;
-use super::line::{Line, Place, Share};
+use super::line::{self, Line, Place, Share};
 use super::upload::RequestBody;
 use crate::control::{Opened, ReadyWorker, Stream};
 use crate::model::Upstream;
@@ -356,14 +355,7 @@ where
         .await
         .map_err(io::Error::other)?;
     let (end, ended) = oneshot::channel();
-    let connection = connection.with_upgrades();
-    telemetry::spawn_often("upstream", async move {
-        // Goes after the connection, however that ends.
-        let _end: oneshot::Sender<Infallible> = end;
-        if let Err(error) = connection.await {
-            debug!(%error, "a connection to a worker ended early");
-        }
-    });
+    line::drive(connection.with_upgrades(), end);
     Ok(Sender::Http1(Single { requests, ended }))
 }
 
