@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use hyper::header::{HeaderMap, HeaderValue};
+use hyper::header::{HeaderMap, HeaderName, HeaderValue};
 use tracing::debug;
 
 use super::access::{AccessLog, Line};
@@ -113,11 +113,9 @@ impl Account {
         }
     }
 
-    /// Tells the worker where in a trace it is.
-    pub(super) fn tell(&self, headers: &mut HeaderMap) {
-        if let Some(spans) = &self.spans {
-            spans.tell(headers);
-        }
+    /// Returns what [`Spans::place`] does.
+    pub(super) fn place(&self) -> Option<(HeaderValue, &'static [HeaderName])> {
+        self.spans.as_ref().and_then(|spans| spans.place())
     }
 
     /// It asks for a lease.

@@ -6,13 +6,14 @@ use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use bytes::Bytes;
-use hyper::body::{Body, Frame, Incoming, SizeHint};
+use hyper::body::{Body, Frame, SizeHint};
 use tokio::time::{Sleep, sleep};
 
 use super::account::Account;
+use super::answer::Answer;
 use super::heartbeat::Waiting;
 use super::limit::Limited;
-use super::pool::{Pool, Sender};
+use super::pool::Pool;
 use super::rpc;
 use super::upload::BodyError;
 use crate::control::Lease;
@@ -72,10 +73,11 @@ pub(super) enum LastWords {
 /// connection, the account.
 #[derive(Debug)]
 pub struct Streamed {
-    inner: Incoming,
+    inner: Answer,
     // Dropped in this order: the account is written while the lease is held.
     account: Account,
-    sender: Option<(Sender, Arc<Pool>)>,
+    /// Where the connection goes when the answer is whole.
+    pool: Option<Arc<Pool>>,
     /// How a stream of events ends so far.
     events: Option<Tail>,
     is_call: bool,
@@ -87,16 +89,15 @@ pub struct Streamed {
 
 impl Streamed {
     pub(super) fn new(
-        inner: Incoming,
+        (inner, pool): (Answer, Arc<Pool>),
         account: Account,
-        connection: (Sender, Arc<Pool>),
         kind: Kind,
         (lease, visit): (Lease, Option<Visit>),
     ) -> Self {
         let mut streamed = Self {
             inner,
             account,
-            sender: Some(connection),
+            pool: Some(pool),
             events: (kind == Kind::Events).then(Tail::default),
             is_call: kind == Kind::Call,
             broken: None,
@@ -104,7 +105,7 @@ impl Streamed {
             _lease: lease,
         };
         // A body without content is never asked for a frame.
-        if streamed.inner.is_end_stream() {
+        if streamed.inner.is_end() {
             streamed.finish();
         }
         streamed
@@ -117,7 +118,7 @@ impl Streamed {
         if self.broken.is_some() {
             return Broken::poll(&mut self.broken, cx);
         }
-        let Poll::Ready(frame) = Pin::new(&mut self.inner).poll_frame(cx) else {
+        let Poll::Ready(frame) = self.inner.poll_frame(cx) else {
             if let Some(visit) = &self.visit {
                 visit.waits_on();
             }
@@ -136,14 +137,15 @@ impl Streamed {
                         tail.push(data);
                     }
                 }
-                if self.inner.is_end_stream() {
+                if self.inner.is_end() {
                     self.finish();
                 }
                 Poll::Ready(Some(Ok(frame)))
             }
             Some(Err(error)) => {
                 self.account.broke();
-                self.sender = None;
+                self.inner.leave();
+                self.pool = None;
                 self.visit = None;
                 if self.is_call {
                     return Poll::Ready(Some(Ok(Frame::trailers(rpc::broken_off()))));
@@ -152,7 +154,7 @@ impl Streamed {
                 // would pass for one.
                 let between = self.events.take().is_some_and(|tail| tail.is_between());
                 let words = between.then(|| Bytes::from_static(BROKEN_EVENT));
-                self.broken = Some(Broken::new(error.into(), words));
+                self.broken = Some(Broken::new(error, words));
                 Broken::poll(&mut self.broken, cx)
             }
         }
@@ -174,7 +176,7 @@ impl Streamed {
 
     /// Returns whether nothing more comes of it: it is whole, or broke.
     pub(super) fn is_done(&self) -> bool {
-        self.sender.is_none()
+        self.pool.is_none()
     }
 
     /// Notes that its time is over. Returns how it can be ended without words of
@@ -192,7 +194,7 @@ impl Streamed {
     }
 
     pub(super) fn is_end_stream(&self) -> bool {
-        self.broken.is_none() && self.inner.is_end_stream()
+        self.broken.is_none() && self.inner.is_end()
     }
 
     pub(super) fn size_hint(&self) -> SizeHint {
@@ -203,7 +205,9 @@ impl Streamed {
     fn finish(&mut self) {
         self.account.finish();
         self.visit = None;
-        if let Some((sender, pool)) = self.sender.take() {
+        if let Some(pool) = self.pool.take()
+            && let Some(sender) = self.inner.take()
+        {
             pool.put(sender);
         }
     }

@@ -1,12 +1,12 @@
 //! Sends a request to a worker and passes its answer on.
 
-use std::error::Error;
 use std::io::ErrorKind::{ConnectionRefused, NotFound};
 use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
-use hyper::body::{Body, Incoming};
+use bytes::BytesMut;
+use hyper::body::Body;
 use hyper::header::{CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_TYPE, HOST, HeaderMap, HeaderValue};
 use hyper::http::request;
 use hyper::http::uri::PathAndQuery;
@@ -16,22 +16,27 @@ use tokio::time::Instant;
 use tracing::debug;
 
 use super::account::Account;
+use super::answer::{Answer, Failed};
 use super::body::{Kind, ProxyBody, Streamed};
 use super::filter::Change;
 use super::held::Held;
+use super::http1::{Lines, Upload};
+use super::ids::TRACEPARENT;
 use super::line::Share;
 use super::pool::{Pool, Sender, Wire};
 use super::rpc::{self, Call};
 use super::spans::Step;
-use super::upload::{BodyError, RequestBody};
+use super::upload::RequestBody;
 use super::{Proxy, headers, limit, upgrade};
 use crate::clock::Timestamp;
 use crate::control::{Lease, ModelRoute, Refusal};
 use crate::gate::Visit;
 use crate::grpc::Renamer;
 use crate::reply::{Fault, Speech};
-use crate::telemetry;
 
+/// Headers that a call gets beside those of its client, at most: three of a proxy, its
+/// host, the time that is left, a place in a trace, and what a residentd tells another.
+const ADDED: usize = 8;
 /// How long a broken worker's end is waited for before another lease is asked
 /// for, so that the dead one is not taken again.
 const END_OF_BROKEN: Duration = Duration::from_millis(250);
@@ -65,8 +70,8 @@ pub(super) struct Passage {
 
 /// The head of an answer, and what is held until the answer ends.
 struct Answered {
-    response: Response<Incoming>,
-    connection: (Sender, Arc<Pool>),
+    response: Response<Answer>,
+    pool: Arc<Pool>,
     lease: Lease,
     visit: Option<Visit>,
     /// When it has to end.
@@ -77,7 +82,7 @@ struct Answered {
 
 /// What became of one try.
 enum Tried {
-    Answered(Response<Incoming>, Sender, Option<Visit>),
+    Answered(Response<Answer>, Option<Visit>),
     /// Nothing came back; the worker may have got the request.
     Broke(String),
     /// The connection was closed before the request was written to it.
@@ -102,7 +107,7 @@ impl Proxy {
         };
         let Answered {
             response,
-            connection,
+            pool,
             lease,
             visit,
             ends,
@@ -114,7 +119,7 @@ impl Proxy {
             Some(client) => upgrade::switch(response, client, account, lease),
             None => {
                 let held = (lease, visit);
-                let answer = answer(response, account, connection, held, passage.asked.call);
+                let answer = answer(response, account, pool, held, passage.asked.call);
                 limit::bound(answer, ends)
             }
         })
@@ -142,14 +147,14 @@ impl Proxy {
             // Not kept in a variable, for which there would have to be room below.
             let cause = match self.try_until(ends, (&pool, &lease), passage, fresh).await {
                 None => return Err(passage.late()),
-                Some(Tried::Answered(response, sender, visit)) => {
+                Some(Tried::Answered(response, visit)) => {
                     let switches = response.status() == StatusCode::SWITCHING_PROTOCOLS;
                     if switches && client.is_none() {
                         return Err(passage.broke("it left HTTP unasked".into()));
                     }
                     return Ok(Answered {
                         response,
-                        connection: (sender, pool),
+                        pool,
                         lease,
                         visit,
                         ends,
@@ -247,7 +252,7 @@ impl Proxy {
 
     async fn send(
         &self,
-        mut sender: Sender,
+        sender: Sender,
         (pool, lease): (&Pool, &Lease),
         passage: &mut Passage,
     ) -> Tried {
@@ -256,44 +261,78 @@ impl Proxy {
         passage.account.step(Step::FirstByte);
         let asks_for_work = has_body(&passage.asked.head.method);
         let visit = asks_for_work.then(|| Visit::begin(Arc::clone(&lease.worker().pulse)));
-        let request = match self.request((pool, lease), passage, visit.as_ref()) {
-            Ok(request) => request,
-            Err(error) => {
-                let why = format!("the path cannot be passed on: {error}");
-                return Tried::Refused(Fault::BadRequest(why));
+        let answered = match sender {
+            Sender::Http1(connection) => {
+                let is_head = passage.asked.head.method == Method::HEAD;
+                let mut connection = connection;
+                let room = connection.room();
+                let upload = self.upload(room, (pool, lease), passage, visit.as_ref());
+                connection.ask(upload, is_head).await
             }
+            Sender::Http2(place) => match self.call((pool, lease), passage, visit.as_ref()) {
+                Ok(call) => place.ask(call).await,
+                Err(error) => {
+                    let why = format!("the path cannot be passed on: {error}");
+                    Err(Failed::Refused(Fault::BadRequest(why)))
+                }
+            },
         };
-        match sender.send(request).await {
+        match answered {
             Ok(response) => {
                 if let Some(visit) = &visit {
                     rpc::tell(visit, passage.asked.call.is_some(), &response);
                 }
-                Tried::Answered(response, sender, visit)
+                Tried::Answered(response, visit)
             }
-            Err(failed) => {
-                let Some(error) = failed.error else {
-                    let cause = "the connection has ended".to_owned();
-                    return match failed.unsent {
-                        true => Tried::Unsent(cause),
-                        false => Tried::Broke(cause),
-                    };
-                };
-                let cause = telemetry::chain(&error).to_string();
-                match fault_of_body(&error) {
-                    Some(fault) => Tried::Refused(fault),
-                    None if failed.unsent => Tried::Unsent(cause),
-                    None => Tried::Broke(cause),
-                }
-            }
+            Err(Failed::Unsent(cause)) => Tried::Unsent(cause),
+            Err(Failed::Broke(cause)) => Tried::Broke(cause),
+            Err(Failed::Refused(fault)) => Tried::Refused(fault),
         }
     }
 
-    fn request(
+    /// Makes a request of it as it is written to a worker. `room` is where.
+    fn upload(
+        &self,
+        mut room: BytesMut,
+        (pool, lease): (&Pool, &Lease),
+        passage: &mut Passage,
+        visit: Option<&Visit>,
+    ) -> Upload {
+        let body = self.body(lease, passage, visit);
+        let head = &passage.asked.head;
+        let target = passage.target(lease).as_str();
+        for part in [head.method.as_str(), " ", target, " HTTP/1.1\r\n"] {
+            room.extend_from_slice(part.as_bytes());
+        }
+        room.line(&HOST, pool.host(Wire::Http1));
+        passage.headers(lease, &mut room);
+        if has_body(&head.method) && body.is_end_stream() {
+            room.line(&CONTENT_LENGTH, &HeaderValue::from_static("0"));
+        }
+        Upload::new(room, &head.headers, body)
+    }
+
+    /// Makes a call of it.
+    fn call(
         &self,
         (pool, lease): (&Pool, &Lease),
         passage: &mut Passage,
         visit: Option<&Visit>,
     ) -> Result<Request<RequestBody>, hyper::http::Error> {
+        let mut request = Request::new(self.body(lease, passage, visit));
+        let head = &passage.asked.head;
+        *request.method_mut() = head.method.clone();
+        *request.uri_mut() = passage.target(lease).clone().into();
+        request.headers_mut().reserve(head.headers.len() + ADDED);
+        passage.headers(lease, request.headers_mut());
+        let host = pool.host(Wire::Http2);
+        if let Some(call) = passage.asked.call {
+            call.address(&mut request, host, self.controller.clock().now())?;
+        }
+        Ok(request)
+    }
+
+    fn body(&self, lease: &Lease, passage: &mut Passage, visit: Option<&Visit>) -> RequestBody {
         // The one who has taken over changes it itself.
         let beginning = match lease.worker().is_heir {
             true => passage.asked.held.pieces(),
@@ -311,35 +350,10 @@ impl Proxy {
         let read = passage.asked.held.size();
         let counted = passage.account.sends(read, rest.is_some());
         let most = self.settings.load().max_body;
-        let body = RequestBody::new(beginning, rest, most, visit)
+        RequestBody::new(beginning, rest, most, visit)
             .with_trailers(passage.asked.held.trailers())
             .renamed(renamer)
-            .counted(counted);
-        let (asked, head) = (&passage.asked, &passage.asked.head);
-        let mut headers = headers::towards_worker(head, asked.client.as_ref(), passage.leaves);
-        passage.account.tell(&mut headers);
-        if lease.worker().is_heir && passage.asked.tried {
-            headers.insert(headers::TRIED, HeaderValue::from_static("1"));
-        }
-        if passage.asked.call.is_none() && has_body(&head.method) && body.is_end_stream() {
-            headers.insert(CONTENT_LENGTH, HeaderValue::from_static("0"));
-        }
-        let mut request = Request::new(body);
-        *request.method_mut() = head.method.clone();
-        *request.uri_mut() = match (lease.worker().is_heir, head.uri.path_and_query()) {
-            (true, Some(asked)) => asked.clone().into(),
-            _ => passage.target.clone().into(),
-        };
-        *request.version_mut() = Version::HTTP_11;
-        *request.headers_mut() = headers;
-        let host = pool.host(passage.wire());
-        match passage.asked.call {
-            Some(call) => call.address(&mut request, &host, self.controller.clock().now())?,
-            None => {
-                request.headers_mut().insert(HOST, host);
-            }
-        }
-        Ok(request)
+            .counted(counted)
     }
 }
 
@@ -348,6 +362,28 @@ impl Passage {
         match self.asked.call {
             Some(_) => Wire::Http2,
             None => Wire::Http1,
+        }
+    }
+
+    /// Returns what the worker is asked for.
+    fn target(&self, lease: &Lease) -> &PathAndQuery {
+        let asked = self.asked.head.uri.path_and_query();
+        asked
+            .filter(|_| lease.worker().is_heir)
+            .unwrap_or(&self.target)
+    }
+
+    /// Writes the headers that are the same over either wire.
+    fn headers(&self, lease: &Lease, to: &mut impl Lines) {
+        let (asked, place) = (&self.asked, self.account.place());
+        let replaced = place.as_ref().map_or(&[][..], |(_, replaced)| replaced);
+        let client = asked.client.as_ref();
+        headers::towards_worker(&asked.head, client, (self.leaves, replaced), to);
+        if let Some((place, _)) = place {
+            to.line(&TRACEPARENT, &place);
+        }
+        if lease.worker().is_heir && asked.tried {
+            to.line(&headers::TRIED, &HeaderValue::from_static("1"));
         }
     }
 
@@ -364,26 +400,17 @@ impl Passage {
     }
 }
 
-/// Returns the client's fault when its body is why sending failed.
-fn fault_of_body(error: &hyper::Error) -> Option<Fault> {
-    Some(match error.source()?.downcast_ref()? {
-        BodyError::TooLarge(most) => Fault::BodyTooLarge(*most),
-        BodyError::Cut => return None,
-        broken @ BodyError::Broken(_) => Fault::BadRequest(telemetry::chain(broken).to_string()),
-    })
-}
-
 /// Passes the worker's answer on, frame by frame.
 fn answer(
-    response: Response<Incoming>,
+    response: Response<Answer>,
     mut account: Account,
-    connection: (Sender, Arc<Pool>),
+    pool: Arc<Pool>,
     held: (Lease, Option<Visit>),
     call: Option<Call>,
 ) -> Response<ProxyBody> {
     let (mut head, body) = response.into_parts();
     headers::strip(&mut head.headers);
-    let unknown_length = !body.is_end_stream() && body.size_hint().exact().is_none();
+    let unknown_length = !body.is_end() && body.size_hint().exact().is_none();
     if unknown_length {
         // The framing counts, not what else the worker said.
         head.headers.remove(CONTENT_LENGTH);
@@ -398,10 +425,10 @@ fn answer(
     if kind == Kind::Events {
         account.streams();
     }
-    if body.is_end_stream() {
+    if body.is_end() {
         account.has_no_body();
     }
-    let streamed = Streamed::new(body, account, connection, kind, held);
+    let streamed = Streamed::new((body, pool), account, kind, held);
     Response::from_parts(head, ProxyBody::Stream(Box::new(streamed)))
 }
 

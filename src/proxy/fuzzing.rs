@@ -1,5 +1,5 @@
 //! What `fuzz/` calls: the readers of bodies beside full parsers, which read all
-//! of a body at once.
+//! of a body at once, and the reader of answers beside hyper's.
 //!
 //! Each function panics when a reader's answer depends on where a body is cut,
 //! or is another than the parser's, or when too many bytes are looked at. Here
@@ -18,6 +18,7 @@ use serde_json::value::RawValue;
 use serde_json::{Map, Value, json};
 
 use super::filter::spliced;
+pub use super::http1::fuzzing::answer;
 use super::multipart::{Finder, Seen};
 use super::rewrite;
 use super::scan::{Scan, Scanner};
@@ -29,7 +30,7 @@ const CUT_EVERYWHERE: usize = 200;
 const BOUNDARY: &str = "b-";
 
 /// Returns a body in pieces, in many ways.
-fn ways(body: &[u8]) -> impl Iterator<Item = Vec<&[u8]>> {
+pub(super) fn ways(body: &[u8]) -> impl Iterator<Item = Vec<&[u8]>> {
     let sizes = [1, 2, 3, 7, 64].into_iter();
     let pieces = sizes.map(|size| body.chunks(size).collect());
     let cuts = 0..body.len().min(CUT_EVERYWHERE);
@@ -376,6 +377,11 @@ mod tests {
     #[test]
     fn the_finder_and_full_parsers_say_the_same_of_the_corpus() {
         corpus("form", form);
+    }
+
+    #[test]
+    fn answers_are_read_as_hyper_reads_them() {
+        corpus("answer", answer);
     }
 
     #[test]

@@ -3,11 +3,10 @@
 
 use std::net::SocketAddr;
 
-use hyper::header::{
-    CONNECTION, COOKIE, Entry, HOST, HeaderMap, HeaderName, HeaderValue, TE, UPGRADE,
-};
+use hyper::header::{CONNECTION, COOKIE, HOST, HeaderMap, HeaderName, HeaderValue, TE, UPGRADE};
 use hyper::http::request;
 
+use super::http1::Lines;
 use crate::model::Upstream;
 
 /// Names a client between a residentd and the one that has taken over from it.
@@ -16,9 +15,6 @@ pub const PEER: HeaderName = HeaderName::from_static("x-residentd-peer");
 /// Says the same way that a worker broke over the request already, so that it is not
 /// tried twice more.
 pub const TRIED: HeaderName = HeaderName::from_static("x-residentd-tried");
-/// Headers that workers get beside those of the client, at most: three of a proxy,
-/// its host, the length, a place in a trace, and what a residentd tells another.
-const ADDED: usize = 8;
 const FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
 const FORWARDED_HOST: HeaderName = HeaderName::from_static("x-forwarded-host");
 const FORWARDED_PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto");
@@ -55,6 +51,11 @@ fn is_set_anew(name: &HeaderName) -> bool {
     matches!(name.as_str(), "host" | "content-length" | "expect")
 }
 
+/// Returns whether a header is passed on as one line.
+fn is_joined(name: &HeaderName) -> bool {
+    *name == COOKIE || *name == FORWARDED_FOR
+}
+
 /// Returns what workers are told of a client at this address.
 #[must_use]
 pub fn client(address: SocketAddr) -> HeaderValue {
@@ -62,51 +63,50 @@ pub fn client(address: SocketAddr) -> HeaderValue {
     HeaderValue::try_from(text).expect("an address is plain text")
 }
 
-/// Returns a client's headers as they are fit for the worker, but for its `Host`
-/// and the body's length. `client` is what [`client()`] returned.
+/// Writes a client's headers as they are fit for the worker, but for its `Host`, the
+/// body's length, and what is `replaced`. `client` is what [`client()`] returned.
 pub(super) fn towards_worker(
     head: &request::Parts,
     client: Option<&HeaderValue>,
-    upgrade: bool,
-) -> HeaderMap {
-    let host = match head.headers.get(HOST) {
-        Some(host) => Some(host.clone()),
-        None => head
-            .uri
-            .authority()
-            .and_then(|authority| HeaderValue::from_str(authority.as_str()).ok()),
-    };
+    (upgrade, replaced): (bool, &[HeaderName]),
+    to: &mut impl Lines,
+) {
     let asked = &head.headers;
-    let protocol = asked.get(UPGRADE).filter(|_| upgrade).cloned();
-    let trailers = asked.get(TE).is_some_and(|value| value == "trailers");
     let named = named_by_connection(asked);
-    // Copied, and not taken away from: it may have to be sent once more, and what
-    // is added needs no larger table.
-    let mut headers = HeaderMap::with_capacity(asked.len() + ADDED);
+    let goes = |name: &HeaderName| !named.contains(name) && !replaced.contains(name);
     for (name, value) in asked {
-        if !is_hop_by_hop(name) && !is_set_anew(name) && !named.contains(name) {
-            headers.append(name, value.clone());
+        let is_ours = is_hop_by_hop(name) || is_set_anew(name) || is_joined(name);
+        if !is_ours && goes(name) {
+            to.line(name, value);
         }
     }
-    if trailers {
-        headers.insert(TE, HeaderValue::from_static("trailers"));
+    if asked.get(TE).is_some_and(|value| value == "trailers") {
+        to.line(&TE, &HeaderValue::from_static("trailers"));
     }
-    if let Some(protocol) = protocol {
-        headers.insert(CONNECTION, HeaderValue::from_static("upgrade"));
-        headers.insert(UPGRADE, protocol);
+    if let Some(protocol) = asked.get(UPGRADE).filter(|_| upgrade) {
+        to.line(&CONNECTION, &HeaderValue::from_static("upgrade"));
+        to.line(&UPGRADE, protocol);
     }
     // HTTP/2 may send a cookie in crumbs (RFC 9113, 8.2.3).
-    join(&mut headers, COOKIE, "; ", None);
-    join(&mut headers, FORWARDED_FOR, ", ", client);
-    set_default(
-        &mut headers,
-        FORWARDED_PROTO,
-        HeaderValue::from_static("http"),
-    );
-    if let Some(host) = host {
-        set_default(&mut headers, FORWARDED_HOST, host);
+    for (name, between, last) in [(COOKIE, "; ", None), (FORWARDED_FOR, ", ", client)] {
+        let lines = asked.get_all(&name).iter().filter(|_| goes(&name));
+        if let Some(value) = joined(lines.chain(last), between) {
+            to.line(&name, &value);
+        }
     }
-    headers
+    let is_said = |name: &HeaderName| asked.contains_key(name) && goes(name);
+    if !is_said(&FORWARDED_PROTO) {
+        to.line(&FORWARDED_PROTO, &HeaderValue::from_static("http"));
+    }
+    if !is_said(&FORWARDED_HOST) {
+        if let Some(host) = asked.get(HOST) {
+            to.line(&FORWARDED_HOST, host);
+        } else if let Some(authority) = head.uri.authority()
+            && let Ok(host) = HeaderValue::from_str(authority.as_str())
+        {
+            to.line(&FORWARDED_HOST, &host);
+        }
+    }
 }
 
 /// Takes off the headers of one connection, and those that it names.
@@ -122,9 +122,14 @@ pub(super) fn strip(headers: &mut HeaderMap) {
     }
 }
 
-/// Returns the headers that are of this connection because it says so.
+/// Returns the headers that are of this connection because it says so, but for those
+/// that always are.
 fn named_by_connection(headers: &HeaderMap) -> Vec<HeaderName> {
-    let words = connection_words(headers);
+    let is_plain = |word: &&str| {
+        let always = ["close", "keep-alive", "upgrade", "te"];
+        !always.iter().any(|known| word.eq_ignore_ascii_case(known))
+    };
+    let words = connection_words(headers).filter(is_plain);
     words.filter_map(|name| name.parse().ok()).collect()
 }
 
@@ -142,28 +147,21 @@ fn connection_words(headers: &HeaderMap) -> impl Iterator<Item = &str> {
         .map(str::trim)
 }
 
-/// Makes one line of several, `last` at its end.
-fn join(headers: &mut HeaderMap, name: HeaderName, between: &str, last: Option<&HeaderValue>) {
-    let lines = headers.get_all(&name);
-    match (lines.iter().count(), last) {
-        (0 | 1, None) => return,
-        (0, Some(last)) => {
-            headers.insert(name, last.clone());
-            return;
-        }
-        _ => {}
+/// Makes one line of several.
+fn joined<'a>(
+    mut lines: impl Iterator<Item = &'a HeaderValue>,
+    between: &str,
+) -> Option<HeaderValue> {
+    let first = lines.next()?;
+    let Some(second) = lines.next() else {
+        return Some(first.clone());
+    };
+    let mut all = first.as_bytes().to_vec();
+    for line in std::iter::once(second).chain(lines) {
+        all.extend_from_slice(between.as_bytes());
+        all.extend_from_slice(line.as_bytes());
     }
-    let values = lines.iter().chain(last);
-    let all: Vec<&[u8]> = values.map(HeaderValue::as_bytes).collect();
-    if let Ok(joined) = HeaderValue::from_bytes(&all.join(between.as_bytes())) {
-        headers.insert(name, joined);
-    }
-}
-
-fn set_default(headers: &mut HeaderMap, name: HeaderName, value: HeaderValue) {
-    if let Entry::Vacant(place) = headers.entry(name) {
-        place.insert(value);
-    }
+    HeaderValue::try_from(all).ok()
 }
 
 #[cfg(test)]
@@ -182,7 +180,8 @@ mod tests {
         }
         let (head, ()) = request.into_parts();
         let asks = client("10.1.2.3:4".parse().expect("an address"));
-        let headers = towards_worker(&head, Some(&asks), upgrade);
+        let mut headers = HeaderMap::new();
+        towards_worker(&head, Some(&asks), (upgrade, &[]), &mut headers);
         let mut all: Vec<_> = headers
             .iter()
             .map(|(n, v)| (n.to_string(), v.to_str().expect("text").to_owned()))

@@ -12,17 +12,21 @@ use std::future::poll_fn;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::task::{Context, Poll};
+use std::time::Duration;
 
-use hyper::client::conn::http2;
+use hyper::client::conn::{TrySendError, http2};
 use hyper::rt::Executor;
+use hyper::{Request, Response};
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use tokio_util::sync::{CancellationToken, DropGuard, WaitForCancellationFutureOwned};
 use tracing::debug;
 
-use super::upload::RequestBody;
+use super::answer::{Answer, Failed};
+use super::upload::{self, RequestBody};
 use crate::telemetry;
 
+/// How long an answer may take from the end of its line to whoever waits for it.
+const LAST_WORD: Duration = Duration::from_secs(1);
 /// Calls on one line at most.
 const MOST: u16 = 8;
 /// Bytes of a body that is small: eight times as many and longer names fit.
@@ -124,7 +128,12 @@ impl Line {
             shared.most.store(most, Ordering::Relaxed);
             ended
         });
-        drive(connection, tasks);
+        telemetry::spawn_often("upstream", async move {
+            let _tasks = tasks;
+            if let Err(error) = connection.await {
+                debug!(%error, "a connection to a worker ended early");
+            }
+        });
         Ok(line.place(Share::All, requests))
     }
 
@@ -181,13 +190,32 @@ pub(super) struct Place {
 }
 
 impl Place {
-    pub(super) fn requests(&mut self) -> &mut http2::SendRequest<RequestBody> {
-        &mut self.requests
-    }
-
-    /// Polls for the end of the line.
-    pub(super) fn poll_ended(&mut self, cx: &mut Context<'_>) -> Poll<()> {
-        self.ended.as_mut().poll(cx)
+    /// Hands a call over at once, and waits for the head of its answer.
+    ///
+    /// A call that is handed over in the very moment in which the line ends may stay
+    /// where nobody looks any more, in hyper's channel to it: some in 100,000 that meet
+    /// such an end do. So it is not waited for beyond that.
+    pub(super) async fn ask(
+        mut self,
+        call: Request<RequestBody>,
+    ) -> Result<Response<Answer>, Failed> {
+        // In a room of its own, since it has place for a call that comes back.
+        let mut answer = Box::pin(self.requests.try_send_request(call));
+        let mut answered = tokio::select! {
+            biased;
+            answered = &mut answer => Some(answered),
+            () = &mut self.ended => None,
+        };
+        if answered.is_none() {
+            // What hyper has to say other tasks of its own may be about to.
+            let last = Box::pin(tokio::time::timeout(LAST_WORD, answer));
+            answered = last.await.ok();
+        }
+        match answered {
+            None => Err(Failed::Broke("the connection has ended".into())),
+            Some(Err(failed)) => Err(failure(failed)),
+            Some(Ok(response)) => Ok(response.map(|body| Answer::Http2(body, Some(self)))),
+        }
     }
 
     /// Gives it back after a call that ended well. Returns the line if it is to be kept
@@ -209,18 +237,15 @@ impl Drop for Place {
     }
 }
 
-/// Drives a connection to a worker, over HTTP/1 too, to its end in a task of its own. `end` goes after it, however
-/// it ends.
-pub(super) fn drive(
-    connection: impl Future<Output = hyper::Result<()>> + Send + 'static,
-    end: impl Send + 'static,
-) {
-    telemetry::spawn_often("upstream", async move {
-        let _end = end;
-        if let Err(error) = connection.await {
-            debug!(%error, "a connection to a worker ended early");
-        }
-    });
+fn failure(failed: TrySendError<Request<RequestBody>>) -> Failed {
+    let unsent = failed.message().is_some();
+    let error = failed.into_error();
+    let cause = telemetry::chain(&error).to_string();
+    match upload::fault_in(&error) {
+        Some(fault) => Failed::Refused(fault),
+        None if unsent => Failed::Unsent(cause),
+        None => Failed::Broke(cause),
+    }
 }
 
 #[cfg(test)]
@@ -233,7 +258,6 @@ mod tests {
     use hyper::service::service_fn;
     use hyper::{Request, Response};
 
-    use super::super::pool::Sender;
     use super::*;
     use crate::model::Bytes as Size;
 
@@ -279,20 +303,20 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn calls_that_are_answered_when_the_worker_takes_no_more_are_answered_to_the_end() {
         let (line, ends) = line(100).await;
-        let share = || Sender::Http2(line.take(Share::One).expect("there is room"));
-        let (mut first, mut second) = (share(), share());
+        let share = || line.take(Share::One).expect("there is room");
+        let (first, second) = (share(), share());
         let answered = telemetry::spawn("test", async move {
-            let answer = first.send(call()).await;
+            let answer = first.ask(call()).await;
             answer.map(|answer| answer.status().as_u16())
         });
         tokio::time::sleep(TAKES / 4).await;
         ends.cancel();
         tokio::time::sleep(TAKES / 4).await;
-        let late = second.send(call()).await;
-        assert!(late.expect_err("it takes no more").unsent);
+        let late = second.ask(call()).await;
+        let late = late.expect_err("it takes no more");
+        assert!(matches!(late, Failed::Unsent(_)), "{late:?}");
         let answered = answered.await.expect("it does not panic");
         assert_eq!(answered.expect("an answer"), 200);
-        drop(second);
         assert!(!line.is_open());
     }
 

@@ -7,15 +7,16 @@
 
 mod access;
 mod account;
+mod answer;
 mod body;
 mod filter;
 mod forward;
 #[cfg(any(test, feature = "fuzzing"))]
 pub mod fuzzing;
 mod headers;
-mod hearing;
 mod heartbeat;
 mod held;
+mod http1;
 mod ids;
 mod limit;
 mod line;

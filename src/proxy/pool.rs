@@ -5,36 +5,21 @@
 //! a client is connected and waits), and none is kept any more.
 
 use std::collections::HashMap;
-use std::convert::Infallible;
-use std::future::poll_fn;
 use std::io;
-use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
-use std::task::{Context, Poll};
-use std::time::Duration;
 
-use futures_util::FutureExt;
-use futures_util::future::Either;
-use hyper::body::Incoming;
-use hyper::client::conn::{TrySendError, http1};
 use hyper::header::HeaderValue;
-use hyper::{Request, Response};
 use hyper_util::rt::TokioIo;
-use tokio::sync::oneshot;
 
 use super::headers;
-use super::hearing::Hearing;
-use super::line::{self, Line, Place, Share};
-use super::upload::RequestBody;
+use super::http1::{Connection, Standing};
+use super::line::{Line, Place, Share};
 use crate::control::{Opened, ReadyWorker, Stream};
 use crate::model::Upstream;
 use crate::telemetry;
 
 /// Idle connections kept for one worker; more than engines serve at once.
 const MOST_IDLE: usize = 64;
-/// How long an answer that came over HTTP/2 may take from the end of its
-/// connection to whoever waits for it.
-const LAST_WORD: Duration = Duration::from_secs(1);
 
 /// How a worker is spoken to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -48,97 +33,8 @@ pub(super) enum Wire {
 /// A connection to a worker, or a share of one, for one request at a time.
 #[derive(Debug)]
 pub(super) enum Sender {
-    Http1(Single),
+    Http1(Connection),
     Http2(Place),
-}
-
-/// A connection of HTTP/1.
-#[derive(Debug)]
-pub(super) struct Single {
-    requests: http1::SendRequest<RequestBody>,
-    /// Tells when the connection has ended, after all that hyper says of the
-    /// requests it took.
-    ended: oneshot::Receiver<Infallible>,
-}
-
-/// What hyper says of a request.
-type Answer = Result<Response<Incoming>, TrySendError<Request<RequestBody>>>;
-
-/// Why a request has no answer.
-#[derive(Debug)]
-pub(super) struct Unanswered {
-    /// Whether nothing of it was written.
-    pub(super) unsent: bool,
-    /// What hyper says; nothing of a request that it forgot.
-    pub(super) error: Option<hyper::Error>,
-}
-
-impl From<TrySendError<Request<RequestBody>>> for Unanswered {
-    fn from(failed: TrySendError<Request<RequestBody>>) -> Self {
-        Self {
-            unsent: failed.message().is_some(),
-            error: Some(failed.into_error()),
-        }
-    }
-}
-
-impl Sender {
-    /// Hands a request over at once, and waits for the head of its answer.
-    ///
-    /// A request that is handed over in the very moment in which the connection
-    /// ends may stay where nobody looks any more, in hyper's channel to it: some
-    /// in 100,000 that meet such an end do. So it is not waited for beyond that.
-    pub(super) fn send(
-        &mut self,
-        request: Request<RequestBody>,
-    ) -> impl Future<Output = Result<Response<Incoming>, Unanswered>> {
-        let answer = match self {
-            Self::Http1(single) => Either::Left(single.requests.try_send_request(request)),
-            Self::Http2(place) => Either::Right(place.requests().try_send_request(request)),
-        };
-        // In a room of its own, since it has place for a request that comes back.
-        self.answered(Box::pin(answer))
-    }
-
-    async fn answered(
-        &mut self,
-        mut answer: Pin<Box<impl Future<Output = Answer>>>,
-    ) -> Result<Response<Incoming>, Unanswered> {
-        // Not kept in a variable, for which there would have to be room below.
-        if let Some(answered) = tokio::select! {
-            biased;
-            answered = &mut answer => Some(answered),
-            () = poll_fn(|cx| self.poll_ended(cx)) => None,
-        } {
-            return answered.map_err(Unanswered::from);
-        }
-        // What hyper had to say of HTTP/1 it has said by now; of HTTP/2 other tasks
-        // of its own may be about to.
-        let wire = self.wire();
-        let last = match wire {
-            Wire::Http1 => answer.now_or_never(),
-            Wire::Http2 => Box::pin(tokio::time::timeout(LAST_WORD, answer)).await.ok(),
-        };
-        let forgotten = Unanswered {
-            unsent: wire == Wire::Http1,
-            error: None,
-        };
-        last.ok_or(forgotten)?.map_err(Unanswered::from)
-    }
-
-    fn poll_ended(&mut self, cx: &mut Context<'_>) -> Poll<()> {
-        match self {
-            Self::Http1(single) => Pin::new(&mut single.ended).poll(cx).map(drop),
-            Self::Http2(place) => place.poll_ended(cx),
-        }
-    }
-
-    fn wire(&self) -> Wire {
-        match self {
-            Self::Http1(_) => Wire::Http1,
-            Self::Http2(_) => Wire::Http2,
-        }
-    }
 }
 
 /// The pools of all workers, by the worker's serial.
@@ -210,7 +106,7 @@ impl Address {
 
 #[derive(Debug, Default)]
 struct State {
-    idle: Vec<Single>,
+    idle: Vec<Connection>,
     /// Those of HTTP/2, which serve calls or wait for some.
     lines: Vec<Line>,
     closed: bool,
@@ -234,8 +130,8 @@ impl Pool {
     }
 
     /// Returns what the worker is called in `Host`.
-    pub(super) fn host(&self, wire: Wire) -> HeaderValue {
-        self.address(wire).host.clone()
+    pub(super) fn host(&self, wire: Wire) -> &HeaderValue {
+        &self.address(wire).host
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -246,25 +142,23 @@ impl Pool {
     /// and still lives, else the one on which the worker first answered.
     pub(super) async fn kept(&self) -> Option<Sender> {
         match self.take() {
-            Some(single) => Some(Sender::Http1(single)),
+            Some(connection) => Some(Sender::Http1(connection)),
             // Boxed, since few need it and all would have room for it.
             None => Box::pin(self.opened()).await,
         }
     }
 
-    fn take(&self) -> Option<Single> {
+    fn take(&self) -> Option<Connection> {
         let mut state = self.lock();
         let idle = &mut state.idle;
         // Only those that are looked at are dropped when they have ended: there may be
         // many, and what an ended one holds is little.
         for at in (0..idle.len()).rev() {
-            let requests = &idle[at].requests;
-            if requests.is_closed() {
-                idle.remove(at);
-            } else if requests.is_ready() {
-                return Some(idle.remove(at));
+            match idle[at].standing() {
+                Standing::Ready => return Some(idle.remove(at)),
+                Standing::Ended => drop(idle.remove(at)),
+                Standing::Busy => {}
             }
-            // Else its last request's body is on the way.
         }
         None
     }
@@ -287,15 +181,17 @@ impl Pool {
     pub(super) fn put(&self, sender: Sender) {
         let mut state = self.lock();
         match sender {
-            Sender::Http1(single) => {
-                if state.closed || single.requests.is_closed() {
+            Sender::Http1(connection) => {
+                if state.closed {
                     return;
                 }
                 if state.idle.len() == MOST_IDLE {
-                    state.idle.retain(|single| !single.requests.is_closed());
+                    state
+                        .idle
+                        .retain_mut(|idle| idle.standing() != Standing::Ended);
                 }
                 if state.idle.len() < MOST_IDLE {
-                    state.idle.push(single);
+                    state.idle.push(connection);
                 }
             }
             Sender::Http2(place) => {
@@ -329,11 +225,10 @@ impl Pool {
 }
 
 async fn greet(stream: Stream, wire: Wire) -> io::Result<Sender> {
-    match (stream, wire) {
-        (Stream::Tcp(stream), Wire::Http1) => handshake(TokioIo::new(stream)).await,
-        (Stream::Unix(stream), Wire::Http1) => handshake(TokioIo::new(stream)).await,
-        (Stream::Tcp(stream), Wire::Http2) => open_line(TokioIo::new(stream)).await,
-        (Stream::Unix(stream), Wire::Http2) => open_line(TokioIo::new(stream)).await,
+    match (wire, stream) {
+        (Wire::Http1, stream) => Ok(Sender::Http1(Connection::new(stream))),
+        (Wire::Http2, Stream::Tcp(stream)) => open_line(TokioIo::new(stream)).await,
+        (Wire::Http2, Stream::Unix(stream)) => open_line(TokioIo::new(stream)).await,
     }
 }
 
@@ -344,46 +239,4 @@ where
 {
     let place = Line::open(io).await.map_err(io::Error::other)?;
     Ok(Sender::Http2(place))
-}
-
-async fn handshake<I>(io: TokioIo<I>) -> io::Result<Sender>
-where
-    TokioIo<I>: hyper::rt::Read + hyper::rt::Write + Unpin + Send + 'static,
-    I: Send + 'static,
-{
-    let (requests, connection) = http1::handshake(Hearing(io))
-        .await
-        .map_err(io::Error::other)?;
-    let (end, ended) = oneshot::channel();
-    line::drive(connection.with_upgrades(), end);
-    Ok(Sender::Http1(Single { requests, ended }))
-}
-
-#[cfg(test)]
-mod tests {
-    use std::collections::VecDeque;
-    use std::pin::pin;
-
-    use super::*;
-    use crate::model::Bytes;
-
-    #[tokio::test(start_paused = true)]
-    async fn a_request_that_hyper_forgot_is_not_waited_for() {
-        // Chaos found it: a client waited for ever.
-        let (ours, _theirs) = tokio::io::duplex(1 << 10);
-        let (requests, connection) = http1::handshake(TokioIo::new(ours))
-            .await
-            .expect("a connection");
-        let (end, ended) = oneshot::channel();
-        let mut sender = Sender::Http1(Single { requests, ended });
-        // Never polled and never dropped: so it is with one that came too late.
-        let _connection = connection;
-        let body = RequestBody::new(VecDeque::new(), None, Bytes::mib(1), None);
-        let mut sent = pin!(sender.send(Request::new(body)));
-        let soon = tokio::time::timeout(Duration::from_secs(60), &mut sent);
-        assert!(soon.await.is_err(), "it may be answered yet");
-        drop(end);
-        let failed = sent.await.expect_err("there is no answer");
-        assert!(failed.unsent && failed.error.is_none(), "{failed:?}");
-    }
 }

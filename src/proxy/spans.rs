@@ -6,7 +6,7 @@
 use std::time::{Duration, SystemTime};
 
 use hyper::Method;
-use hyper::header::{HeaderMap, HeaderValue};
+use hyper::header::{HeaderMap, HeaderName, HeaderValue};
 use opentelemetry::trace::{
     Span, SpanContext, SpanId, SpanKind, Status, TraceContextExt, TraceFlags, TraceId, TraceState,
     Tracer,
@@ -101,19 +101,18 @@ impl Spans {
         })
     }
 
-    /// Tells the worker where in the trace it is. Where the trace is not recorded
-    /// by a client's will, its word stays.
-    pub(super) fn tell(&self, headers: &mut HeaderMap) {
+    /// Returns what tells the worker where in the trace it is, and which headers that
+    /// replaces. Where the trace is not recorded by a client's will, its word stays.
+    pub(super) fn place(&self) -> Option<(HeaderValue, &'static [HeaderName])> {
+        // The second is of another trace, if the first is.
+        static REPLACED: [HeaderName; 2] = [TRACEPARENT, TRACESTATE];
         let context = self.root.span_context();
-        match self.parent {
-            Some(_) if !context.is_sampled() => return,
-            Some(_) => {}
-            // Of another trace, if of any.
-            None => {
-                headers.remove(TRACESTATE);
-            }
-        }
-        headers.insert(TRACEPARENT, place(context));
+        let replaced = match self.parent {
+            Some(_) if !context.is_sampled() => return None,
+            Some(_) => &REPLACED[..1],
+            None => &REPLACED[..],
+        };
+        Some((place(context), replaced))
     }
 
     /// The next step begins.

@@ -5,12 +5,12 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use hyper::Response;
-use hyper::body::Incoming;
 use hyper::upgrade::{OnUpgrade, Upgraded};
 use hyper_util::rt::TokioIo;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
 use super::account::Account;
+use super::answer::Answer;
 use super::body::ProxyBody;
 use crate::control::Lease;
 use crate::telemetry;
@@ -23,16 +23,19 @@ const BUFFER: usize = 8 << 10;
 /// Passes the worker's 101 on and copies from then on. The lease is held as
 /// long.
 pub(super) fn switch(
-    mut response: Response<Incoming>,
+    response: Response<Answer>,
     client: OnUpgrade,
     mut account: Account,
     lease: Lease,
 ) -> Response<ProxyBody> {
-    let worker = hyper::upgrade::on(&mut response);
+    let (head, worker) = response.into_parts();
     telemetry::spawn("upgraded", async move {
         let _held = lease;
+        let Answer::Http1(worker) = worker else {
+            return account.broke();
+        };
         // Without both sides there is nothing to copy: one left just now.
-        let Ok((client, worker)) = both(client, worker).await else {
+        let (Some(worker), Ok(client)) = (worker.leave_http(), client.await) else {
             return account.broke();
         };
         let counts = Counts::default();
@@ -44,13 +47,7 @@ pub(super) fn switch(
             Err(_) => account.broke(),
         }
     });
-    let (mut head, _) = response.into_parts();
-    head.extensions.clear();
     Response::from_parts(head, ProxyBody::empty())
-}
-
-async fn both(client: OnUpgrade, worker: OnUpgrade) -> hyper::Result<(Upgraded, Upgraded)> {
-    Ok((client.await?, worker.await?))
 }
 
 /// Bytes that passed.
@@ -62,11 +59,10 @@ struct Counts {
 
 async fn copy_until_closed(
     client: Upgraded,
-    worker: Upgraded,
+    (from_worker, to_worker): (impl AsyncRead + Unpin, impl AsyncWrite + Unpin),
     counts: &Counts,
 ) -> std::io::Result<()> {
     let (from_client, to_client) = tokio::io::split(TokioIo::new(client));
-    let (from_worker, to_worker) = tokio::io::split(TokioIo::new(worker));
     let up = copy(from_client, to_worker, &counts.from_client);
     let down = copy(from_worker, to_client, &counts.to_client);
     tokio::pin!(up, down);

@@ -1,6 +1,7 @@
 //! What goes to the worker: a client's body, its beginning read already.
 
 use std::collections::VecDeque;
+use std::error::Error as _;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -10,22 +11,46 @@ use bytes::Bytes;
 use hyper::HeaderMap;
 use hyper::body::{Body, Frame, Incoming, SizeHint};
 
+use super::http1::WireError;
 use crate::gate::Visit;
 use crate::grpc::Renamer;
 use crate::model::Bytes as Size;
+use crate::reply::Fault;
+use crate::telemetry;
 
 /// Why a body broke.
 #[derive(Debug, thiserror::Error)]
 pub enum BodyError {
-    /// The client's body broke off, or the worker's.
+    /// The client's body broke off, or the answer of a call.
     #[error("the body broke off")]
     Broken(#[from] hyper::Error),
+    /// The worker's answer broke off.
+    #[error("the answer broke off")]
+    Worker(#[from] WireError),
     /// An answer that failed after its head was sent.
     #[error("the answer is cut")]
     Cut,
     /// The client sent more than it may.
     #[error("the body is larger than {0}")]
     TooLarge(Size),
+}
+
+impl BodyError {
+    /// Returns the client's fault when its body is why sending failed.
+    pub(super) fn fault(&self) -> Option<Fault> {
+        match self {
+            Self::TooLarge(most) => Some(Fault::BodyTooLarge(*most)),
+            Self::Cut | Self::Worker(_) => None,
+            broken @ Self::Broken(_) => {
+                Some(Fault::BadRequest(telemetry::chain(broken).to_string()))
+            }
+        }
+    }
+}
+
+/// Returns the client's fault when its body is behind what hyper says.
+pub(super) fn fault_in(error: &hyper::Error) -> Option<Fault> {
+    error.source()?.downcast_ref::<BodyError>()?.fault()
 }
 
 /// What goes to the worker: the pieces that were read already, then the rest

@@ -1,0 +1,498 @@
+//! A worker spoken to in HTTP/1.1.
+//!
+//! A connection serves one request at a time, and whoever waits for the answer
+//! drives it: the request is written and the answer read in the task of its client.
+//! No task stands between the two, so no piece of an answer waits for another turn,
+//! a client that reads slowly holds its worker up by nothing but TCP, and a request
+//! costs about what its bytes cost. Only a body that is still on its way when the
+//! answer begins gets a task, since a client that does not read may write on.
+//!
+//! Lines are read by httparse. What ends a body is decided as RFC 9112, 6.3, says;
+//! what can be read in two ways is refused.
+
+mod decode;
+#[cfg(any(test, feature = "fuzzing"))]
+pub(super) mod fuzzing;
+mod head;
+mod io;
+mod upload;
+
+use std::future::poll_fn;
+use std::io::Error;
+use std::pin::{Pin, pin};
+use std::task::{Context, Poll, ready};
+
+use bytes::{Bytes, BytesMut};
+use hyper::body::{Frame, SizeHint};
+use hyper::{Response, StatusCode};
+use tokio::io::{AsyncRead, AsyncReadExt};
+use tokio::sync::oneshot::error::TryRecvError;
+use tokio::sync::oneshot::{self};
+
+use self::decode::{Decoder, Piece};
+use self::head::Head;
+pub(super) use self::head::Lines;
+use self::io::Reader;
+pub(super) use self::io::Writer;
+pub(super) use self::upload::Upload;
+use super::answer::{self, Failed};
+use crate::control::Stream;
+use crate::telemetry;
+
+/// Room for what is read at once; for heads too, which seldom are larger.
+const ROOM: usize = 8 << 10;
+/// The same of an answer whose pieces fill it.
+const MOST_ROOM: usize = 256 << 10;
+
+/// Why an answer breaks off, or never begins.
+#[derive(Debug, thiserror::Error)]
+pub enum WireError {
+    /// The connection failed.
+    #[error("connection to the worker: {0}")]
+    Io(#[from] Error),
+    /// It was closed too early.
+    #[error("the worker closed the connection {0}")]
+    Closed(&'static str),
+    /// What came cannot be understood.
+    #[error("what the worker sent is no HTTP/1.1: {0}")]
+    Malformed(String),
+}
+
+/// A connection on which nothing is under way, but for the end of the last
+/// request's body at most.
+#[derive(Debug)]
+pub(super) struct Connection {
+    reader: Reader,
+    writer: Place,
+    /// What was read and not used.
+    buffer: BytesMut,
+    /// Room for the next read.
+    room: usize,
+    /// It serves no other request.
+    is_last: bool,
+}
+
+/// Where the side is to which requests are written.
+#[derive(Debug)]
+enum Place {
+    Here(Writer),
+    /// With a task that writes the rest of a body. It comes back when all went well,
+    /// if the worker reads on.
+    Away(oneshot::Receiver<Option<Writer>>),
+    /// The worker reads no more.
+    Closed,
+}
+
+/// Whether a connection that was kept takes a request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Standing {
+    Ready,
+    /// The last request's body is on the way.
+    Busy,
+    /// The worker has closed it, or spoke unasked.
+    Ended,
+}
+
+impl Connection {
+    pub(super) fn new(stream: Stream) -> Self {
+        let (reader, writer) = io::split(stream);
+        Self {
+            reader,
+            writer: Place::Here(writer),
+            buffer: BytesMut::new(),
+            room: ROOM,
+            is_last: false,
+        }
+    }
+
+    /// Looks how it stands, without waiting.
+    pub(super) fn standing(&mut self) -> Standing {
+        if let Place::Away(back) = &mut self.writer {
+            match back.try_recv() {
+                Ok(writer) => self.writer = writer.map_or(Place::Closed, Place::Here),
+                Err(TryRecvError::Empty) => return Standing::Busy,
+                Err(TryRecvError::Closed) => return Standing::Ended,
+            }
+        }
+        let is_here = matches!(self.writer, Place::Here(_));
+        match is_here && !self.is_last && self.buffer.is_empty() && self.reader.is_silent() {
+            true => Standing::Ready,
+            false => Standing::Ended,
+        }
+    }
+
+    /// Returns room for a request's head; its own, which is empty.
+    pub(super) fn room(&mut self) -> BytesMut {
+        let mut room = std::mem::take(&mut self.buffer);
+        room.reserve(ROOM);
+        room
+    }
+
+    /// Writes a request, and waits for the head of its answer. `is_head`: it asks
+    /// for no more than that.
+    pub(super) async fn ask(
+        mut self,
+        mut upload: Upload,
+        is_head: bool,
+    ) -> Result<Response<answer::Answer>, Failed> {
+        let mut seen = 0;
+        let head = poll_fn(|cx| self.poll_head(cx, &mut upload, (is_head, &mut seen))).await?;
+        if upload.is_done() {
+            self.reads(&mut upload);
+        } else {
+            self.continues(upload);
+        }
+        self.is_last = !head.is_kept;
+        let mut response = Response::new(answer::Answer::Http1(Answer {
+            decoder: head.body,
+            connection: Some(self),
+        }));
+        *response.status_mut() = head.status;
+        *response.headers_mut() = head.headers;
+        Ok(response)
+    }
+
+    fn poll_head(
+        &mut self,
+        cx: &mut Context<'_>,
+        upload: &mut Upload,
+        (is_head, seen): (bool, &mut usize),
+    ) -> Poll<Result<Head, Failed>> {
+        if let Place::Here(writer) = &mut self.writer
+            && !upload.is_done()
+            && let Poll::Ready(written) = upload.poll(cx, writer)
+        {
+            match written {
+                Ok(()) => self.reads(upload),
+                Err(stopped) => return Poll::Ready(Err(stopped.failure(upload.has_begun()))),
+            }
+        }
+        loop {
+            // Others than 101 only say that the answer is to come.
+            let buffer = &mut self.buffer;
+            while let Some(head) = head::read(buffer, seen, is_head).map_err(broke)? {
+                let is_last = !head.status.is_informational();
+                if is_last || head.status == StatusCode::SWITCHING_PROTOCOLS {
+                    return Poll::Ready(Ok(head));
+                }
+            }
+            match ready!(self.poll_read(cx)) {
+                Ok(0) => {
+                    let closed = WireError::Closed("before it answered");
+                    return Poll::Ready(Err(broke(closed)));
+                }
+                Ok(_) => {}
+                Err(error) => return Poll::Ready(Err(broke(error.into()))),
+            }
+        }
+    }
+
+    /// All of a request is written: its room serves the answer.
+    fn reads(&mut self, upload: &mut Upload) {
+        if upload.is_deaf() {
+            self.writer = Place::Closed;
+        }
+        if self.buffer.capacity() == 0 {
+            self.buffer = upload.take_room();
+        }
+    }
+
+    /// Reads what is there. Zero: the worker says no more.
+    fn poll_read(&mut self, cx: &mut Context<'_>) -> Poll<Result<usize, Error>> {
+        let free = self.buffer.capacity() - self.buffer.len();
+        if free < self.room / 2 {
+            self.buffer.reserve(self.room);
+        }
+        let free = self.buffer.capacity() - self.buffer.len();
+        let read = ready!(pin!(self.reader.read_buf(&mut self.buffer)).poll(cx))?;
+        if read == free {
+            self.room = (self.room * 2).min(MOST_ROOM);
+        }
+        Poll::Ready(Ok(read))
+    }
+
+    /// Has the rest of a body written by a task, as long as this connection is held.
+    fn continues(&mut self, upload: Upload) {
+        let (back, away) = oneshot::channel();
+        if let Place::Here(writer) = std::mem::replace(&mut self.writer, Place::Away(away)) {
+            drop(telemetry::spawn_often(
+                "upload",
+                upload.write_on(writer, back),
+            ));
+        }
+    }
+
+    /// Returns whether the rest of a body could not be written.
+    fn poll_failed(&mut self, cx: &mut Context<'_>) -> bool {
+        let Place::Away(back) = &mut self.writer else {
+            return false;
+        };
+        let Poll::Ready(written) = Pin::new(back).poll(cx) else {
+            return false;
+        };
+        let failed = written.is_err();
+        self.writer = written.ok().flatten().map_or(Place::Closed, Place::Here);
+        failed
+    }
+}
+
+fn broke(error: WireError) -> Failed {
+    Failed::Broke(telemetry::chain(&error).to_string())
+}
+
+/// What follows the head of an answer; the connection, until it is taken back.
+#[derive(Debug)]
+pub(super) struct Answer {
+    connection: Option<Connection>,
+    decoder: Decoder,
+}
+
+impl Answer {
+    /// Polls for the next piece.
+    pub(super) fn poll_frame(
+        &mut self,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, WireError>>> {
+        let Some(connection) = &mut self.connection else {
+            return Poll::Ready(None);
+        };
+        if connection.poll_failed(cx) {
+            let error = WireError::Closed("as its request broke off");
+            return Poll::Ready(Some(Err(error)));
+        }
+        loop {
+            match self.decoder.next(&mut connection.buffer) {
+                Ok(Piece::Data(data)) => return Poll::Ready(Some(Ok(Frame::data(data)))),
+                Ok(Piece::Trailers(trailers)) => {
+                    return Poll::Ready(Some(Ok(Frame::trailers(trailers))));
+                }
+                Ok(Piece::End) => return Poll::Ready(None),
+                Ok(Piece::More) => {}
+                Err(error) => return Poll::Ready(Some(Err(error))),
+            }
+            match ready!(connection.poll_read(cx)) {
+                Ok(0) => match self.decoder.close() {
+                    Ok(()) => return Poll::Ready(None),
+                    Err(error) => return Poll::Ready(Some(Err(error))),
+                },
+                Ok(_) => {}
+                Err(error) => return Poll::Ready(Some(Err(error.into()))),
+            }
+        }
+    }
+
+    /// Returns whether nothing more comes.
+    pub(super) fn is_end(&self) -> bool {
+        self.decoder.is_done()
+    }
+
+    pub(super) fn size_hint(&self) -> SizeHint {
+        self.decoder
+            .left()
+            .map_or_else(SizeHint::new, SizeHint::with_exact)
+    }
+
+    /// Gives the connection back when all was read, if it serves another request or
+    /// has to write this one's to its end.
+    pub(super) fn take(&mut self) -> Option<Connection> {
+        let connection = self.connection.take();
+        connection.filter(|connection| {
+            let is_on = !connection.is_last || matches!(connection.writer, Place::Away(_));
+            is_on && self.decoder.is_done() && connection.buffer.is_empty()
+        })
+    }
+
+    /// Takes the connection of an answer after which it is no HTTP any more.
+    pub(super) fn leave_http(mut self) -> Option<(impl AsyncRead + use<>, Writer)> {
+        let connection = self.connection.take()?;
+        let Place::Here(writer) = connection.writer else {
+            return None;
+        };
+        let read = std::io::Cursor::new(connection.buffer.freeze());
+        Some((read.chain(connection.reader), writer))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::VecDeque;
+    use std::time::Duration;
+
+    use hyper::header::{HeaderMap, HeaderValue, TRAILER};
+    use tokio::io::AsyncWriteExt;
+    use tokio::net::UnixStream;
+
+    use super::super::upload::RequestBody;
+    use super::*;
+    use crate::model::Bytes as Size;
+
+    /// A connection, and the worker's end of it.
+    fn pair() -> (Connection, UnixStream) {
+        let (ours, theirs) = UnixStream::pair().expect("a pair of sockets");
+        (Connection::new(Stream::Unix(ours)), theirs)
+    }
+
+    fn request(connection: &mut Connection, pieces: &[Bytes], trailers: &[&'static str]) -> Upload {
+        let mut room = connection.room();
+        room.extend_from_slice(b"POST / HTTP/1.1\r\n");
+        let (mut announced, mut sent) = (HeaderMap::new(), HeaderMap::new());
+        for name in trailers {
+            announced.append(TRAILER, HeaderValue::from_static(name));
+        }
+        sent.insert("x-sum", HeaderValue::from_static("1"));
+        sent.insert("x-unsaid", HeaderValue::from_static("2"));
+        sent.insert("content-length", HeaderValue::from_static("3"));
+        let pieces = pieces.iter().cloned().collect::<VecDeque<_>>();
+        let body = RequestBody::new(pieces, None, Size::mib(64), None);
+        let body = body.with_trailers((!trailers.is_empty()).then_some(sent));
+        Upload::new(room, &announced, body)
+    }
+
+    async fn heard(worker: &mut UnixStream, end: &[u8]) -> Vec<u8> {
+        let mut all = Vec::new();
+        while !all.ends_with(end) {
+            assert!(worker.read_buf(&mut all).await.expect("it is read") > 0);
+        }
+        all
+    }
+
+    async fn ask(mut connection: Connection, worker: &mut UnixStream, says: &str) -> Answer {
+        let upload = request(&mut connection, &[Bytes::from_static(b"body")], &[]);
+        let (asked, ()) = tokio::join!(connection.ask(upload, false), async {
+            let all = heard(worker, b"body").await;
+            assert_eq!(all, b"POST / HTTP/1.1\r\ncontent-length: 4\r\n\r\nbody");
+            worker
+                .write_all(says.as_bytes())
+                .await
+                .expect("it is written");
+        });
+        answer_of(asked)
+    }
+
+    fn answer_of(asked: Result<Response<answer::Answer>, Failed>) -> Answer {
+        let response = asked.expect("an answer");
+        assert_eq!(response.status(), 200);
+        match response.into_body() {
+            answer::Answer::Http1(answer) => answer,
+            other @ answer::Answer::Http2(..) => panic!("{other:?}"),
+        }
+    }
+
+    async fn read(answer: &mut Answer) -> Result<Vec<u8>, WireError> {
+        let mut all = Vec::new();
+        while let Some(frame) = poll_fn(|cx| answer.poll_frame(cx)).await {
+            let data = frame?.into_data();
+            all.extend_from_slice(&data.unwrap_or_default());
+        }
+        Ok(all)
+    }
+
+    #[tokio::test]
+    async fn one_request_follows_the_other_until_the_worker_says_close() {
+        let (mut connection, mut worker) = pair();
+        for _ in 0..3 {
+            assert_eq!(connection.standing(), Standing::Ready);
+            let says = "HTTP/1.1 200 OK\r\ncontent-length: 3\r\n\r\nyes";
+            let mut answer = ask(connection, &mut worker, says).await;
+            assert_eq!(read(&mut answer).await.expect("an answer"), b"yes");
+            connection = answer.take().expect("it serves another");
+        }
+        let says = "HTTP/1.1 200 OK\r\ncontent-length: 3\r\nconnection: close\r\n\r\nyes";
+        let mut answer = ask(connection, &mut worker, says).await;
+        assert_eq!(read(&mut answer).await.expect("an answer"), b"yes");
+        assert!(answer.take().is_none());
+    }
+
+    #[tokio::test]
+    async fn one_on_which_the_worker_said_more_or_ended_serves_no_other() {
+        let says = "HTTP/1.1 200 OK\r\ncontent-length: 3\r\n\r\nyesHTTP/1.1 200 OK\r\n\r\n";
+        let (connection, mut worker) = pair();
+        let mut answer = ask(connection, &mut worker, says).await;
+        assert_eq!(read(&mut answer).await.expect("an answer"), b"yes");
+        assert!(answer.take().is_none(), "more than the answer came");
+
+        for says in ["HTTP/1.1 408 Late\r\n\r\n", ""] {
+            let (mut connection, mut worker) = pair();
+            worker
+                .write_all(says.as_bytes())
+                .await
+                .expect("it is written");
+            drop(worker);
+            tokio::time::sleep(Duration::from_millis(20)).await;
+            assert_eq!(connection.standing(), Standing::Ended);
+            let upload = request(&mut connection, &[], &[]);
+            let failed = connection.ask(upload, false).await;
+            let failed = failed.expect_err("nobody is there");
+            assert!(matches!(failed, Failed::Unsent(_)), "{failed:?}");
+        }
+    }
+
+    /// An answer that is whole before its request is.
+    async fn early() -> (Answer, UnixStream) {
+        let (mut connection, mut worker) = pair();
+        let body = Bytes::from(vec![b'x'; 4 << 20]);
+        let upload = request(&mut connection, &[body], &[]);
+        let says = b"HTTP/1.1 200 OK\r\ncontent-length: 3\r\n\r\nyes";
+        let (asked, written) = tokio::join!(connection.ask(upload, false), worker.write_all(says));
+        written.expect("it is written");
+        let mut answer = answer_of(asked);
+        assert_eq!(read(&mut answer).await.expect("an answer"), b"yes");
+        (answer, worker)
+    }
+
+    #[tokio::test]
+    async fn a_body_is_written_to_its_end_after_an_answer_that_came_early() {
+        let (mut answer, mut worker) = early().await;
+        let mut connection = answer.take().expect("it is not done");
+        assert_eq!(connection.standing(), Standing::Busy);
+        let head = b"POST / HTTP/1.1\r\ncontent-length: 4194304\r\n\r\n";
+        let mut all = vec![0; head.len() + (4 << 20)];
+        worker.read_exact(&mut all).await.expect("all of it comes");
+        assert!(all.starts_with(head) && all.ends_with(b"xxx"));
+        while connection.standing() == Standing::Busy {
+            tokio::task::yield_now().await;
+        }
+        assert_eq!(connection.standing(), Standing::Ready);
+    }
+
+    #[tokio::test]
+    async fn whoever_leaves_the_answer_ends_the_body_too() {
+        let (answer, mut worker) = early().await;
+        drop(answer);
+        let mut all = Vec::new();
+        let read = worker.read_to_end(&mut all).await;
+        assert!(read.expect("it is read") < 4 << 20, "it never seems whole");
+    }
+
+    #[tokio::test]
+    async fn chunks_end_with_the_trailers_that_were_announced() {
+        let large = Bytes::from(vec![b'x'; 5000]);
+        for last in [Bytes::from_static(b"last"), large.clone()] {
+            let (mut connection, mut worker) = pair();
+            let pieces = [Bytes::from_static(b"one"), large.clone(), last.clone()];
+            let upload = request(&mut connection, &pieces, &["X-Sum, content-length"]);
+            let asked = tokio::join!(connection.ask(upload, false), async {
+                let all = heard(&mut worker, b"\r\nx-sum: 1\r\n\r\n").await;
+                worker.shutdown().await.expect("it closes");
+                all
+            });
+            let all = String::from_utf8(asked.1).expect("text");
+            let chunk = |bytes: &Bytes| {
+                format!(
+                    "{:x}\r\n{}\r\n",
+                    bytes.len(),
+                    String::from_utf8_lossy(bytes)
+                )
+            };
+            let chunks: String = pieces.iter().map(chunk).collect();
+            assert_eq!(
+                all,
+                format!(
+                    "POST / HTTP/1.1\r\ntransfer-encoding: chunked\r\n\r\n{chunks}0\r\nx-sum: 1\r\n\r\n"
+                )
+            );
+            let failed = asked.0.expect_err("there is no answer");
+            assert!(matches!(failed, Failed::Broke(_)), "{failed:?}");
+        }
+    }
+}
