@@ -262,15 +262,15 @@ impl Proxy {
         let asks_for_work = has_body(&passage.asked.head.method);
         let visit = asks_for_work.then(|| Visit::begin(Arc::clone(&lease.worker().pulse)));
         let answered = match sender {
-            Sender::Http1(connection) => {
+            Sender::Http1(mut connection) => {
                 let is_head = passage.asked.head.method == Method::HEAD;
-                let mut connection = connection;
                 let room = connection.room();
                 let upload = self.upload(room, (pool, lease), passage, visit.as_ref());
                 connection.ask(upload, is_head).await
             }
             Sender::Http2(place) => match self.call((pool, lease), passage, visit.as_ref()) {
-                Ok(call) => place.ask(call).await,
+                // Boxed, as its room would be had by requests too.
+                Ok(call) => Box::pin(place.ask(call)).await,
                 Err(error) => {
                     let why = format!("the path cannot be passed on: {error}");
                     Err(Failed::Refused(Fault::BadRequest(why)))

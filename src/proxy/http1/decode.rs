@@ -2,7 +2,7 @@
 
 use bytes::{Buf, Bytes, BytesMut};
 use hyper::header::HeaderMap;
-use memchr::memchr;
+use memchr::{memchr, memchr_iter};
 
 use super::WireError;
 use super::head::{MOST_LINES, Places, malformed, refused};
@@ -186,6 +186,11 @@ fn trailers(buffer: &mut BytesMut) -> Result<Piece, WireError> {
             false => Err(refused("its trailers are too large")),
         };
     };
+    // httparse takes the end of a line alone; of chunks nobody does.
+    let is_bare = |at: usize| at == 0 || buffer[at - 1] != b'\r';
+    if memchr_iter(b'\n', &buffer[..length]).any(is_bare) {
+        return Err(refused("a line of its trailers has no end"));
+    }
     let places = Places::of(buffer, lines)?;
     let trailers = places.cut(buffer.split_to(length).freeze(), 0)?;
     Ok(match trailers.is_empty() {

@@ -17,7 +17,6 @@ mod head;
 mod io;
 mod upload;
 
-use std::future::poll_fn;
 use std::io::Error;
 use std::pin::{Pin, pin};
 use std::task::{Context, Poll, ready};
@@ -61,7 +60,11 @@ pub enum WireError {
 /// A connection on which nothing is under way, but for the end of the last
 /// request's body at most.
 #[derive(Debug)]
-pub(super) struct Connection {
+pub(super) struct Connection(Box<State>);
+
+/// In a room of its own, so that whoever waits for an answer has room for little.
+#[derive(Debug)]
+struct State {
     reader: Reader,
     writer: Place,
     /// What was read and not used.
@@ -70,6 +73,17 @@ pub(super) struct Connection {
     room: usize,
     /// It serves no other request.
     is_last: bool,
+    /// The request that waits for its answer.
+    asked: Option<Asked>,
+}
+
+#[derive(Debug)]
+struct Asked {
+    upload: Upload,
+    /// It asks for no more than a head.
+    is_head: bool,
+    /// How much of what was read was looked at in vain.
+    seen: usize,
 }
 
 /// Where the side is to which requests are written.
@@ -96,26 +110,29 @@ pub(super) enum Standing {
 impl Connection {
     pub(super) fn new(stream: Stream) -> Self {
         let (reader, writer) = io::split(stream);
-        Self {
+        Self(Box::new(State {
             reader,
             writer: Place::Here(writer),
             buffer: BytesMut::new(),
             room: ROOM,
             is_last: false,
-        }
+            asked: None,
+        }))
     }
 
     /// Looks how it stands, without waiting.
     pub(super) fn standing(&mut self) -> Standing {
-        if let Place::Away(back) = &mut self.writer {
+        let state = &mut *self.0;
+        if let Place::Away(back) = &mut state.writer {
             match back.try_recv() {
-                Ok(writer) => self.writer = writer.map_or(Place::Closed, Place::Here),
+                Ok(writer) => state.writer = writer.map_or(Place::Closed, Place::Here),
                 Err(TryRecvError::Empty) => return Standing::Busy,
                 Err(TryRecvError::Closed) => return Standing::Ended,
             }
         }
-        let is_here = matches!(self.writer, Place::Here(_));
-        match is_here && !self.is_last && self.buffer.is_empty() && self.reader.is_silent() {
+        let is_here = matches!(state.writer, Place::Here(_));
+        let is_free = is_here && !state.is_last && state.buffer.is_empty();
+        match is_free && state.reader.is_silent() {
             true => Standing::Ready,
             false => Standing::Ended,
         }
@@ -123,57 +140,70 @@ impl Connection {
 
     /// Returns room for a request's head; its own, which is empty.
     pub(super) fn room(&mut self) -> BytesMut {
-        let mut room = std::mem::take(&mut self.buffer);
-        room.reserve(ROOM);
+        let mut room = std::mem::take(&mut self.0.buffer);
+        if room.capacity() < ROOM / 2 {
+            room.reserve(ROOM);
+        }
         room
     }
 
     /// Writes a request, and waits for the head of its answer. `is_head`: it asks
     /// for no more than that.
-    pub(super) async fn ask(
-        mut self,
-        mut upload: Upload,
-        is_head: bool,
-    ) -> Result<Response<answer::Answer>, Failed> {
-        let mut seen = 0;
-        let head = poll_fn(|cx| self.poll_head(cx, &mut upload, (is_head, &mut seen))).await?;
-        if upload.is_done() {
-            self.reads(&mut upload);
-        } else {
-            self.continues(upload);
-        }
-        self.is_last = !head.is_kept;
+    pub(super) fn ask(mut self, upload: Upload, is_head: bool) -> Asking {
+        self.0.asked = Some(Asked {
+            upload,
+            is_head,
+            seen: 0,
+        });
+        Asking(Some(self))
+    }
+}
+
+/// Waits for the head of an answer.
+#[derive(Debug)]
+pub(super) struct Asking(Option<Connection>);
+
+impl Future for Asking {
+    type Output = Result<Response<answer::Answer>, Failed>;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        let connection = self.0.as_mut();
+        let state = &mut *connection.expect("it is not polled after its end").0;
+        let head = ready!(state.poll_head(cx));
+        let connection = self.0.take();
+        let head = head?;
         let mut response = Response::new(answer::Answer::Http1(Answer {
             decoder: head.body,
-            connection: Some(self),
+            connection,
         }));
         *response.status_mut() = head.status;
         *response.headers_mut() = head.headers;
-        Ok(response)
+        Poll::Ready(Ok(response))
     }
+}
 
-    fn poll_head(
-        &mut self,
-        cx: &mut Context<'_>,
-        upload: &mut Upload,
-        (is_head, seen): (bool, &mut usize),
-    ) -> Poll<Result<Head, Failed>> {
-        if let Place::Here(writer) = &mut self.writer
-            && !upload.is_done()
-            && let Poll::Ready(written) = upload.poll(cx, writer)
-        {
-            match written {
-                Ok(()) => self.reads(upload),
-                Err(stopped) => return Poll::Ready(Err(stopped.failure(upload.has_begun()))),
-            }
-        }
+impl State {
+    fn poll_head(&mut self, cx: &mut Context<'_>) -> Poll<Result<Head, Failed>> {
         loop {
-            // Others than 101 only say that the answer is to come.
-            let buffer = &mut self.buffer;
-            while let Some(head) = head::read(buffer, seen, is_head).map_err(broke)? {
-                let is_last = !head.status.is_informational();
-                if is_last || head.status == StatusCode::SWITCHING_PROTOCOLS {
-                    return Poll::Ready(Ok(head));
+            if let Some(asked) = &mut self.asked {
+                if let Place::Here(writer) = &mut self.writer
+                    && !asked.upload.is_done()
+                    && let Poll::Ready(Err(stopped)) = asked.upload.poll(cx, writer)
+                {
+                    let failure = stopped.failure(asked.upload.has_begun());
+                    return Poll::Ready(Err(failure));
+                }
+                if asked.upload.is_done() && self.buffer.capacity() == 0 {
+                    self.buffer = asked.upload.take_room();
+                }
+                // Others than 101 only say that the answer is to come.
+                let (seen, is_head) = (&mut asked.seen, asked.is_head);
+                while let Some(head) = head::read(&mut self.buffer, seen, is_head).map_err(broke)? {
+                    let is_last = !head.status.is_informational();
+                    if is_last || head.status == StatusCode::SWITCHING_PROTOCOLS {
+                        self.answers(&head);
+                        return Poll::Ready(Ok(head));
+                    }
                 }
             }
             match ready!(self.poll_read(cx)) {
@@ -187,13 +217,16 @@ impl Connection {
         }
     }
 
-    /// All of a request is written: its room serves the answer.
-    fn reads(&mut self, upload: &mut Upload) {
-        if upload.is_deaf() {
+    /// The answer begins.
+    fn answers(&mut self, head: &Head) {
+        self.is_last = !head.is_kept;
+        let Some(Asked { upload, .. }) = self.asked.take() else {
+            return;
+        };
+        if !upload.is_done() {
+            self.continues(upload);
+        } else if upload.is_deaf() {
             self.writer = Place::Closed;
-        }
-        if self.buffer.capacity() == 0 {
-            self.buffer = upload.take_room();
         }
     }
 
@@ -253,7 +286,7 @@ impl Answer {
         &mut self,
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, WireError>>> {
-        let Some(connection) = &mut self.connection else {
+        let Some(Connection(connection)) = &mut self.connection else {
             return Poll::Ready(None);
         };
         if connection.poll_failed(cx) {
@@ -295,16 +328,21 @@ impl Answer {
     /// Gives the connection back when all was read, if it serves another request or
     /// has to write this one's to its end.
     pub(super) fn take(&mut self) -> Option<Connection> {
-        let connection = self.connection.take();
-        connection.filter(|connection| {
-            let is_on = !connection.is_last || matches!(connection.writer, Place::Away(_));
-            is_on && self.decoder.is_done() && connection.buffer.is_empty()
-        })
+        let mut connection = self.connection.take()?;
+        let state = &mut *connection.0;
+        let is_on = !state.is_last || matches!(state.writer, Place::Away(_));
+        if !is_on || !self.decoder.is_done() || !state.buffer.is_empty() {
+            return None;
+        }
+        if state.room > ROOM {
+            (state.buffer, state.room) = (BytesMut::new(), ROOM);
+        }
+        Some(connection)
     }
 
     /// Takes the connection of an answer after which it is no HTTP any more.
     pub(super) fn leave_http(mut self) -> Option<(impl AsyncRead + use<>, Writer)> {
-        let connection = self.connection.take()?;
+        let connection = *self.connection.take()?.0;
         let Place::Here(writer) = connection.writer else {
             return None;
         };
@@ -316,6 +354,7 @@ impl Answer {
 #[cfg(test)]
 mod tests {
     use std::collections::VecDeque;
+    use std::future::poll_fn;
     use std::time::Duration;
 
     use hyper::header::{HeaderMap, HeaderValue, TRAILER};
