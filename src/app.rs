@@ -11,6 +11,7 @@ mod core;
 mod entrance;
 mod inputs;
 mod keeper;
+mod lanes;
 mod listen;
 mod reload;
 mod sockets;
@@ -31,6 +32,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{debug, warn};
 
 use self::core::Core;
+use self::lanes::Lanes;
 use self::listen::{Doors, Server, listen};
 use self::reload::{Grace, Reloading, proxy_settings};
 pub use self::sockets::address_text;
@@ -96,6 +98,9 @@ pub enum AppError {
     /// Workers are not to outlive residentd, and nobody could be found to see to it.
     #[error("start the guard that ends workers with residentd")]
     Guard(#[source] std::io::Error),
+    /// There are no threads that could serve connections.
+    #[error("start the threads that serve connections")]
+    Threads(#[source] std::io::Error),
     /// The state could not be opened.
     #[error("open state")]
     Store(#[from] StoreError),
@@ -139,6 +144,17 @@ pub struct App {
     grace: Arc<Grace>,
     closing: CancellationToken,
     connections: tokio_util::task::TaskTracker,
+}
+
+/// Threads that serve connections at most; more gain nothing on one box.
+const MOST_THREADS: usize = 4;
+
+/// Returns how many threads serve connections, and how many do all else: one for each
+/// core, and two at least, so that one which is held up does not stop everything.
+#[must_use]
+pub fn threads() -> usize {
+    let cores = std::thread::available_parallelism();
+    cores.map_or(2, usize::from).clamp(2, MOST_THREADS)
 }
 
 impl App {
@@ -188,7 +204,9 @@ impl App {
         let state = ApiState::new(controller.clone(), Some(reloader.clone()));
         let state = state.with_upgrader(options.program.is_some().then(|| upgrader.clone()));
         let state = state.with_past(keeper::past(&store));
-        let server = Server::new(&config, controller.clock(), proxy, state, seen.clone());
+        let lanes = Lanes::start(threads()).map_err(AppError::Threads)?;
+        let with = (seen.clone(), lanes);
+        let server = Server::new(&config, controller.clock(), proxy, state, with);
         let grace = Arc::new(Grace::new(config.server.shutdown_grace));
         let sources = Arc::new(sources);
         if config.server.watch_config {

@@ -14,21 +14,26 @@ use hyper::header::{
 };
 use hyper::{Method, Request, Response, StatusCode, Version};
 use hyper_util::rt::TokioIo;
+use tokio::runtime::Handle;
 use tokio::sync::watch;
+use tokio::task::JoinError;
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::rustls::ServerConfig;
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::AbortOnDropHandle;
 use tower::ServiceExt;
 use tracing::{debug, warn};
 
 use super::connection::{self, HEAD_TIMEOUT};
 use super::entrance::{self, Entrance, Rules};
+use super::lanes::Lanes;
 use super::reload::proxy_settings;
 use super::sockets::{Listener, Scope};
 use super::upgrade::{named_peer, pass};
 use crate::api::{self, ApiState, KnownPage, PeerAddr};
 use crate::clock::Clock;
 use crate::config::Config;
+use crate::control::Refusal;
 use crate::proxy::{self, Proxy, ProxyBody, REQUEST_ID, TRIED};
 use crate::reply::{Fault, Speech};
 use crate::{grpc, telemetry};
@@ -65,6 +70,9 @@ pub(super) struct Server {
     pub(super) closing: CancellationToken,
     pub(super) connections: tokio_util::task::TaskTracker,
     doors: watch::Receiver<Doors>,
+    lanes: Lanes,
+    /// Where calls of the API are answered.
+    outside: Handle,
 }
 
 impl Doors {
@@ -120,6 +128,32 @@ pub(super) async fn listen(listener: Listener, scope: Scope, server: Server) {
 enum Stream {
     Tcp(tokio::net::TcpStream),
     Unix(tokio::net::UnixStream),
+}
+
+/// A stream that no runtime waits for.
+enum Left {
+    Tcp(std::net::TcpStream),
+    Unix(std::os::unix::net::UnixStream),
+}
+
+impl Stream {
+    /// Leaves the runtime of this thread.
+    fn leave(self) -> std::io::Result<Left> {
+        Ok(match self {
+            Self::Tcp(stream) => Left::Tcp(stream.into_std()?),
+            Self::Unix(stream) => Left::Unix(stream.into_std()?),
+        })
+    }
+}
+
+impl Left {
+    /// Enters the runtime of this thread.
+    fn enter(self) -> std::io::Result<Stream> {
+        Ok(match self {
+            Self::Tcp(stream) => Stream::Tcp(stream.try_into()?),
+            Self::Unix(stream) => Stream::Unix(stream.try_into()?),
+        })
+    }
 }
 
 /// Where a connection was taken, and from whom.
@@ -201,7 +235,7 @@ impl Server {
         clock: Clock,
         proxy: Proxy,
         state: ApiState,
-        doors: watch::Receiver<Doors>,
+        (doors, lanes): (watch::Receiver<Doors>, Lanes),
     ) -> Self {
         let made = Self {
             clock,
@@ -213,6 +247,8 @@ impl Server {
             closing: CancellationToken::new(),
             connections: tokio_util::task::TaskTracker::new(),
             doors,
+            lanes,
+            outside: Handle::current(),
         };
         made.set(config);
         made
@@ -226,36 +262,45 @@ impl Server {
         self.tls.store(tls);
     }
 
-    /// Serves a connection in a task of its own.
+    /// Has a connection served in a lane.
     fn take(&self, stream: Stream, at: At) {
         // Each request takes it along, so it is one thing to take.
         let server = Arc::new(self.clone());
-        let task = async move {
-            let (stream, peer) = match (stream, at.origin) {
-                (Stream::Unix(stream), _) => return server.serve(TokioIo::new(stream), at).await,
-                (Stream::Tcp(stream), Origin::Client(peer)) => (stream, peer),
-                (Stream::Tcp(stream), _) => return server.serve(TokioIo::new(stream), at).await,
-            };
-            let Some(config) = server.tls.load_full() else {
-                return server.serve(TokioIo::new(stream), at).await;
-            };
-            let shaken = TlsAcceptor::from(config).accept(stream);
-            let shaken = tokio::select! {
-                shaken = tokio::time::timeout(HEAD_TIMEOUT, shaken) => shaken,
-                () = server.closing.cancelled() => return,
-            };
-            let origin = Origin::Encrypted(peer);
-            match shaken {
-                Ok(Ok(stream)) => {
-                    server
-                        .serve(TokioIo::new(stream), At { origin, ..at })
-                        .await;
-                }
-                Ok(Err(error)) => debug!(%error, "a client does not speak TLS as it should"),
-                Err(_) => debug!("a client took too long to begin TLS"),
-            }
+        let stream = match stream.leave() {
+            Ok(stream) => stream,
+            Err(error) => return debug!(%error, "a connection cannot be served"),
         };
-        telemetry::spawn_often("connection", self.connections.track_future(task));
+        // From now on, so that nobody ends without it.
+        let token = self.connections.token();
+        self.lanes.serve(move || {
+            let stream = stream.enter()?;
+            Ok(async move {
+                let _token = token;
+                server.serve_any(stream, at).await;
+            })
+        });
+    }
+
+    async fn serve_any(self: &Arc<Self>, stream: Stream, at: At) {
+        let (stream, peer) = match (stream, at.origin) {
+            (Stream::Unix(stream), _) => return self.serve(TokioIo::new(stream), at).await,
+            (Stream::Tcp(stream), Origin::Client(peer)) => (stream, peer),
+            (Stream::Tcp(stream), _) => return self.serve(TokioIo::new(stream), at).await,
+        };
+        let Some(config) = self.tls.load_full() else {
+            return self.serve(TokioIo::new(stream), at).await;
+        };
+        let shaken = TlsAcceptor::from(config).accept(stream);
+        let shaken = tokio::select! {
+            shaken = tokio::time::timeout(HEAD_TIMEOUT, shaken) => shaken,
+            () = self.closing.cancelled() => return,
+        };
+        let origin = Origin::Encrypted(peer);
+        match shaken {
+            Ok(Ok(stream)) => self.serve(TokioIo::new(stream), At { origin, ..at }).await,
+            Ok(Err(error)) => debug!(%error, "a client does not speak TLS as it should"),
+            Err(_) => debug!("a client took too long to begin TLS"),
+        }
     }
 
     async fn serve<I>(self: &Arc<Self>, io: TokioIo<I>, at: At)
@@ -343,15 +388,15 @@ impl Server {
         if has_page {
             request.extensions_mut().insert(KnownPage);
         }
-        if scope == Scope::Inference && !api::is_probe(request.uri().path()) {
-            return Box::pin(async move {
-                let answer = self.probes.clone().oneshot(request).await;
-                answer
-                    .unwrap_or_else(|never| match never {})
-                    .map(Either::Right)
-            });
-        }
-        Box::pin(async move { self.call(request, peer).await.map(Either::Right) })
+        let is_closed = scope == Scope::Inference && !api::is_probe(request.uri().path());
+        let outside = self.outside.clone();
+        let answer = async move {
+            match is_closed {
+                true => answer_by(&self.probes, request.map(ApiBody::new)).await,
+                false => self.call(request, peer).await,
+            }
+        };
+        Box::pin(async move { answer_in(outside, answer).await.map(Either::Right) })
     }
 
     /// Answers a call of the API: here, or by the residentd that has taken over.
@@ -363,7 +408,7 @@ impl Server {
         let most = request.body().size_hint().upper();
         let is_kept = request.method() == Method::POST && most.is_some_and(|most| most <= KEPT);
         if !is_kept {
-            return self.answer_call(request.map(ApiBody::new)).await;
+            return answer_by(&self.api, request.map(ApiBody::new)).await;
         }
         // For the one who may take over while it waits.
         let (head, body) = request.into_parts();
@@ -377,7 +422,7 @@ impl Server {
         };
         let again = Request::from_parts(head.clone(), ApiBody::from(body.clone()));
         let request = Request::from_parts(head, ApiBody::from(body));
-        let answer = self.answer_call(request).await;
+        let answer = answer_by(&self.api, request).await;
         if answer.status() != StatusCode::SERVICE_UNAVAILABLE {
             return answer;
         }
@@ -387,11 +432,6 @@ impl Server {
         }
     }
 
-    async fn answer_call(&self, request: Request<ApiBody>) -> Response<ApiBody> {
-        let answer = self.api.clone().oneshot(request).await;
-        answer.unwrap_or_else(|never| match never {})
-    }
-
     /// Has a client open another connection for its next request when another
     /// residentd has taken over.
     fn part(&self, version: Version, headers: &mut HeaderMap) {
@@ -399,6 +439,27 @@ impl Server {
         if has_moved && version < Version::HTTP_2 && !headers.contains_key(UPGRADE) {
             headers.insert(CONNECTION, HeaderValue::from_static("close"));
         }
+    }
+}
+
+async fn answer_by(router: &axum::Router, request: Request<ApiBody>) -> Response<ApiBody> {
+    let answer = router.clone().oneshot(request).await;
+    answer.unwrap_or_else(|never| match never {})
+}
+
+/// Has a call answered in another runtime, as long as its client waits.
+async fn answer_in(
+    runtime: Handle,
+    answer: impl Future<Output = Response<ApiBody>> + Send + 'static,
+) -> Response<ApiBody> {
+    let task = {
+        let _entered = runtime.enter();
+        AbortOnDropHandle::new(telemetry::spawn_often("call", answer))
+    };
+    match task.await.map_err(JoinError::try_into_panic) {
+        Ok(answer) => answer,
+        Err(Ok(panic)) => std::panic::resume_unwind(panic),
+        Err(Err(_)) => Fault::Refused(Refusal::ShuttingDown).response(ApiBody::from),
     }
 }
 

@@ -18,8 +18,6 @@ pub(super) const WRONG_CONFIG: u8 = 2;
 /// How long answers that are complete may take to reach their clients when nobody
 /// serves any more.
 const LAST_PIECES: Duration = Duration::from_secs(2);
-/// Threads of the data path at most; more gain nothing on one box.
-const MOST_THREADS: usize = 4;
 
 /// Serves the configured models until a signal ends it.
 ///
@@ -60,11 +58,8 @@ pub fn run(args: &ServeArgs) -> anyhow::Result<ExitCode> {
         sockets: app::passed_sockets()?,
         inherited: predecessor.map(|p| p.inherit(&config)).transpose()?,
     };
-    let threads = std::thread::available_parallelism()
-        .map_or(2, usize::from)
-        .clamp(2, MOST_THREADS);
     tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(threads)
+        .worker_threads(app::threads())
         .enable_all()
         .build()
         .context("start the runtime")?

@@ -22,6 +22,7 @@ use tokio_util::sync::{CancellationToken, DropGuard, WaitForCancellationFutureOw
 use tracing::debug;
 
 use super::answer::{Answer, Failed};
+use super::home::Home;
 use super::upload::{self, RequestBody};
 use crate::telemetry;
 
@@ -74,6 +75,8 @@ struct State {
     most: AtomicUsize,
     /// It is where calls look for one.
     kept: AtomicBool,
+    /// Where its runtime is.
+    home: Home,
     /// Cancelled after all that hyper says of the calls it took.
     ended: CancellationToken,
 }
@@ -118,6 +121,7 @@ impl Line {
             taken: AtomicUsize::new(0),
             most: AtomicUsize::new(usize::from(MOST)),
             kept: AtomicBool::new(false),
+            home: Home::here(),
             ended,
         }));
         let shared = Arc::clone(&line.0);
@@ -170,6 +174,11 @@ impl Line {
     pub(super) fn is_open(&self) -> bool {
         let requests = self.requests();
         requests.as_ref().is_some_and(|open| !open.is_closed())
+    }
+
+    /// Returns whether it was opened on this thread.
+    pub(super) fn is_here(&self) -> bool {
+        self.0.home == Home::here()
     }
 
     /// Returns whether no call is on it.

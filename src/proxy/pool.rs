@@ -148,23 +148,33 @@ impl Pool {
         }
     }
 
+    /// One that was used on this thread if there is one: whoever wakes another thread
+    /// pays for it.
     fn take(&self) -> Option<Connection> {
         let mut state = self.lock();
         let idle = &mut state.idle;
+        let mut others = None;
         // Only those that are looked at are dropped when they have ended: there may be
         // many, and what an ended one holds is little.
         for at in (0..idle.len()).rev() {
             match idle[at].standing() {
-                Standing::Ready => return Some(idle.remove(at)),
-                Standing::Ended => drop(idle.remove(at)),
+                Standing::Ready if idle[at].is_here() => return Some(idle.remove(at)),
+                Standing::Ready => others = others.or(Some(at)),
+                Standing::Ended => {
+                    drop(idle.remove(at));
+                    others = others.map(|other: usize| other - 1);
+                }
                 Standing::Busy => {}
             }
         }
-        None
+        let taken = others.map(|at| idle.remove(at));
+        drop(state);
+        taken?.moved_here().ok()
     }
 
     async fn opened(&self) -> Option<Sender> {
-        greet(self.opened.take()?, Wire::Http1).await.ok()
+        let opened = self.opened.take()?.moved_here().ok()?;
+        greet(opened, Wire::Http1).await.ok()
     }
 
     /// Takes a share of a connection of HTTP/2 that is there: of the first that has
@@ -172,7 +182,8 @@ impl Pool {
     pub(super) fn share(&self, share: Share) -> Option<Sender> {
         let mut state = self.lock();
         state.lines.retain(Line::is_open);
-        let place = state.lines.iter().find_map(|line| line.take(share));
+        let mut here = state.lines.iter().filter(|line| line.is_here());
+        let place = here.find_map(|line| line.take(share));
         place.map(Sender::Http2)
     }
 

@@ -32,6 +32,17 @@ impl Stream {
             Upstream::Unix(path) => Self::Unix(UnixStream::connect(path).await?),
         })
     }
+
+    /// Moves it to the runtime of this thread, which waits for what comes.
+    ///
+    /// # Errors
+    /// When the runtime cannot wait for it.
+    pub fn moved_here(self) -> io::Result<Self> {
+        Ok(match self {
+            Self::Tcp(stream) => Self::Tcp(TcpStream::from_std(stream.into_std()?)?),
+            Self::Unix(stream) => Self::Unix(UnixStream::from_std(stream.into_std()?)?),
+        })
+    }
 }
 
 /// At most one such connection, for whoever takes it first.

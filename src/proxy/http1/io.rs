@@ -36,6 +36,18 @@ pub(super) fn split(stream: Stream) -> (Reader, Writer) {
     }
 }
 
+/// Puts both sides of one connection together again.
+pub(super) fn joined(reader: Reader, writer: Writer) -> Result<Stream> {
+    let stream = match (reader, writer) {
+        (Reader::Tcp(reader), Writer::Tcp(writer)) => reader.reunite(writer).ok().map(Stream::Tcp),
+        (Reader::Unix(reader), Writer::Unix(writer)) => {
+            reader.reunite(writer).ok().map(Stream::Unix)
+        }
+        _ => None,
+    };
+    stream.ok_or_else(|| ErrorKind::NotConnected.into())
+}
+
 impl Reader {
     /// Returns whether nothing came, not even the end.
     pub(super) fn is_silent(&self) -> bool {

@@ -17,7 +17,7 @@ mod head;
 mod io;
 mod upload;
 
-use std::io::Error;
+use std::io::{Error, ErrorKind};
 use std::pin::{Pin, pin};
 use std::task::{Context, Poll, ready};
 
@@ -35,6 +35,7 @@ use self::io::Reader;
 pub(super) use self::io::Writer;
 pub(super) use self::upload::Upload;
 use super::answer::{self, Failed};
+use super::home::Home;
 use crate::control::Stream;
 use crate::telemetry;
 
@@ -71,6 +72,8 @@ struct State {
     buffer: BytesMut,
     /// Room for the next read.
     room: usize,
+    /// Where its runtime is.
+    home: Home,
     /// It serves no other request.
     is_last: bool,
     /// The request that waits for its answer.
@@ -115,6 +118,7 @@ impl Connection {
             writer: Place::Here(writer),
             buffer: BytesMut::new(),
             room: ROOM,
+            home: Home::here(),
             is_last: false,
             asked: None,
         }))
@@ -136,6 +140,20 @@ impl Connection {
             true => Standing::Ready,
             false => Standing::Ended,
         }
+    }
+
+    /// Returns whether it was last used on this thread.
+    pub(super) fn is_here(&self) -> bool {
+        self.0.home == Home::here()
+    }
+
+    /// Moves one that is ready to the runtime of this thread.
+    pub(super) fn moved_here(self) -> Result<Self, Error> {
+        let State { reader, writer, .. } = *self.0;
+        let Place::Here(writer) = writer else {
+            return Err(ErrorKind::NotConnected.into());
+        };
+        Ok(Self::new(io::joined(reader, writer)?.moved_here()?))
     }
 
     /// Returns room for a request's head; its own, which is empty.

@@ -9,9 +9,7 @@ use residentd::grpc::Value;
 
 use super::calls::read;
 use crate::support::Residentd;
-use crate::support::calls::{
-    Client, INFERENCE, ask, call, field, named, open, whole, with, with_another,
-};
+use crate::support::calls::{Client, INFERENCE, ask, call, field, named, open, whole, with};
 use crate::support::residentd::STUB;
 
 /// One model.
@@ -67,42 +65,41 @@ fn calls_at_once_share_a_connection_and_a_client_that_reads_slowly_holds_up_nobo
     let residentd = Residentd::start(&model("", ""));
     let address = residentd.address();
     let small = || named("m").text(7, &"x".repeat(1000)).frame();
+    // One connection of a client, as lines are of the thread that serves it.
     with(address, |others| async move {
-        with_another(address, |slow| async move {
-            ask(&others, "ModelInfer", &[], small()).await;
-            let before = worker_connections(&others).await;
-            // Far more than is held for it anywhere.
-            let metadata = [("x-stub-times", "20000")];
-            let path = format!("{INFERENCE}/ModelInfer");
-            let request = call(&path, &metadata, whole(small()));
-            let unread = slow.clone().send_request(request).await;
-            let unread = unread.expect("an answer begins");
-            for _ in 0..3 {
-                let metadata = [("x-stub-delay-ms", "100")];
-                let seven = (0..7).map(|_| ask(&others, "ModelInfer", &metadata, small()));
-                for done in futures_util::future::join_all(seven).await {
-                    assert_eq!(done.status(), "0", "{done:?}");
-                }
+        let slow = others.clone();
+        ask(&others, "ModelInfer", &[], small()).await;
+        let before = worker_connections(&others).await;
+        // Far more than is held for it anywhere.
+        let metadata = [("x-stub-times", "20000")];
+        let path = format!("{INFERENCE}/ModelInfer");
+        let request = call(&path, &metadata, whole(small()));
+        let unread = slow.clone().send_request(request).await;
+        let unread = unread.expect("an answer begins");
+        for _ in 0..3 {
+            let metadata = [("x-stub-delay-ms", "100")];
+            let seven = (0..7).map(|_| ask(&others, "ModelInfer", &metadata, small()));
+            for done in futures_util::future::join_all(seven).await {
+                assert_eq!(done.status(), "0", "{done:?}");
             }
-            // `stats` is asked over HTTP/1.
-            let opened = worker_connections(&others).await - before;
-            assert_eq!(opened, 0, "eight calls at once have room on one");
+        }
+        // `stats` is asked over HTTP/1.
+        let opened = worker_connections(&others).await - before;
+        assert_eq!(opened, 0, "eight calls at once have room on one");
 
-            let metadata = [("x-stub-delay-ms", "300")];
-            let waiting = ask(&others, "ModelInfer", &metadata, small());
-            let leaves = async {
-                tokio::time::sleep(Duration::from_millis(100)).await;
-                drop(unread);
-                // Its reset is on the way to the worker.
-                tokio::time::sleep(Duration::from_millis(100)).await;
-                ask(&others, "ModelInfer", &[], small()).await
-            };
-            let (waited, next) = tokio::join!(waiting, leaves);
-            assert_eq!((waited.status(), next.status()), ("0", "0"));
-            let opened = worker_connections(&others).await - before;
-            assert_eq!(opened, 1, "after a call was left the next goes elsewhere");
-        })
-        .await;
+        let metadata = [("x-stub-delay-ms", "300")];
+        let waiting = ask(&others, "ModelInfer", &metadata, small());
+        let leaves = async {
+            tokio::time::sleep(Duration::from_millis(100)).await;
+            drop(unread);
+            // Its reset is on the way to the worker.
+            tokio::time::sleep(Duration::from_millis(100)).await;
+            ask(&others, "ModelInfer", &[], small()).await
+        };
+        let (waited, next) = tokio::join!(waiting, leaves);
+        assert_eq!((waited.status(), next.status()), ("0", "0"));
+        let opened = worker_connections(&others).await - before;
+        assert_eq!(opened, 1, "after a call was left the next goes elsewhere");
     });
 }
 

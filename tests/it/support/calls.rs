@@ -36,14 +36,10 @@ where
         .enable_all()
         .build()
         .expect("a runtime");
-    runtime.block_on(with_another(address, talk))
+    runtime.block_on(over(address, talk))
 }
 
-/// The same within another one's talk.
-pub(crate) async fn with_another<B, F, T>(
-    address: &str,
-    talk: impl FnOnce(SendRequest<B>) -> F,
-) -> T
+async fn over<B, F, T>(address: &str, talk: impl FnOnce(SendRequest<B>) -> F) -> T
 where
     B: hyper::body::Body + Send + Unpin + 'static,
     B::Data: Send,
