@@ -13,6 +13,7 @@ mod inputs;
 mod keeper;
 mod lanes;
 mod listen;
+mod outside;
 mod reload;
 mod sockets;
 mod supervisor;

@@ -16,27 +16,25 @@ use hyper::{Method, Request, Response, StatusCode, Version};
 use hyper_util::rt::TokioIo;
 use tokio::runtime::Handle;
 use tokio::sync::watch;
-use tokio::task::JoinError;
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::rustls::ServerConfig;
 use tokio_util::sync::CancellationToken;
-use tokio_util::task::AbortOnDropHandle;
 use tower::ServiceExt;
 use tracing::{debug, warn};
 
 use super::connection::{self, HEAD_TIMEOUT};
 use super::entrance::{self, Entrance, Rules};
 use super::lanes::Lanes;
+use super::outside;
 use super::reload::proxy_settings;
 use super::sockets::{Listener, Scope};
 use super::upgrade::{named_peer, pass};
 use crate::api::{self, ApiState, KnownPage, PeerAddr};
 use crate::clock::Clock;
 use crate::config::Config;
-use crate::control::Refusal;
+use crate::grpc;
 use crate::proxy::{self, Proxy, ProxyBody, REQUEST_ID, TRIED};
 use crate::reply::{Fault, Speech};
-use crate::{grpc, telemetry};
 
 /// Wait after an accept that failed, as it does when descriptors run out.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
@@ -297,7 +295,8 @@ impl Server {
         };
         let origin = Origin::Encrypted(peer);
         match shaken {
-            Ok(Ok(stream)) => self.serve(TokioIo::new(stream), At { origin, ..at }).await,
+            // Boxed, as its room would be had by connections that need none.
+            Ok(Ok(stream)) => Box::pin(self.serve(TokioIo::new(stream), At { origin, ..at })).await,
             Ok(Err(error)) => debug!(%error, "a client does not speak TLS as it should"),
             Err(_) => debug!("a client took too long to begin TLS"),
         }
@@ -389,26 +388,29 @@ impl Server {
             request.extensions_mut().insert(KnownPage);
         }
         let is_closed = scope == Scope::Inference && !api::is_probe(request.uri().path());
-        let outside = self.outside.clone();
-        let answer = async move {
+        let runtime = self.outside.clone();
+        let answer = move |request| async move {
             match is_closed {
-                true => answer_by(&self.probes, request.map(ApiBody::new)).await,
+                true => answer_by(&self.probes, request).await,
                 false => self.call(request, peer).await,
             }
         };
-        Box::pin(async move { answer_in(outside, answer).await.map(Either::Right) })
+        Box::pin(async move {
+            let answer = outside::answer(runtime, request, answer).await;
+            answer.map(Either::Right)
+        })
     }
 
     /// Answers a call of the API: here, or by the residentd that has taken over.
-    async fn call(&self, request: Request<Incoming>, peer: PeerAddr) -> Response<ApiBody> {
+    async fn call(&self, request: Request<ApiBody>, peer: PeerAddr) -> Response<ApiBody> {
         let mut doors = self.doors.clone();
         if let Some(socket) = Doors::settled(&mut doors).await {
-            return pass(request.map(ApiBody::new), peer, &socket).await;
+            return pass(request, peer, &socket).await;
         }
         let most = request.body().size_hint().upper();
         let is_kept = request.method() == Method::POST && most.is_some_and(|most| most <= KEPT);
         if !is_kept {
-            return answer_by(&self.api, request.map(ApiBody::new)).await;
+            return answer_by(&self.api, request).await;
         }
         // For the one who may take over while it waits.
         let (head, body) = request.into_parts();
@@ -445,22 +447,6 @@ impl Server {
 async fn answer_by(router: &axum::Router, request: Request<ApiBody>) -> Response<ApiBody> {
     let answer = router.clone().oneshot(request).await;
     answer.unwrap_or_else(|never| match never {})
-}
-
-/// Has a call answered in another runtime, as long as its client waits.
-async fn answer_in(
-    runtime: Handle,
-    answer: impl Future<Output = Response<ApiBody>> + Send + 'static,
-) -> Response<ApiBody> {
-    let task = {
-        let _entered = runtime.enter();
-        AbortOnDropHandle::new(telemetry::spawn_often("call", answer))
-    };
-    match task.await.map_err(JoinError::try_into_panic) {
-        Ok(answer) => answer,
-        Err(Ok(panic)) => std::panic::resume_unwind(panic),
-        Err(Err(_)) => Fault::Refused(Refusal::ShuttingDown).response(ApiBody::from),
-    }
 }
 
 /// Takes the content off an answer to HEAD, and leaves its length: over HTTP/2 hyper

@@ -4,6 +4,7 @@ use std::pin::Pin;
 use std::task::{Context, Poll};
 
 use bytes::Bytes;
+use hyper::Response;
 use hyper::body::{Body, Frame, Incoming, SizeHint};
 
 use super::http1;
@@ -21,6 +22,23 @@ pub(super) enum Failed {
     Broke(String),
     /// The client's own body was at fault.
     Refused(Fault),
+}
+
+/// A request that is with a connection: waits for the head of its answer.
+pub(super) enum Sent {
+    Http1(http1::Asking),
+    Http2(Pin<Box<dyn Future<Output = Result<Response<Answer>, Failed>> + Send>>),
+}
+
+impl Future for Sent {
+    type Output = Result<Response<Answer>, Failed>;
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        match self.get_mut() {
+            Self::Http1(asking) => Pin::new(asking).poll(cx),
+            Self::Http2(asking) => asking.as_mut().poll(cx),
+        }
+    }
 }
 
 /// What follows the head of an answer; the connection too, until it is taken back.

@@ -16,7 +16,7 @@ use tokio::time::Instant;
 use tracing::debug;
 
 use super::account::Account;
-use super::answer::{Answer, Failed};
+use super::answer::{Answer, Failed, Sent};
 use super::body::{Kind, ProxyBody, Streamed};
 use super::filter::Change;
 use super::held::Held;
@@ -261,21 +261,9 @@ impl Proxy {
         passage.account.step(Step::FirstByte);
         let asks_for_work = has_body(&passage.asked.head.method);
         let visit = asks_for_work.then(|| Visit::begin(Arc::clone(&lease.worker().pulse)));
-        let answered = match sender {
-            Sender::Http1(mut connection) => {
-                let is_head = passage.asked.head.method == Method::HEAD;
-                let room = connection.room();
-                let upload = self.upload(room, (pool, lease), passage, visit.as_ref());
-                connection.ask(upload, is_head).await
-            }
-            Sender::Http2(place) => match self.call((pool, lease), passage, visit.as_ref()) {
-                // Boxed, as its room would be had by requests too.
-                Ok(call) => Box::pin(place.ask(call)).await,
-                Err(error) => {
-                    let why = format!("the path cannot be passed on: {error}");
-                    Err(Failed::Refused(Fault::BadRequest(why)))
-                }
-            },
+        let answered = match self.hand_over(sender, (pool, lease), passage, visit.as_ref()) {
+            Ok(sent) => sent.await,
+            Err(fault) => return Tried::Refused(fault),
         };
         match answered {
             Ok(response) => {
@@ -287,6 +275,31 @@ impl Proxy {
             Err(Failed::Unsent(cause)) => Tried::Unsent(cause),
             Err(Failed::Broke(cause)) => Tried::Broke(cause),
             Err(Failed::Refused(fault)) => Tried::Refused(fault),
+        }
+    }
+
+    /// Gives it to a connection, so that nothing of it waits for its answer here.
+    fn hand_over(
+        &self,
+        sender: Sender,
+        at: (&Pool, &Lease),
+        passage: &mut Passage,
+        visit: Option<&Visit>,
+    ) -> Result<Sent, Fault> {
+        match sender {
+            Sender::Http1(mut connection) => {
+                let upload = self.upload(connection.room(), at, passage, visit);
+                let method = &passage.asked.head.method;
+                let is_odd = !upload.is_empty() && matches!(*method, Method::GET | Method::HEAD);
+                let asking = connection.ask(upload, (*method == Method::HEAD, is_odd));
+                Ok(Sent::Http1(asking))
+            }
+            Sender::Http2(place) => {
+                let call = self.call(at, passage, visit).map_err(|error| {
+                    Fault::BadRequest(format!("the path cannot be passed on: {error}"))
+                })?;
+                Ok(Sent::Http2(Box::pin(place.ask(call))))
+            }
         }
     }
 

@@ -40,7 +40,7 @@ use hyper::body::Incoming;
 use hyper::header::{ACCEPT_ENCODING, HeaderMap, HeaderValue};
 use hyper::http::request;
 use hyper::http::uri::PathAndQuery;
-use hyper::{Request, Response};
+use hyper::{Method, Request, Response};
 use tracing::debug;
 
 pub use self::access::AccessLog;
@@ -261,6 +261,10 @@ impl Proxy {
         call: Option<Call>,
     ) -> Result<ByPath, Fault> {
         let settings = **self.settings.load();
+        if head.method == Method::CONNECT {
+            let why = "models are no tunnels: ask for an upgrade with GET";
+            return Err(Fault::BadRequest(why.into()));
+        }
         if held.least() > settings.max_body.get() {
             return Err(Fault::BodyTooLarge(settings.max_body));
         }

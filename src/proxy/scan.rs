@@ -145,7 +145,8 @@ impl Scanner {
         }
         match self.state {
             State::InKey => {
-                self.wanted = self.decoded().as_deref() == Some("model");
+                self.wanted = self.raw == b"model"
+                    || self.raw.contains(&b'\\') && self.decoded().as_deref() == Some("model");
                 self.state = State::Colon;
             }
             State::NestedText(depth) => self.state = State::Nested(depth),

@@ -191,8 +191,8 @@ fn trailers(buffer: &mut BytesMut) -> Result<Piece, WireError> {
     if memchr_iter(b'\n', &buffer[..length]).any(is_bare) {
         return Err(refused("a line of its trailers has no end"));
     }
-    let places = Places::of(buffer, lines)?;
-    let trailers = places.cut(buffer.split_to(length).freeze(), 0)?;
+    let places = Places::of(buffer, lines);
+    let trailers = places.cut(&buffer.split_to(length).freeze(), 0)?;
     Ok(match trailers.is_empty() {
         true => Piece::End,
         false => Piece::Trailers(trailers),

@@ -15,7 +15,7 @@ use super::decode::Decoder;
 /// Lines of a head or of trailers, at most.
 pub(super) const MOST_LINES: usize = 100;
 /// Bytes of a head, at most.
-const LARGEST: usize = 256 << 10;
+const LARGEST: usize = 400 << 10;
 /// Headers that an answer gets on its way, at most: its request's name.
 const ADDED: usize = 2;
 
@@ -78,8 +78,8 @@ pub(super) fn read(
     let status = parsed.code.and_then(|code| StatusCode::from_u16(code).ok());
     let status = status.ok_or_else(|| refused("its status is none"))?;
     let is_old = parsed.version == Some(0);
-    let places = Places::of(buffer, parsed.headers)?;
-    let headers = places.cut(buffer.split_to(length).freeze(), ADDED)?;
+    let places = Places::of(buffer, parsed.headers);
+    let headers = places.cut(&buffer.split_to(length).freeze(), ADDED)?;
     let body = match status {
         _ if is_head => Decoder::Done,
         StatusCode::NO_CONTENT | StatusCode::NOT_MODIFIED => Decoder::Done,
@@ -92,7 +92,7 @@ pub(super) fn read(
         words.any(|said| said.trim_ascii().eq_ignore_ascii_case(word.as_bytes()))
     };
     let is_kept = match is_old {
-        true => says("keep-alive"),
+        true => says("keep-alive") && !says("close"),
         false => !says("close"),
     };
     Ok(Some(Head {
@@ -110,28 +110,45 @@ fn too_large(buffer: &[u8]) -> Result<Option<Head>, WireError> {
     }
 }
 
-/// Where lines stand in what was read, so that they can be cut out of it.
-pub(super) struct Places(Vec<(HeaderName, std::ops::Range<usize>)>);
+/// Where the lines of a head stand in what was read, so that they can be cut out of it.
+pub(super) struct Places {
+    /// From where to where a name goes, and its value.
+    lines: [[usize; 4]; MOST_LINES],
+    count: usize,
+}
 
 impl Places {
     /// Notes where these stand.
-    pub(super) fn of(all: &[u8], lines: &[httparse::Header<'_>]) -> Result<Self, WireError> {
+    pub(super) fn of(all: &[u8], lines: &[httparse::Header<'_>]) -> Self {
         let start = all.as_ptr().addr();
-        let places = lines.iter().map(|line| {
-            let name = HeaderName::from_bytes(line.name.as_bytes());
-            let name = name.map_err(|_| refused("a header has no name"))?;
-            let from = line.value.as_ptr().addr().saturating_sub(start);
-            let from = if line.value.is_empty() { 0 } else { from };
-            Ok((name, from..from + line.value.len()))
-        });
-        places.collect::<Result<_, _>>().map(Self)
+        let mut places = [[0; 4]; MOST_LINES];
+        for (place, line) in places.iter_mut().zip(lines) {
+            let name = line.name.as_ptr().addr() - start;
+            // What is empty may stand anywhere.
+            let value = match line.value.is_empty() {
+                true => name,
+                false => line.value.as_ptr().addr() - start,
+            };
+            *place = [
+                name,
+                name + line.name.len(),
+                value,
+                value + line.value.len(),
+            ];
+        }
+        Self {
+            lines: places,
+            count: lines.len(),
+        }
     }
 
     /// Cuts them out, with room for so many more.
-    pub(super) fn cut(self, all: Bytes, more: usize) -> Result<HeaderMap, WireError> {
-        let mut headers = HeaderMap::with_capacity(self.0.len() + more);
-        for (name, place) in self.0 {
-            let value = HeaderValue::from_maybe_shared(all.slice(place));
+    pub(super) fn cut(&self, all: &Bytes, more: usize) -> Result<HeaderMap, WireError> {
+        let mut headers = HeaderMap::with_capacity(self.count + more);
+        for [name, name_end, value, value_end] in &self.lines[..self.count] {
+            let name = HeaderName::from_bytes(&all[*name..*name_end]);
+            let name = name.map_err(|_| refused("a header has no name"))?;
+            let value = HeaderValue::from_maybe_shared(all.slice(*value..*value_end));
             let value = value.map_err(|_| refused("a header holds what none may hold"))?;
             headers.append(name, value);
         }

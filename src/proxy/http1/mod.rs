@@ -15,6 +15,8 @@ mod decode;
 pub(super) mod fuzzing;
 mod head;
 mod io;
+#[cfg(test)]
+mod tests;
 mod upload;
 
 use std::io::{Error, ErrorKind};
@@ -76,6 +78,9 @@ struct State {
     home: Home,
     /// It serves no other request.
     is_last: bool,
+    /// Tells who writes the rest of a body that the answer is whole; dropped, that it
+    /// was left.
+    answered: Option<oneshot::Sender<()>>,
     /// The request that waits for its answer.
     asked: Option<Asked>,
 }
@@ -120,6 +125,7 @@ impl Connection {
             room: ROOM,
             home: Home::here(),
             is_last: false,
+            answered: None,
             asked: None,
         }))
     }
@@ -166,8 +172,10 @@ impl Connection {
     }
 
     /// Writes a request, and waits for the head of its answer. `is_head`: it asks
-    /// for no more than that.
-    pub(super) fn ask(mut self, upload: Upload, is_head: bool) -> Asking {
+    /// for no more than that. `is_odd`: it has a body where most have none, so what
+    /// the worker leaves of it could be taken for the next request.
+    pub(super) fn ask(mut self, upload: Upload, (is_head, is_odd): (bool, bool)) -> Asking {
+        self.0.is_last |= is_odd;
         self.0.asked = Some(Asked {
             upload,
             is_head,
@@ -204,9 +212,17 @@ impl State {
     fn poll_head(&mut self, cx: &mut Context<'_>) -> Poll<Result<Head, Failed>> {
         loop {
             if let Some(asked) = &mut self.asked {
+                if !asked.upload.has_begun() {
+                    // What is new to this thread's runtime shows here whether it lives.
+                    let mut none = [0];
+                    let reading = pin!(self.reader.read(&mut none)).poll(cx);
+                    if reading.is_ready() {
+                        return Poll::Ready(Err(Failed::Unsent("it was closed".into())));
+                    }
+                }
                 if let Place::Here(writer) = &mut self.writer
                     && !asked.upload.is_done()
-                    && let Poll::Ready(Err(stopped)) = asked.upload.poll(cx, writer)
+                    && let Poll::Ready(Err(stopped)) = asked.upload.poll(cx, Some(writer))
                 {
                     let failure = stopped.failure(asked.upload.has_begun());
                     return Poll::Ready(Err(failure));
@@ -237,7 +253,7 @@ impl State {
 
     /// The answer begins.
     fn answers(&mut self, head: &Head) {
-        self.is_last = !head.is_kept;
+        self.is_last |= !head.is_kept;
         let Some(Asked { upload, .. }) = self.asked.take() else {
             return;
         };
@@ -262,14 +278,14 @@ impl State {
         Poll::Ready(Ok(read))
     }
 
-    /// Has the rest of a body written by a task, as long as this connection is held.
+    /// Has the rest of a body written by a task, unless its answer is left.
     fn continues(&mut self, upload: Upload) {
         let (back, away) = oneshot::channel();
+        let (answered, whole) = oneshot::channel();
         if let Place::Here(writer) = std::mem::replace(&mut self.writer, Place::Away(away)) {
-            drop(telemetry::spawn_often(
-                "upload",
-                upload.write_on(writer, back),
-            ));
+            self.answered = Some(answered);
+            let writing = upload.write_on(writer, back, whole);
+            drop(telemetry::spawn_often("upload", writing));
         }
     }
 
@@ -348,6 +364,12 @@ impl Answer {
     pub(super) fn take(&mut self) -> Option<Connection> {
         let mut connection = self.connection.take()?;
         let state = &mut *connection.0;
+        if self.decoder.is_done()
+            && let Some(answered) = state.answered.take()
+        {
+            // It may have all been written.
+            let _ = answered.send(());
+        }
         let is_on = !state.is_last || matches!(state.writer, Place::Away(_));
         if !is_on || !self.decoder.is_done() || !state.buffer.is_empty() {
             return None;
@@ -366,190 +388,5 @@ impl Answer {
         };
         let read = std::io::Cursor::new(connection.buffer.freeze());
         Some((read.chain(connection.reader), writer))
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use std::collections::VecDeque;
-    use std::future::poll_fn;
-    use std::time::Duration;
-
-    use hyper::header::{HeaderMap, HeaderValue, TRAILER};
-    use tokio::io::AsyncWriteExt;
-    use tokio::net::UnixStream;
-
-    use super::super::upload::RequestBody;
-    use super::*;
-    use crate::model::Bytes as Size;
-
-    /// A connection, and the worker's end of it.
-    fn pair() -> (Connection, UnixStream) {
-        let (ours, theirs) = UnixStream::pair().expect("a pair of sockets");
-        (Connection::new(Stream::Unix(ours)), theirs)
-    }
-
-    fn request(connection: &mut Connection, pieces: &[Bytes], trailers: &[&'static str]) -> Upload {
-        let mut room = connection.room();
-        room.extend_from_slice(b"POST / HTTP/1.1\r\n");
-        let (mut announced, mut sent) = (HeaderMap::new(), HeaderMap::new());
-        for name in trailers {
-            announced.append(TRAILER, HeaderValue::from_static(name));
-        }
-        sent.insert("x-sum", HeaderValue::from_static("1"));
-        sent.insert("x-unsaid", HeaderValue::from_static("2"));
-        sent.insert("content-length", HeaderValue::from_static("3"));
-        let pieces = pieces.iter().cloned().collect::<VecDeque<_>>();
-        let body = RequestBody::new(pieces, None, Size::mib(64), None);
-        let body = body.with_trailers((!trailers.is_empty()).then_some(sent));
-        Upload::new(room, &announced, body)
-    }
-
-    async fn heard(worker: &mut UnixStream, end: &[u8]) -> Vec<u8> {
-        let mut all = Vec::new();
-        while !all.ends_with(end) {
-            assert!(worker.read_buf(&mut all).await.expect("it is read") > 0);
-        }
-        all
-    }
-
-    async fn ask(mut connection: Connection, worker: &mut UnixStream, says: &str) -> Answer {
-        let upload = request(&mut connection, &[Bytes::from_static(b"body")], &[]);
-        let (asked, ()) = tokio::join!(connection.ask(upload, false), async {
-            let all = heard(worker, b"body").await;
-            assert_eq!(all, b"POST / HTTP/1.1\r\ncontent-length: 4\r\n\r\nbody");
-            worker
-                .write_all(says.as_bytes())
-                .await
-                .expect("it is written");
-        });
-        answer_of(asked)
-    }
-
-    fn answer_of(asked: Result<Response<answer::Answer>, Failed>) -> Answer {
-        let response = asked.expect("an answer");
-        assert_eq!(response.status(), 200);
-        match response.into_body() {
-            answer::Answer::Http1(answer) => answer,
-            other @ answer::Answer::Http2(..) => panic!("{other:?}"),
-        }
-    }
-
-    async fn read(answer: &mut Answer) -> Result<Vec<u8>, WireError> {
-        let mut all = Vec::new();
-        while let Some(frame) = poll_fn(|cx| answer.poll_frame(cx)).await {
-            let data = frame?.into_data();
-            all.extend_from_slice(&data.unwrap_or_default());
-        }
-        Ok(all)
-    }
-
-    #[tokio::test]
-    async fn one_request_follows_the_other_until_the_worker_says_close() {
-        let (mut connection, mut worker) = pair();
-        for _ in 0..3 {
-            assert_eq!(connection.standing(), Standing::Ready);
-            let says = "HTTP/1.1 200 OK\r\ncontent-length: 3\r\n\r\nyes";
-            let mut answer = ask(connection, &mut worker, says).await;
-            assert_eq!(read(&mut answer).await.expect("an answer"), b"yes");
-            connection = answer.take().expect("it serves another");
-        }
-        let says = "HTTP/1.1 200 OK\r\ncontent-length: 3\r\nconnection: close\r\n\r\nyes";
-        let mut answer = ask(connection, &mut worker, says).await;
-        assert_eq!(read(&mut answer).await.expect("an answer"), b"yes");
-        assert!(answer.take().is_none());
-    }
-
-    #[tokio::test]
-    async fn one_on_which_the_worker_said_more_or_ended_serves_no_other() {
-        let says = "HTTP/1.1 200 OK\r\ncontent-length: 3\r\n\r\nyesHTTP/1.1 200 OK\r\n\r\n";
-        let (connection, mut worker) = pair();
-        let mut answer = ask(connection, &mut worker, says).await;
-        assert_eq!(read(&mut answer).await.expect("an answer"), b"yes");
-        assert!(answer.take().is_none(), "more than the answer came");
-
-        for says in ["HTTP/1.1 408 Late\r\n\r\n", ""] {
-            let (mut connection, mut worker) = pair();
-            worker
-                .write_all(says.as_bytes())
-                .await
-                .expect("it is written");
-            drop(worker);
-            tokio::time::sleep(Duration::from_millis(20)).await;
-            assert_eq!(connection.standing(), Standing::Ended);
-            let upload = request(&mut connection, &[], &[]);
-            let failed = connection.ask(upload, false).await;
-            let failed = failed.expect_err("nobody is there");
-            assert!(matches!(failed, Failed::Unsent(_)), "{failed:?}");
-        }
-    }
-
-    /// An answer that is whole before its request is.
-    async fn early() -> (Answer, UnixStream) {
-        let (mut connection, mut worker) = pair();
-        let body = Bytes::from(vec![b'x'; 4 << 20]);
-        let upload = request(&mut connection, &[body], &[]);
-        let says = b"HTTP/1.1 200 OK\r\ncontent-length: 3\r\n\r\nyes";
-        let (asked, written) = tokio::join!(connection.ask(upload, false), worker.write_all(says));
-        written.expect("it is written");
-        let mut answer = answer_of(asked);
-        assert_eq!(read(&mut answer).await.expect("an answer"), b"yes");
-        (answer, worker)
-    }
-
-    #[tokio::test]
-    async fn a_body_is_written_to_its_end_after_an_answer_that_came_early() {
-        let (mut answer, mut worker) = early().await;
-        let mut connection = answer.take().expect("it is not done");
-        assert_eq!(connection.standing(), Standing::Busy);
-        let head = b"POST / HTTP/1.1\r\ncontent-length: 4194304\r\n\r\n";
-        let mut all = vec![0; head.len() + (4 << 20)];
-        worker.read_exact(&mut all).await.expect("all of it comes");
-        assert!(all.starts_with(head) && all.ends_with(b"xxx"));
-        while connection.standing() == Standing::Busy {
-            tokio::task::yield_now().await;
-        }
-        assert_eq!(connection.standing(), Standing::Ready);
-    }
-
-    #[tokio::test]
-    async fn whoever_leaves_the_answer_ends_the_body_too() {
-        let (answer, mut worker) = early().await;
-        drop(answer);
-        let mut all = Vec::new();
-        let read = worker.read_to_end(&mut all).await;
-        assert!(read.expect("it is read") < 4 << 20, "it never seems whole");
-    }
-
-    #[tokio::test]
-    async fn chunks_end_with_the_trailers_that_were_announced() {
-        let large = Bytes::from(vec![b'x'; 5000]);
-        for last in [Bytes::from_static(b"last"), large.clone()] {
-            let (mut connection, mut worker) = pair();
-            let pieces = [Bytes::from_static(b"one"), large.clone(), last.clone()];
-            let upload = request(&mut connection, &pieces, &["X-Sum, content-length"]);
-            let asked = tokio::join!(connection.ask(upload, false), async {
-                let all = heard(&mut worker, b"\r\nx-sum: 1\r\n\r\n").await;
-                worker.shutdown().await.expect("it closes");
-                all
-            });
-            let all = String::from_utf8(asked.1).expect("text");
-            let chunk = |bytes: &Bytes| {
-                format!(
-                    "{:x}\r\n{}\r\n",
-                    bytes.len(),
-                    String::from_utf8_lossy(bytes)
-                )
-            };
-            let chunks: String = pieces.iter().map(chunk).collect();
-            assert_eq!(
-                all,
-                format!(
-                    "POST / HTTP/1.1\r\ntransfer-encoding: chunked\r\n\r\n{chunks}0\r\nx-sum: 1\r\n\r\n"
-                )
-            );
-            let failed = asked.0.expect_err("there is no answer");
-            assert!(matches!(failed, Failed::Broke(_)), "{failed:?}");
-        }
     }
 }

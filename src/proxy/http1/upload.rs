@@ -92,7 +92,8 @@ impl Upload {
         let framing = match body.as_ref().map(|body| body.size_hint().exact()) {
             None => Framing::Length(0),
             Some(Some(length)) => {
-                out.line(&CONTENT_LENGTH, &length.into());
+                // It has room without end.
+                let _ = write!(out, "content-length: {length}\r\n");
                 Framing::Length(length)
             }
             Some(None) => {
@@ -112,6 +113,11 @@ impl Upload {
         }
     }
 
+    /// Returns whether there is no body, or none any more.
+    pub(in crate::proxy) fn is_empty(&self) -> bool {
+        self.body.is_none()
+    }
+
     /// Returns whether anything was written.
     pub(super) fn has_begun(&self) -> bool {
         self.has_begun
@@ -127,40 +133,54 @@ impl Upload {
         self.is_deaf
     }
 
-    /// Takes back the room in which the head was.
+    /// Takes back the room in which the head was, unless that is far more than most
+    /// need.
     pub(super) fn take_room(&mut self) -> BytesMut {
         let mut room = std::mem::take(&mut self.out);
         room.clear();
-        room
-    }
-
-    /// Writes all in the end, and gives back the side to which it was written; nothing
-    /// if the worker reads no more. Stops early when nobody waits for that any more, or
-    /// when it fails.
-    pub(super) async fn write_on(
-        mut self,
-        mut writer: Writer,
-        mut back: oneshot::Sender<Option<Writer>>,
-    ) {
-        let written = poll_fn(|cx| {
-            // What nobody reads is still taken from the client, which may hear
-            // nothing before it has sent all.
-            if !self.is_deaf && back.poll_closed(cx).is_ready() {
-                return Poll::Ready(false);
-            }
-            self.poll(cx, &mut writer).map(|written| written.is_ok())
-        });
-        if written.await {
-            // Whoever waited may be gone just now.
-            let _ = back.send((!self.is_deaf).then_some(writer));
+        match room.capacity() <= TOGETHER + 2 * SMALL {
+            true => room,
+            false => BytesMut::new(),
         }
     }
 
-    /// Writes what can be written now.
+    /// Writes all in the end, and gives back the side to which it was written; nothing
+    /// if the worker reads no more. Stops early when it fails, or when the answer was
+    /// left: `answered` is told when that is whole.
+    pub(super) async fn write_on(
+        mut self,
+        writer: Writer,
+        back: oneshot::Sender<Option<Writer>>,
+        mut answered: oneshot::Receiver<()>,
+    ) {
+        let (mut writer, mut is_whole) = (Some(writer), false);
+        let written = poll_fn(|cx| {
+            // What nobody reads is still taken from the client, which may hear
+            // nothing before it has sent all.
+            let goes_on = is_whole || self.is_deaf;
+            if !goes_on && let Poll::Ready(ended) = Pin::new(&mut answered).poll(cx) {
+                is_whole = ended.is_ok();
+                if !is_whole {
+                    return Poll::Ready(false);
+                }
+            }
+            let written = self.poll(cx, writer.as_mut());
+            if self.is_deaf {
+                writer = None;
+            }
+            written.map(|written| written.is_ok())
+        });
+        if written.await {
+            // Whoever waited may be gone just now.
+            let _ = back.send(writer);
+        }
+    }
+
+    /// Writes what can be written now; without a writer it is thrown away.
     pub(super) fn poll(
         &mut self,
         cx: &mut Context<'_>,
-        writer: &mut Writer,
+        mut writer: Option<&mut Writer>,
     ) -> Poll<Result<(), Stopped>> {
         loop {
             self.gather(cx)?;
@@ -171,6 +191,10 @@ impl Upload {
                 };
             }
             while self.waiting() > 0 {
+                let Some(writer) = writer.as_deref_mut() else {
+                    self.advance(self.waiting());
+                    break;
+                };
                 let written = ready!(self.poll_write(cx, writer));
                 let written = written.and_then(|written| match written {
                     0 => Err(ErrorKind::WriteZero.into()),
@@ -193,7 +217,7 @@ impl Upload {
 
     fn poll_write(&self, cx: &mut Context<'_>, writer: &mut Writer) -> Poll<Result<usize, Error>> {
         let writer = Pin::new(writer);
-        if self.large.is_empty() {
+        if self.large.is_empty() && self.after.is_empty() {
             return writer.poll_write(cx, &self.out);
         }
         let parts = [&self.out[..], &self.large, &self.after].map(IoSlice::new);
