@@ -145,6 +145,7 @@ impl Pair {
             }
             Both::Leaves(m) if self.naive.models[m].inside > 0 => {
                 self.court.play(&Move::Leave(m));
+                self.wake();
                 self.naive.leaves(m);
             }
             Both::Time(millis) => self.pass(Duration::from_millis(millis)),
@@ -180,6 +181,15 @@ impl Pair {
         self.naive.now = self.court.world.now;
     }
 
+    /// Wakes the policy where it wants that by now. It does not hear of everybody
+    /// who leaves, and what is due at that very moment is done all the same.
+    fn wake(&mut self) {
+        let wake = self.court.world.policy.next_wake();
+        if wake.is_some_and(|at| at <= self.court.world.now) {
+            self.court.step(Event::Tick);
+        }
+    }
+
     /// Lets time pass: the policy is woken when it wants to be, and no sooner.
     fn pass(&mut self, time: Duration) {
         let until = self.court.world.now + time;
@@ -191,9 +201,7 @@ impl Pair {
             };
             self.court.world.now = self.court.world.now.max(due);
             self.naive.now = self.court.world.now;
-            if wake.is_some_and(|at| at <= due) {
-                self.court.step(Event::Tick);
-            }
+            self.wake();
             self.naive.look();
             self.compare(Both::Time(0));
             self.settle(Both::Time(0));
@@ -272,6 +280,48 @@ fn what_a_decision_makes_impossible_is_told_at_the_next_measurement() {
         2,
         "those for the models that load"
     );
+}
+
+/// A request left in the millisecond in which another had waited to its deadline.
+/// The policy does not hear of that one, and the comparison did not wake it: only
+/// the naive rules refused. Every move takes a millisecond.
+#[test]
+fn who_waits_to_the_moment_in_which_another_leaves_is_refused_then() {
+    let shapes = [(50, None); MODELS.len()];
+    let mut pair = Pair::new(&shapes, Duration::from_secs(5));
+    let plays = [
+        Both::Request(2),
+        Both::Ready(2),
+        Both::Request(0),
+        Both::Time(19_998),
+    ];
+    for both in plays {
+        pair.play(both);
+    }
+    assert_eq!(pair.court.open().count(), 1, "one millisecond is left");
+    pair.play(Both::Leaves(2));
+    assert_eq!(pair.court.open().count(), 0, "its time is over");
+}
+
+/// The same with patience, where one of two leaves and the gate is not empty.
+#[test]
+fn patience_that_ends_in_the_moment_in_which_another_leaves_ends_then() {
+    let shapes = [(600, None); MODELS.len()];
+    let mut pair = Pair::new(&shapes, Duration::from_secs(5));
+    let plays = [
+        Both::Request(0),
+        Both::Ready(0),
+        Both::Request(0),
+        Both::Request(1),
+        Both::Time(4998),
+    ];
+    for both in plays {
+        pair.play(both);
+    }
+    assert_eq!(pair.naive.models[0].life, Life::Ready, "still patient");
+    pair.play(Both::Leaves(0));
+    let life = pair.naive.models[0].life;
+    assert!(matches!(life, Life::DrainsFor(1, _)), "{life:?}");
 }
 
 proptest! {
