@@ -42,6 +42,45 @@ fn a_connection_to_the_worker_serves_one_request_after_the_other() {
     assert!(played.try_worker().is_none());
 }
 
+/// A worker that does not look for a body there would take it for the next request.
+#[test]
+fn a37_a_body_behind_get_is_passed_on_and_its_connection_serves_no_other_request() {
+    let played = Played::start();
+    let (mut client, worker) = kept(&played);
+    let ask = |client: &mut Wire, framing: &str| {
+        client.put(format!(
+            "GET /v1/x?model=m HTTP/1.1\r\nhost: x\r\ncontent-type: text/plain\r\n{framing}"
+        ));
+    };
+    let answer = |mut worker: Wire, client: &mut Wire| {
+        let head = worker.head();
+        assert_eq!(worker.body(&head), b"abc");
+        worker.put(OK);
+        assert_eq!(client.answer().1, "ok");
+        assert_eq!(worker.rest().0, b"", "it is closed");
+    };
+    ask(&mut client, "content-length: 3\r\n\r\nabc");
+    answer(worker, &mut client);
+    // What comes in chunks has a fresh connection.
+    let chunks = "transfer-encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n\r\n";
+    ask(&mut client, chunks);
+    answer(played.worker(), &mut client);
+    client.ask("GET /v1/x?model=m", "", "");
+    let mut worker = played.worker();
+    worker.head();
+    worker.put(OK);
+    assert_eq!(client.answer().1, "ok");
+}
+
+#[test]
+fn a_tunnel_is_refused_before_any_worker_hears_of_it() {
+    let played = Played::start();
+    let mut client = played.client();
+    client.put("CONNECT /upstream/m/x HTTP/1.1\r\nhost: x\r\n\r\n");
+    assert_eq!(client.head().status(), 400);
+    assert!(played.try_worker().is_none());
+}
+
 /// A client, and the worker's side of a connection that is kept.
 fn kept(played: &Played) -> (Wire, Wire) {
     let mut client = played.client();
