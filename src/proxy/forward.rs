@@ -317,7 +317,7 @@ impl Proxy {
         for part in [head.method.as_str(), " ", target, " HTTP/1.1\r\n"] {
             room.extend_from_slice(part.as_bytes());
         }
-        room.line(&HOST, pool.host(Wire::Http1));
+        room.line(&HOST, pool.host());
         passage.headers(lease, &mut room);
         if has_body(&head.method) && body.is_end_stream() {
             room.line(&CONTENT_LENGTH, &HeaderValue::from_static("0"));
@@ -338,9 +338,9 @@ impl Proxy {
         *request.uri_mut() = passage.target(lease).clone().into();
         request.headers_mut().reserve(head.headers.len() + ADDED);
         passage.headers(lease, request.headers_mut());
-        let host = pool.host(Wire::Http2);
         if let Some(call) = passage.asked.call {
-            call.address(&mut request, host, self.controller.clock().now())?;
+            let now = self.controller.clock().now();
+            call.address(&mut request, pool.authority(), now)?;
         }
         Ok(request)
     }

@@ -14,6 +14,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use hyper::body::Incoming;
 use hyper::client::conn::{TrySendError, http2};
 use hyper::rt::Executor;
 use hyper::{Request, Response};
@@ -187,6 +188,9 @@ impl Line {
     }
 }
 
+/// What hyper says of a call.
+type Sent = Result<Response<Incoming>, TrySendError<Request<RequestBody>>>;
+
 /// A call's share of a line.
 #[derive(Debug)]
 pub(super) struct Place {
@@ -204,12 +208,19 @@ impl Place {
     /// A call that is handed over in the very moment in which the line ends may stay
     /// where nobody looks any more, in hyper's channel to it: some in 100,000 that meet
     /// such an end do. So it is not waited for beyond that.
-    pub(super) async fn ask(
+    pub(super) fn ask(
         mut self,
         call: Request<RequestBody>,
-    ) -> Result<Response<Answer>, Failed> {
+    ) -> impl Future<Output = Result<Response<Answer>, Failed>> + use<> {
         // In a room of its own, since it has place for a call that comes back.
-        let mut answer = Box::pin(self.requests.try_send_request(call));
+        let answer = Box::pin(self.requests.try_send_request(call));
+        self.answered(answer)
+    }
+
+    async fn answered(
+        mut self,
+        mut answer: Pin<Box<impl Future<Output = Sent>>>,
+    ) -> Result<Response<Answer>, Failed> {
         let mut answered = tokio::select! {
             biased;
             answered = &mut answer => Some(answered),

@@ -9,6 +9,7 @@ use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use hyper::header::HeaderValue;
+use hyper::http::uri::Authority;
 use hyper_util::rt::TokioIo;
 
 use super::headers;
@@ -93,6 +94,7 @@ pub(super) struct Pool {
 struct Address {
     upstream: Upstream,
     host: HeaderValue,
+    authority: Authority,
 }
 
 impl Address {
@@ -100,6 +102,10 @@ impl Address {
         Self {
             upstream: upstream.clone(),
             host: headers::host(upstream),
+            authority: upstream
+                .host()
+                .parse()
+                .unwrap_or_else(|_| Authority::from_static("localhost")),
         }
     }
 }
@@ -130,8 +136,13 @@ impl Pool {
     }
 
     /// Returns what the worker is called in `Host`.
-    pub(super) fn host(&self, wire: Wire) -> &HeaderValue {
-        &self.address(wire).host
+    pub(super) fn host(&self) -> &HeaderValue {
+        &self.plain.host
+    }
+
+    /// Returns what the worker is called in the address of a call.
+    pub(super) fn authority(&self) -> &Authority {
+        &self.calls.authority
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {

@@ -7,8 +7,9 @@
 
 use std::time::Duration;
 
-use hyper::header::{CONTENT_LENGTH, HOST, HeaderMap, HeaderValue};
+use hyper::header::{CONTENT_LENGTH, HOST, HeaderMap};
 use hyper::http::request;
+use hyper::http::uri::{self, Authority, Scheme};
 use hyper::{Request, Response, StatusCode, Uri, Version};
 
 use super::body::ProxyBody;
@@ -58,21 +59,19 @@ impl Call {
         self.deadline.map_or(other, |deadline| deadline.min(other))
     }
 
-    /// Makes a request one of HTTP/2 for the worker at `host`, which is told how much
-    /// time is left.
+    /// Makes a request one of HTTP/2 for the worker at this address, which is told how
+    /// much time is left.
     pub(super) fn address<B>(
         &self,
         request: &mut Request<B>,
-        host: &HeaderValue,
+        address: &Authority,
         now: Timestamp,
     ) -> Result<(), hyper::http::Error> {
-        let target = request.uri().path_and_query().cloned();
-        let target = target.ok_or_else(|| Uri::try_from("").expect_err("no address"))?;
-        let address = Uri::builder()
-            .scheme("http")
-            .authority(host.as_bytes())
-            .path_and_query(target);
-        *request.uri_mut() = address.build()?;
+        let mut parts = uri::Parts::default();
+        parts.scheme = Some(Scheme::HTTP);
+        parts.authority = Some(address.clone());
+        parts.path_and_query = request.uri().path_and_query().cloned();
+        *request.uri_mut() = Uri::from_parts(parts)?;
         *request.version_mut() = Version::HTTP_2;
         let headers = request.headers_mut();
         headers.remove(HOST);
