@@ -13,7 +13,6 @@ mod inputs;
 mod keeper;
 mod lanes;
 mod listen;
-mod outside;
 mod reload;
 mod sockets;
 mod supervisor;

@@ -5,7 +5,8 @@
 //! wakes a second one to look for more, which costs about as much as passing the piece
 //! on; and what one thread allocates another gives back. The other runtime, in which
 //! all else happens, has threads of its own, so no flood of requests keeps the
-//! controller from its work, or operators from an answer.
+//! controller from its work. Calls of the API are answered in the lane that has their
+//! connection: with all cores busy a turn of another thread is milliseconds away.
 
 use std::io;
 use std::sync::Arc;

@@ -14,7 +14,6 @@ use hyper::header::{
 };
 use hyper::{Method, Request, Response, StatusCode, Version};
 use hyper_util::rt::TokioIo;
-use tokio::runtime::Handle;
 use tokio::sync::watch;
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::rustls::ServerConfig;
@@ -25,7 +24,6 @@ use tracing::{debug, warn};
 use super::connection::{self, HEAD_TIMEOUT};
 use super::entrance::{self, Entrance, Rules};
 use super::lanes::Lanes;
-use super::outside;
 use super::reload::proxy_settings;
 use super::sockets::{Listener, Scope};
 use super::upgrade::{named_peer, pass};
@@ -69,8 +67,6 @@ pub(super) struct Server {
     pub(super) connections: tokio_util::task::TaskTracker,
     doors: watch::Receiver<Doors>,
     lanes: Lanes,
-    /// Where calls of the API are answered.
-    outside: Handle,
 }
 
 impl Doors {
@@ -246,7 +242,6 @@ impl Server {
             connections: tokio_util::task::TaskTracker::new(),
             doors,
             lanes,
-            outside: Handle::current(),
         };
         made.set(config);
         made
@@ -388,29 +383,25 @@ impl Server {
             request.extensions_mut().insert(KnownPage);
         }
         let is_closed = scope == Scope::Inference && !api::is_probe(request.uri().path());
-        let runtime = self.outside.clone();
-        let answer = move |request| async move {
-            match is_closed {
-                true => answer_by(&self.probes, request).await,
-                false => self.call(request, peer).await,
-            }
-        };
         Box::pin(async move {
-            let answer = outside::answer(runtime, request, answer).await;
+            let answer = match is_closed {
+                true => answer_by(&self.probes, request.map(ApiBody::new)).await,
+                false => self.call(request, peer).await,
+            };
             answer.map(Either::Right)
         })
     }
 
     /// Answers a call of the API: here, or by the residentd that has taken over.
-    async fn call(&self, request: Request<ApiBody>, peer: PeerAddr) -> Response<ApiBody> {
+    async fn call(&self, request: Request<Incoming>, peer: PeerAddr) -> Response<ApiBody> {
         let mut doors = self.doors.clone();
         if let Some(socket) = Doors::settled(&mut doors).await {
-            return pass(request, peer, &socket).await;
+            return pass(request.map(ApiBody::new), peer, &socket).await;
         }
         let most = request.body().size_hint().upper();
         let is_kept = request.method() == Method::POST && most.is_some_and(|most| most <= KEPT);
         if !is_kept {
-            return answer_by(&self.api, request).await;
+            return answer_by(&self.api, request.map(ApiBody::new)).await;
         }
         // For the one who may take over while it waits.
         let (head, body) = request.into_parts();
