@@ -162,6 +162,9 @@ fn size(buffer: &mut BytesMut) -> Result<Option<u64>, WireError> {
         };
     };
     let line = buffer[..end].strip_suffix(b"\r").ok_or_else(bad)?;
+    if line.contains(&b'\r') {
+        return Err(bad());
+    }
     let digits = line.iter().take_while(|byte| byte.is_ascii_hexdigit());
     let (digits, behind) = line.split_at(digits.count());
     let is_end = matches!(behind.trim_ascii_start().first(), None | Some(b';'));
