@@ -30,6 +30,7 @@ use super::upgrade::{named_peer, pass};
 use crate::api::{self, ApiState, KnownPage, PeerAddr};
 use crate::clock::Clock;
 use crate::config::Config;
+use crate::control::Stream;
 use crate::grpc;
 use crate::proxy::{self, Proxy, ProxyBody, REQUEST_ID, TRIED};
 use crate::reply::{Fault, Speech};
@@ -116,37 +117,6 @@ pub(super) async fn listen(listener: Listener, scope: Scope, server: Server) {
                 tokio::time::sleep(ACCEPT_PAUSE).await;
             }
         }
-    }
-}
-
-enum Stream {
-    Tcp(tokio::net::TcpStream),
-    Unix(tokio::net::UnixStream),
-}
-
-/// A stream that no runtime waits for.
-enum Left {
-    Tcp(std::net::TcpStream),
-    Unix(std::os::unix::net::UnixStream),
-}
-
-impl Stream {
-    /// Leaves the runtime of this thread.
-    fn leave(self) -> std::io::Result<Left> {
-        Ok(match self {
-            Self::Tcp(stream) => Left::Tcp(stream.into_std()?),
-            Self::Unix(stream) => Left::Unix(stream.into_std()?),
-        })
-    }
-}
-
-impl Left {
-    /// Enters the runtime of this thread.
-    fn enter(self) -> std::io::Result<Stream> {
-        Ok(match self {
-            Self::Tcp(stream) => Stream::Tcp(stream.try_into()?),
-            Self::Unix(stream) => Stream::Unix(stream.try_into()?),
-        })
     }
 }
 
@@ -259,14 +229,10 @@ impl Server {
     fn take(&self, stream: Stream, at: At) {
         // Each request takes it along, so it is one thing to take.
         let server = Arc::new(self.clone());
-        let stream = match stream.leave() {
-            Ok(stream) => stream,
-            Err(error) => return debug!(%error, "a connection cannot be served"),
-        };
         // From now on, so that nobody ends without it.
         let token = self.connections.token();
         self.lanes.serve(move || {
-            let stream = stream.enter()?;
+            let stream = stream.moved_here()?;
             Ok(async move {
                 let _token = token;
                 server.serve_any(stream, at).await;
