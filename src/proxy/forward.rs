@@ -80,16 +80,8 @@ struct Answered {
     client: Option<OnUpgrade>,
 }
 
-/// What became of one try.
-enum Tried {
-    Answered(Response<Answer>, Option<Visit>),
-    /// Nothing came back; the worker may have got the request.
-    Broke(String),
-    /// The connection was closed before the request was written to it.
-    Unsent(String),
-    /// The client's own body was at fault.
-    Refused(Fault),
-}
+/// What became of one try: the head of an answer, and the worker's turn.
+type Tried = Result<(Response<Answer>, Option<Visit>), Failed>;
 
 impl Proxy {
     /// Carries a request out up to the head of its answer, and accounts for one
@@ -147,7 +139,7 @@ impl Proxy {
             // Not kept in a variable, for which there would have to be room below.
             let cause = match self.try_until(ends, (&pool, &lease), passage, fresh).await {
                 None => return Err(passage.late()),
-                Some(Tried::Answered(response, visit)) => {
+                Some(Ok((response, visit))) => {
                     let switches = response.status() == StatusCode::SWITCHING_PROTOCOLS;
                     if switches && client.is_none() {
                         return Err(passage.broke("it left HTTP unasked".into()));
@@ -161,8 +153,8 @@ impl Proxy {
                         client: client.filter(|_| switches),
                     });
                 }
-                Some(Tried::Refused(fault)) => return Err(fault),
-                Some(Tried::Broke(cause) | Tried::Unsent(cause)) => cause,
+                Some(Err(Failed::Refused(fault))) => return Err(fault),
+                Some(Err(Failed::Broke(cause) | Failed::Unsent(cause))) => cause,
             };
             debug!(worker = %lease.worker().id, cause, "a worker broke before it answered");
             if passage.asked.tried || !passage.asked.held.can_be_sent() {
@@ -229,19 +221,19 @@ impl Proxy {
                 None => match Box::pin(pool.connect(passage.wire())).await {
                     // Whoever it is that listens there now.
                     Ok(_) if !lease.worker().runs() => {
-                        return Tried::Unsent("it has ended".into());
+                        return Err(Failed::Unsent("it has ended".into()));
                     }
                     Ok(sender) => sender,
                     Err(error) => {
                         if matches!(error.kind(), ConnectionRefused | NotFound) {
                             lease.worker().pulse.refused();
                         }
-                        return Tried::Broke(format!("connect: {error}"));
+                        return Err(Failed::Broke(format!("connect: {error}")));
                     }
                 },
             };
             match self.send(sender, (pool, lease), passage).await {
-                Tried::Unsent(cause) if was_kept => {
+                Err(Failed::Unsent(cause)) if was_kept => {
                     debug!(worker = %lease.worker().id, cause, "a kept connection was closed");
                     passage.account.step(Step::Connect);
                 }
@@ -261,21 +253,12 @@ impl Proxy {
         passage.account.step(Step::FirstByte);
         let asks_for_work = has_body(&passage.asked.head.method);
         let visit = asks_for_work.then(|| Visit::begin(Arc::clone(&lease.worker().pulse)));
-        let answered = match self.hand_over(sender, (pool, lease), passage, visit.as_ref()) {
-            Ok(sent) => sent.await,
-            Err(fault) => return Tried::Refused(fault),
-        };
-        match answered {
-            Ok(response) => {
-                if let Some(visit) = &visit {
-                    rpc::tell(visit, passage.asked.call.is_some(), &response);
-                }
-                Tried::Answered(response, visit)
-            }
-            Err(Failed::Unsent(cause)) => Tried::Unsent(cause),
-            Err(Failed::Broke(cause)) => Tried::Broke(cause),
-            Err(Failed::Refused(fault)) => Tried::Refused(fault),
+        let sent = self.hand_over(sender, (pool, lease), passage, visit.as_ref());
+        let response = sent.map_err(Failed::Refused)?.await?;
+        if let Some(visit) = &visit {
+            rpc::tell(visit, passage.asked.call.is_some(), &response);
         }
+        Ok((response, visit))
     }
 
     /// Gives it to a connection, so that nothing of it waits for its answer here.
