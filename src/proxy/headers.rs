@@ -22,7 +22,7 @@ const FORWARDED_PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto")
 /// Whether the client wants to leave HTTP, as for a websocket.
 pub(super) fn asks_upgrade(headers: &HeaderMap) -> bool {
     headers.contains_key(UPGRADE)
-        && connection_words(headers).any(|word| word.eq_ignore_ascii_case("upgrade"))
+        && words(headers, &CONNECTION).any(|word| word.eq_ignore_ascii_case(b"upgrade"))
 }
 
 /// Returns whether a header is of one connection, never passed on (RFC 9110, 7.6.1;
@@ -125,12 +125,16 @@ pub(super) fn strip(headers: &mut HeaderMap) {
 /// Returns the headers that are of this connection because it says so, but for those
 /// that always are.
 fn named_by_connection(headers: &HeaderMap) -> Vec<HeaderName> {
-    let is_plain = |word: &&str| {
+    let is_plain = |word: &&[u8]| {
         let always = ["close", "keep-alive", "upgrade", "te"];
-        !always.iter().any(|known| word.eq_ignore_ascii_case(known))
+        !always
+            .iter()
+            .any(|known| word.eq_ignore_ascii_case(known.as_bytes()))
     };
-    let words = connection_words(headers).filter(is_plain);
-    words.filter_map(|name| name.parse().ok()).collect()
+    let words = words(headers, &CONNECTION).filter(is_plain);
+    words
+        .filter_map(|name| HeaderName::from_bytes(name).ok())
+        .collect()
 }
 
 /// Returns the value of `Host` for a worker.
@@ -138,13 +142,14 @@ pub(super) fn host(upstream: &Upstream) -> HeaderValue {
     HeaderValue::try_from(upstream.host()).unwrap_or_else(|_| HeaderValue::from_static("localhost"))
 }
 
-fn connection_words(headers: &HeaderMap) -> impl Iterator<Item = &str> {
-    headers
-        .get_all(CONNECTION)
-        .iter()
-        .filter_map(|value| value.to_str().ok())
-        .flat_map(|value| value.split(','))
-        .map(str::trim)
+/// Returns the words of a header that is a list, whatever its lines.
+pub(super) fn words<'a>(
+    headers: &'a HeaderMap,
+    name: &HeaderName,
+) -> impl Iterator<Item = &'a [u8]> + use<'a> {
+    let values = headers.get_all(name).iter();
+    let words = values.flat_map(|value| value.as_bytes().split(|byte| *byte == b','));
+    words.map(<[u8]>::trim_ascii)
 }
 
 /// Makes one line of several.

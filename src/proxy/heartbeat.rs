@@ -30,6 +30,7 @@ use tracing::debug;
 use super::body::{Broken, ProxyBody};
 use super::filter::Change;
 use super::forward::is_events;
+use super::headers::words;
 use super::held::Held;
 use super::resolve::{is_encoded, kind, may_be_else};
 use super::rewrite::asks_stream;
@@ -81,12 +82,9 @@ pub(super) async fn wanted(
 }
 
 fn accepts_events(headers: &HeaderMap) -> bool {
-    let values = headers.get_all(ACCEPT).iter();
-    values
-        .filter_map(|value| value.to_str().ok())
-        .flat_map(|value| value.split(','))
-        .filter_map(|range| range.split(';').next())
-        .any(|range| range.trim().eq_ignore_ascii_case("text/event-stream"))
+    let ranges = words(headers, &ACCEPT);
+    let mut kinds = ranges.filter_map(|range| range.split(|byte| *byte == b';').next());
+    kinds.any(|kind| kind.trim_ascii().eq_ignore_ascii_case(b"text/event-stream"))
 }
 
 /// Waits for an answer, and begins one after `every` without it.

@@ -11,6 +11,7 @@ use memchr::memchr;
 
 use super::WireError;
 use super::decode::Decoder;
+use crate::proxy::headers::words;
 
 /// Lines of a head or of trailers, at most.
 pub(super) const MOST_LINES: usize = 100;
@@ -87,9 +88,8 @@ pub(super) fn read(
         _ => framing(&headers, is_old)?,
     };
     let says = |word: &str| {
-        let values = headers.get_all(CONNECTION).iter();
-        let mut words = values.flat_map(|value| value.as_bytes().split(|byte| *byte == b','));
-        words.any(|said| said.trim_ascii().eq_ignore_ascii_case(word.as_bytes()))
+        let mut said = words(&headers, &CONNECTION);
+        said.any(|said| said.eq_ignore_ascii_case(word.as_bytes()))
     };
     let is_kept = match is_old {
         true => says("keep-alive") && !says("close"),
@@ -178,19 +178,16 @@ fn framing(headers: &HeaderMap, is_old: bool) -> Result<Decoder, WireError> {
         };
     }
     let mut length = None;
-    for value in headers.get_all(CONTENT_LENGTH) {
-        // One that is said twice the same way is one.
-        for word in value.as_bytes().split(|byte| *byte == b',') {
-            let word = word.trim_ascii();
-            let is_number = !word.is_empty() && word.iter().all(u8::is_ascii_digit);
-            let text = str::from_utf8(word).ok().filter(|_| is_number);
-            let said: Option<u64> = text.and_then(|text| text.parse().ok());
-            let said = said.ok_or_else(|| refused("its length is no number"))?;
-            if length.is_some_and(|length| length != said) {
-                return Err(refused("it has two lengths"));
-            }
-            length = Some(said);
+    // One that is said twice the same way is one.
+    for word in words(headers, &CONTENT_LENGTH) {
+        let is_number = !word.is_empty() && word.iter().all(u8::is_ascii_digit);
+        let text = str::from_utf8(word).ok().filter(|_| is_number);
+        let said: Option<u64> = text.and_then(|text| text.parse().ok());
+        let said = said.ok_or_else(|| refused("its length is no number"))?;
+        if length.is_some_and(|length| length != said) {
+            return Err(refused("it has two lengths"));
         }
+        length = Some(said);
     }
     Ok(match length {
         Some(0) => Decoder::Done,

@@ -19,6 +19,7 @@ use super::WireError;
 use super::head::Lines;
 use super::io::Writer;
 use crate::proxy::answer::Failed;
+use crate::proxy::headers::words;
 use crate::proxy::upload::{BodyError, RequestBody};
 use crate::telemetry;
 
@@ -354,8 +355,6 @@ fn trailers(headers: &HeaderMap) -> Vec<HeaderName> {
         TRAILER,
         TRANSFER_ENCODING,
     ];
-    let values = headers.get_all(TRAILER).iter();
-    let words = values.flat_map(|value| value.as_bytes().split(|byte| *byte == b','));
-    let names = words.filter_map(|word| HeaderName::from_bytes(word.trim_ascii()).ok());
+    let names = words(headers, &TRAILER).filter_map(|word| HeaderName::from_bytes(word).ok());
     names.filter(|name| !NEVER.contains(name)).collect()
 }
