@@ -18,7 +18,7 @@ pub(super) enum Reader {
 
 /// The side to which requests are written.
 #[derive(Debug)]
-pub(in crate::proxy) enum Writer {
+pub(super) enum Writer {
     Tcp(tcp::OwnedWriteHalf),
     Unix(unix::OwnedWriteHalf),
 }

@@ -26,15 +26,14 @@ use std::task::{Context, Poll, ready};
 use bytes::{Bytes, BytesMut};
 use hyper::body::{Frame, SizeHint};
 use hyper::{Response, StatusCode};
-use tokio::io::{AsyncRead, AsyncReadExt};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite};
+use tokio::sync::oneshot;
 use tokio::sync::oneshot::error::TryRecvError;
-use tokio::sync::oneshot::{self};
 
 use self::decode::{Decoder, Piece};
 use self::head::Head;
 pub(super) use self::head::Lines;
-use self::io::Reader;
-pub(super) use self::io::Writer;
+use self::io::{Reader, Writer};
 pub(super) use self::upload::Upload;
 use super::answer::{self, Failed};
 use super::home::Home;
@@ -211,33 +210,32 @@ impl Future for Asking {
 impl State {
     fn poll_head(&mut self, cx: &mut Context<'_>) -> Poll<Result<Head, Failed>> {
         loop {
-            if let Some(asked) = &mut self.asked {
-                if !asked.upload.has_begun() {
-                    // What is new to this thread's runtime shows here whether it lives.
-                    let mut none = [0];
-                    let reading = pin!(self.reader.read(&mut none)).poll(cx);
-                    if reading.is_ready() {
-                        return Poll::Ready(Err(Failed::Unsent("it was closed".into())));
-                    }
+            let asked = self.asked.as_mut().expect("a request waits");
+            if !asked.upload.has_begun() {
+                // What is new to this thread's runtime shows here whether it lives.
+                let mut none = [0];
+                let reading = pin!(self.reader.read(&mut none)).poll(cx);
+                if reading.is_ready() {
+                    return Poll::Ready(Err(Failed::Unsent("it was closed".into())));
                 }
-                if let Place::Here(writer) = &mut self.writer
-                    && !asked.upload.is_done()
-                    && let Poll::Ready(Err(stopped)) = asked.upload.poll(cx, Some(writer))
-                {
-                    let failure = stopped.failure(asked.upload.has_begun());
-                    return Poll::Ready(Err(failure));
-                }
-                if asked.upload.is_done() && self.buffer.capacity() == 0 {
-                    self.buffer = asked.upload.take_room();
-                }
-                // Others than 101 only say that the answer is to come.
-                let (seen, is_head) = (&mut asked.seen, asked.is_head);
-                while let Some(head) = head::read(&mut self.buffer, seen, is_head).map_err(broke)? {
-                    let is_last = !head.status.is_informational();
-                    if is_last || head.status == StatusCode::SWITCHING_PROTOCOLS {
-                        self.answers(&head);
-                        return Poll::Ready(Ok(head));
-                    }
+            }
+            if let Place::Here(writer) = &mut self.writer
+                && !asked.upload.is_done()
+                && let Poll::Ready(Err(stopped)) = asked.upload.poll(cx, Some(writer))
+            {
+                let failure = stopped.failure(asked.upload.has_begun());
+                return Poll::Ready(Err(failure));
+            }
+            if asked.upload.is_done() && self.buffer.capacity() == 0 {
+                self.buffer = asked.upload.take_room();
+            }
+            // Others than 101 only say that the answer is to come.
+            let (seen, is_head) = (&mut asked.seen, asked.is_head);
+            while let Some(head) = head::read(&mut self.buffer, seen, is_head).map_err(broke)? {
+                let is_last = !head.status.is_informational();
+                if is_last || head.status == StatusCode::SWITCHING_PROTOCOLS {
+                    self.answers(&head);
+                    return Poll::Ready(Ok(head));
                 }
             }
             match ready!(self.poll_read(cx)) {
@@ -254,9 +252,7 @@ impl State {
     /// The answer begins.
     fn answers(&mut self, head: &Head) {
         self.is_last |= !head.is_kept;
-        let Some(Asked { upload, .. }) = self.asked.take() else {
-            return;
-        };
+        let Asked { upload, .. } = self.asked.take().expect("a request waits");
         if !upload.is_done() {
             self.continues(upload);
         } else if upload.is_deaf() {
@@ -381,7 +377,9 @@ impl Answer {
     }
 
     /// Takes the connection of an answer after which it is no HTTP any more.
-    pub(super) fn leave_http(mut self) -> Option<(impl AsyncRead + use<>, Writer)> {
+    pub(super) fn leave_http(
+        mut self,
+    ) -> Option<(impl AsyncRead + use<>, impl AsyncWrite + use<>)> {
         let connection = *self.connection.take()?.0;
         let Place::Here(writer) = connection.writer else {
             return None;

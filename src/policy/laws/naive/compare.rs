@@ -100,6 +100,10 @@ impl Pair {
         Self { court, naive }
     }
 
+    fn play_all(&mut self, plays: impl IntoIterator<Item = Both>) {
+        plays.into_iter().for_each(|both| self.play(both));
+    }
+
     fn play(&mut self, both: Both) {
         self.court.world.pass(Duration::from_millis(1));
         self.naive.now = self.court.world.now;
@@ -272,9 +276,7 @@ fn what_a_decision_makes_impossible_is_told_at_the_next_measurement() {
         Both::Request(0),
         Both::Time(998),
     ];
-    for both in plays {
-        pair.play(both);
-    }
+    pair.play_all(plays);
     assert_eq!(
         pair.court.open().count(),
         2,
@@ -295,9 +297,7 @@ fn who_waits_to_the_moment_in_which_another_leaves_is_refused_then() {
         Both::Request(0),
         Both::Time(19_998),
     ];
-    for both in plays {
-        pair.play(both);
-    }
+    pair.play_all(plays);
     assert_eq!(pair.court.open().count(), 1, "one millisecond is left");
     pair.play(Both::Leaves(2));
     assert_eq!(pair.court.open().count(), 0, "its time is over");
@@ -315,9 +315,7 @@ fn patience_that_ends_in_the_moment_in_which_another_leaves_ends_then() {
         Both::Request(1),
         Both::Time(4998),
     ];
-    for both in plays {
-        pair.play(both);
-    }
+    pair.play_all(plays);
     assert_eq!(pair.naive.models[0].life, Life::Ready, "still patient");
     pair.play(Both::Leaves(0));
     let life = pair.naive.models[0].life;
@@ -330,8 +328,6 @@ proptest! {
     #[test]
     fn a15_the_policy_does_what_the_naive_rules_say((shapes, patience, plays) in plays()) {
         let mut pair = Pair::new(&shapes, Duration::from_secs(patience));
-        for both in plays {
-            pair.play(both);
-        }
+        pair.play_all(plays);
     }
 }
