@@ -2,7 +2,7 @@
 //!
 //! Whoever hears that a limit is set may look at the published view at once, and
 //! must find it there. So answers wait until the view after the step is out.
-//! Leases do not wait: whoever gets one looks at nothing.
+//! Leases do not wait: whoever gets one looks at nothing. Whoever is refused one may.
 
 use super::Refusal;
 use super::command::Reply;

@@ -221,7 +221,7 @@ impl Task {
             Pending::Lease { reply, late } => {
                 self.counters.misses += u64::from(!late);
                 self.counters.turned_away += u64::from(!found_worker(&refusal));
-                let _ = reply.send(Err(refusal));
+                self.answers.put(reply, Err(refusal));
             }
             Pending::Done(reply) => self.answers.put(reply, Err(refusal)),
             Pending::Cleanup(reply) => self.answers.put(reply, Err(refusal)),
