@@ -1,11 +1,15 @@
 # What each target does is in README.md. None but `vm` needs anything but a Rust toolchain and Python 3.
-.PHONY: run test real demo bench laws fuzz chaos accept gpu vm
+.PHONY: run dist test real demo bench laws fuzz chaos accept gpu vm
 
 RESIDENTD := target/release/residentd
 
 # Everything needed, then the quick start on 127.0.0.1:8080. Ctrl-C ends it.
 run:
 	@scripts/run
+
+# The binary that is shipped, as target/trained/residentd: built twice and trained in between.
+dist:
+	@scripts/dist
 
 # Every check and test that CI requires.
 test:

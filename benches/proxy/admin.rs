@@ -13,7 +13,7 @@ use crate::report::{Goal, Report, Rounds, Visit, percentile};
 use crate::requests::closed;
 use crate::wire::{Waiting, get};
 
-const MODELS: usize = 100;
+pub(crate) const MODELS: usize = 100;
 const CONNECTIONS: usize = 64;
 /// Between two lists.
 const GAP: Duration = Duration::from_millis(2);
@@ -25,14 +25,14 @@ pub(crate) fn run(options: &Options, report: &mut Report) -> io::Result<()> {
     let residentd = peers::residentd(&options.residentd, "", MODELS, false);
     peers::whoami(&residentd.address, MODEL);
     let targets = [residentd];
-    let rounds = Rounds::run(options.rounds, &targets, |target| &target.name, visit)?;
+    let rounds = Rounds::run((options.rounds, 1), &targets, |target| &target.name, visit)?;
     report.table("S22", &rounds);
     let p99 = rounds.of("residentd", "busy_p99_ms");
     report.absolute("S22-list-p99", "ms", &p99, Goal::at_most(5.0));
     Ok(())
 }
 
-fn visit(target: &Target) -> io::Result<Visit> {
+pub(crate) fn visit(target: &Target) -> io::Result<Visit> {
     let idle = lists(target, |done| done < IDLE)?;
     let over = AtomicBool::new(false);
     let (busy, load) = std::thread::scope(|scope| {

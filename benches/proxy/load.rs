@@ -13,8 +13,8 @@ pub(crate) const EVENT: usize = 200;
 pub(crate) const STAMP: std::ops::Range<usize> = 12..32;
 /// The model that every request names.
 pub(crate) const MODEL: &str = "bench";
-/// What a request asks of the worker: `stream`, `hold`, `first`, `last`; else a
-/// small answer.
+/// What a request asks of the worker: `stream`, `hold`, or a small answer to a large
+/// body (`first`, `last`), to one that it does not know (`any`), or else to a small one.
 pub(crate) const ASK: &str = "x-bench";
 /// The moment at which the first byte of a request's body came to the worker.
 pub(crate) const FIRST_BYTE: &str = "x-first-byte-ns";

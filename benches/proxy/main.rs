@@ -15,6 +15,7 @@ mod peers;
 mod report;
 mod requests;
 mod streams;
+mod training;
 mod uploads;
 mod wire;
 mod worker;
@@ -30,8 +31,18 @@ use serde_json::json;
 
 use crate::load::MODEL;
 use crate::peers::Target;
-use crate::report::{Report, Rounds, Visit, say};
+use crate::report::{PASSES, Report, Rounds, Visit, say};
 
+type Row = fn(&Options, &mut Report) -> io::Result<()>;
+/// What is measured, by the names of its goals.
+const ROWS: [(&[&str], Row); 6] = [
+    (&["S01", "S02"], requests::run),
+    (&["S03"], streams::run),
+    (&["S04"], memory::run),
+    (&["S05"], uploads::run),
+    (&["S06"], calls::run),
+    (&["S22"], admin::run),
+];
 /// What another residentd is called.
 const BEFORE: &str = "before";
 
@@ -64,7 +75,7 @@ pub(crate) struct Options {
     #[arg(long)]
     before: Option<PathBuf>,
     /// What cargo says.
-    #[arg(long, hide = true)]
+    #[arg(long, hide = true, global = true)]
     bench: bool,
 }
 
@@ -83,6 +94,8 @@ enum Role {
         #[arg(long)]
         upstream: String,
     },
+    /// Traffic for a residentd that is to learn from it what is often run.
+    Train,
 }
 
 impl Options {
@@ -127,7 +140,12 @@ impl Stage {
         options: &Options,
         visit: impl FnMut(&Target) -> io::Result<Visit>,
     ) -> io::Result<Rounds> {
-        Rounds::run(options.rounds, &self.0, |target| &target.name, visit)
+        Rounds::run(
+            (options.rounds, PASSES),
+            &self.0,
+            |target| &target.name,
+            visit,
+        )
     }
 }
 
@@ -158,6 +176,7 @@ fn main() -> ExitCode {
     match options.role.take() {
         Some(Role::Worker { port }) => worker::run(worker::serve(port)),
         Some(Role::Bare { listen, upstream }) => bare::run(&listen, &upstream),
+        Some(Role::Train) => return train(&options),
         None => return measure(options),
     }
     ExitCode::SUCCESS
@@ -169,9 +188,27 @@ fn allow_many_files() {
     setrlimit(Resource::RLIMIT_NOFILE, most, most).expect("up to the hard limit");
 }
 
+fn train(options: &Options) -> ExitCode {
+    match training::run(&options.residentd) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            say(&format!("VOID training: {error}"));
+            ExitCode::FAILURE
+        }
+    }
+}
+
 fn measure(mut options: Options) -> ExitCode {
     if options.short {
         options.rounds = 3;
+    }
+    if let Some(row) = options.rows.iter().find(|row| !knows(row)) {
+        let known: Vec<_> = ROWS.iter().flat_map(|(names, _)| *names).copied().collect();
+        say(&format!(
+            "there is no row {row}; there are {}",
+            known.join(" ")
+        ));
+        return ExitCode::FAILURE;
     }
     let file = options.json.as_ref().map(|path| {
         let file = File::options().append(true).create(true).open(path);
@@ -179,16 +216,7 @@ fn measure(mut options: Options) -> ExitCode {
     });
     let mut report = Report::new(file, if options.short { 2.0 } else { 1.0 });
     tell_machine(&options, &mut report);
-    type Row = fn(&Options, &mut Report) -> io::Result<()>;
-    let all: [(&[&str], Row); 6] = [
-        (&["S01", "S02"], requests::run),
-        (&["S03"], streams::run),
-        (&["S04"], memory::run),
-        (&["S05"], uploads::run),
-        (&["S06"], calls::run),
-        (&["S22"], admin::run),
-    ];
-    for (names, row) in all {
+    for (names, row) in ROWS {
         let is_wanted = |name: &&str| options.rows.iter().any(|row| row == name);
         let is_run = options.rows.is_empty() || names.iter().any(is_wanted);
         if is_run && let Err(error) = row(&options, &mut report) {
@@ -200,6 +228,10 @@ fn measure(mut options: Options) -> ExitCode {
         true => ExitCode::FAILURE,
         false => ExitCode::SUCCESS,
     }
+}
+
+fn knows(row: &str) -> bool {
+    ROWS.iter().any(|(names, _)| names.contains(&row))
 }
 
 /// Tells what a result depends on beside the programs.

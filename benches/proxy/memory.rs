@@ -30,7 +30,7 @@ pub(crate) fn run(options: &Options, report: &mut Report) -> io::Result<()> {
             .filter(|name| peers::version(name).is_some()),
     );
     let rounds = Rounds::run(
-        options.rounds,
+        (options.rounds, 1),
         &names,
         |name| name,
         |name| visit(name, &options.residentd),

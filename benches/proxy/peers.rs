@@ -227,7 +227,8 @@ pub(crate) fn residentd(binary: &Path, server: &str, models: usize, loaded: bool
     let output = program.child.stdout.take().expect("it is piped");
     let mut lines = BufReader::new(output).lines().map_while(Result::ok);
     let address = lines.find_map(|line| {
-        let address = line.strip_prefix("residentd is listening on http://")?;
+        let (_, address) = line.split_once("residentd is listening on http")?;
+        let address = address.split_once("://")?.1;
         Some(address.to_owned())
     });
     let target = Target::of("residentd", String::new(), program, WORKER);

@@ -7,8 +7,13 @@ use std::io::{self, Write};
 
 use serde_json::{Value, json};
 
+use crate::load::float_of;
+
 /// More spread between rounds than this says nothing about a goal.
 const NOISY: f64 = 0.25;
+
+/// Passes of a round over visits that are short: see [`Rounds::run`].
+pub(crate) const PASSES: usize = 4;
 
 /// What one visit to one target gave, by name.
 pub(crate) type Visit = BTreeMap<&'static str, f64>;
@@ -18,22 +23,32 @@ pub(crate) type Visit = BTreeMap<&'static str, f64>;
 pub(crate) struct Rounds(Vec<BTreeMap<String, Visit>>);
 
 impl Rounds {
-    /// Visits all targets so many times, in an order that turns.
+    /// Visits all targets in each of so many rounds, in an order that turns. Of the
+    /// passes of a round every other one goes the other way, and a round's figures are
+    /// their means: so a host that grows slower meanwhile does so for all.
     pub(crate) fn run<T>(
-        rounds: usize,
+        (rounds, passes): (usize, usize),
         targets: &[T],
         name: impl Fn(&T) -> &str,
         mut visit: impl FnMut(&T) -> io::Result<Visit>,
     ) -> io::Result<Self> {
         let mut all = Self::default();
         for round in 0..rounds {
-            let mut found = BTreeMap::new();
-            for place in 0..targets.len() {
-                let target = &targets[(round + place) % targets.len()];
-                let visited = visit(target);
-                let visited = visited
-                    .map_err(|error| io::Error::other(format!("{}: {error}", name(target))))?;
-                found.insert(name(target).to_owned(), visited);
+            let mut found: BTreeMap<String, Visit> = BTreeMap::new();
+            for pass in 0..passes {
+                for place in 0..targets.len() {
+                    let place = match pass % 2 {
+                        0 => place,
+                        _ => targets.len() - 1 - place,
+                    };
+                    let target = &targets[(round + place) % targets.len()];
+                    let visited = visit(target)
+                        .map_err(|error| io::Error::other(format!("{}: {error}", name(target))))?;
+                    let sums = found.entry(name(target).to_owned()).or_default();
+                    for (figure, value) in visited {
+                        *sums.entry(figure).or_default() += value / float_of(passes);
+                    }
+                }
             }
             all.0.push(found);
         }

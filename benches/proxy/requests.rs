@@ -23,7 +23,7 @@ use crate::{Options, Stage};
 /// Connections of the row that fills all targets.
 const MANY: usize = 64;
 /// How long a visit lasts.
-const VISIT: Duration = Duration::from_millis(1000);
+const VISIT: Duration = Duration::from_millis(300);
 /// Most requests of one connection in a visit.
 const MOST: usize = 100_000;
 /// Requests a second of the open loop, and connections that take turns with them.
@@ -128,7 +128,7 @@ fn put_times(visit: &mut Visit, mut times: Vec<f64>) {
 }
 
 /// Small requests at a fixed rate, whoever is late.
-fn open(target: &Target) -> io::Result<Visit> {
+pub(crate) fn open(target: &Target) -> io::Result<Visit> {
     let gap = 1_000_000_000 / RATE;
     let start = load::now() + 20_000_000;
     let end = start + u64::try_from(VISIT.as_nanos()).expect("it is short");

@@ -16,7 +16,7 @@ use crate::{Options, Stage};
 
 const STREAMS: usize = 32;
 /// Events of a stream, one each [`GAP_MS`].
-const EVENTS: usize = 200;
+const EVENTS: usize = 60;
 const GAP_MS: usize = 5;
 
 /// Runs the row.
@@ -41,7 +41,7 @@ pub(crate) fn run(options: &Options, report: &mut Report) -> io::Result<()> {
     Ok(())
 }
 
-fn visit(target: &Target) -> io::Result<Visit> {
+pub(crate) fn visit(target: &Target) -> io::Result<Visit> {
     crate::driver().block_on(async {
         let more = format!("x-count: {EVENTS}\r\nx-gap-ms: {GAP_MS}\r\n");
         let asked = request("stream", &more, load::small());

@@ -13,10 +13,10 @@ use crate::{Options, Stage};
 const PIECE: usize = 125_000;
 const GAP: Duration = Duration::from_millis(1);
 /// Uploads of a visit; the median counts.
-const UPLOADS: usize = 5;
+const UPLOADS: usize = 3;
 /// A model at the end of 10 MB is only found by who may read so much: the default
 /// is 1 MiB, more is a setting.
-const PREFIX: &str = "model_prefix = \"16MiB\"";
+pub(crate) const PREFIX: &str = "model_prefix = \"16MiB\"";
 
 /// Runs both rows.
 pub(crate) fn run(options: &Options, report: &mut Report) -> io::Result<()> {
@@ -38,7 +38,7 @@ pub(crate) fn run(options: &Options, report: &mut Report) -> io::Result<()> {
     Ok(())
 }
 
-fn visit(target: &Target, ask: &str) -> io::Result<Visit> {
+pub(crate) fn visit(target: &Target, ask: &str) -> io::Result<Visit> {
     crate::driver().block_on(async {
         let mut connection = Connection::open(&target.address).await?;
         connection.ask(&request("", "", load::small())).await?;

@@ -4,7 +4,7 @@
 use std::io::{self, Read, Write};
 use std::net::TcpStream as Blocking;
 
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::TcpStream;
 
 use crate::load::{self, ASK, MODEL};
@@ -178,8 +178,8 @@ fn chunk_length(line: &[u8]) -> io::Result<usize> {
 
 /// A kept connection.
 #[derive(Debug)]
-pub(crate) struct Connection {
-    stream: TcpStream,
+pub(crate) struct Connection<S = TcpStream> {
+    stream: S,
     buffer: Vec<u8>,
     pub(crate) answer: Answer,
 }
@@ -188,11 +188,17 @@ impl Connection {
     pub(crate) async fn open(address: &str) -> io::Result<Self> {
         let stream = TcpStream::connect(address).await?;
         stream.set_nodelay(true)?;
-        Ok(Self {
+        Ok(Self::over(stream))
+    }
+}
+
+impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
+    pub(crate) fn over(stream: S) -> Self {
+        Self {
             stream,
             buffer: vec![0; 16 << 10],
             answer: Answer::new(),
-        })
+        }
     }
 
     /// Sends a request and reads the whole answer.
