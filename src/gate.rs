@@ -14,12 +14,14 @@
 //! 31..0            requests inside
 //! ```
 
+mod home;
 mod pulse;
 
 use std::num::NonZeroU32;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
 
+pub use home::Home;
 pub use pulse::{Pulse, PulseReading, Visit};
 
 use crate::clock::Timestamp;

@@ -1,7 +1,8 @@
 //! What requests hear from a ready worker.
 //!
-//! The proxy counts, without a lock or a clock; the worker's task looks from
-//! time to time and judges (`worker/liveness`). Only requests that ask for work
+//! The proxy counts, without a lock or a clock, and every thread what it does itself,
+//! so that none waits for another's cache with each piece of a stream; the worker's task
+//! looks from time to time and judges (`worker/liveness`). Only requests that ask for work
 //! count, see [`Visit`].
 
 use std::sync::Arc;
@@ -9,16 +10,31 @@ use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU32, AtomicU64, Ordering};
 
 use tokio::sync::Notify;
 
+use super::Home;
+
+/// Parts of the counts: more than there are threads that serve connections, which are
+/// among the first that count.
+const PARTS: usize = 8;
+
 /// The counts of one worker.
 #[derive(Debug, Default)]
 pub struct Pulse {
-    inside: AtomicU32,
-    waiting: AtomicU32,
-    heard: AtomicU64,
+    parts: [Part; PARTS],
     refused: AtomicU32,
     errors: AtomicU32,
     error_status: AtomicU16,
     alarm: Notify,
+}
+
+/// What requests count that began on one thread, in cache lines of its own (two: they
+/// are fetched in pairs). What it is added to is the sum: a request that ends elsewhere
+/// counts where it began.
+#[derive(Debug, Default)]
+#[repr(align(128))]
+struct Part {
+    inside: AtomicU32,
+    waiting: AtomicU32,
+    heard: AtomicU64,
 }
 
 /// A copy of a pulse's numbers.
@@ -44,10 +60,21 @@ impl Pulse {
     /// Returns a copy of the numbers.
     #[must_use]
     pub fn read(&self) -> PulseReading {
+        // Wrapping, since one that waits no more may be subtracted on one thread just
+        // before it is added on another.
+        let sum = |count: fn(&Part) -> &AtomicU32| {
+            let counts = self.parts.iter();
+            let counts = counts.map(|part| count(part).load(Ordering::Relaxed));
+            counts.fold(0, u32::wrapping_add)
+        };
+        let inside = sum(|part| &part.inside);
+        let waiting = sum(|part| &part.waiting);
+        let heard = self.parts.iter();
+        let heard = heard.map(|part| part.heard.load(Ordering::Relaxed)).sum();
         PulseReading {
-            inside: self.inside.load(Ordering::Relaxed),
-            waiting: self.waiting.load(Ordering::Relaxed),
-            heard: self.heard.load(Ordering::Relaxed),
+            inside,
+            waiting,
+            heard,
             refused: self.refused.load(Ordering::Relaxed),
             errors: self.errors.load(Ordering::Relaxed),
             error_status: self.error_status.load(Ordering::Relaxed),
@@ -75,6 +102,8 @@ pub struct Visit(Arc<Stay>);
 #[derive(Debug)]
 struct Stay {
     pulse: Arc<Pulse>,
+    /// Where it counts.
+    part: usize,
     waits: AtomicBool,
     owes: AtomicBool,
     failed: AtomicBool,
@@ -84,9 +113,11 @@ impl Visit {
     /// Begins a visit. The request does not wait for the worker yet.
     #[must_use]
     pub fn begin(pulse: Arc<Pulse>) -> Self {
-        pulse.inside.fetch_add(1, Ordering::Relaxed);
+        let part = Home::here().part(PARTS);
+        pulse.parts[part].inside.fetch_add(1, Ordering::Relaxed);
         Self(Arc::new(Stay {
             pulse,
+            part,
             waits: AtomicBool::new(false),
             owes: AtomicBool::new(false),
             failed: AtomicBool::new(false),
@@ -115,7 +146,7 @@ impl Visit {
             stay.owes.store(false, Ordering::Relaxed);
         }
         if !stay.waits.load(Ordering::Relaxed) && !stay.waits.swap(true, Ordering::Relaxed) {
-            stay.pulse.waiting.fetch_add(1, Ordering::Relaxed);
+            stay.part().waiting.fetch_add(1, Ordering::Relaxed);
         }
     }
 
@@ -123,7 +154,7 @@ impl Visit {
     pub fn hears(&self) {
         let stay = &self.0;
         if stay.stop_waiting() {
-            stay.pulse.heard.fetch_add(1, Ordering::Relaxed);
+            stay.part().heard.fetch_add(1, Ordering::Relaxed);
             if !stay.failed.load(Ordering::Relaxed) {
                 stay.clear_errors();
             }
@@ -134,7 +165,7 @@ impl Visit {
     pub fn begun(&self) {
         let stay = &self.0;
         stay.stop_waiting();
-        stay.pulse.heard.fetch_add(1, Ordering::Relaxed);
+        stay.part().heard.fetch_add(1, Ordering::Relaxed);
     }
 
     /// The head of the answer came, or the end of a call, with this status. A client's mistake (4xx)
@@ -143,7 +174,7 @@ impl Visit {
     pub fn answered(&self, status: u16) {
         let stay = &self.0;
         stay.stop_waiting();
-        stay.pulse.heard.fetch_add(1, Ordering::Relaxed);
+        stay.part().heard.fetch_add(1, Ordering::Relaxed);
         stay.failed.store(status >= 500, Ordering::Relaxed);
         match status {
             500 | 502 | 504 => {
@@ -158,11 +189,15 @@ impl Visit {
 }
 
 impl Stay {
+    fn part(&self) -> &Part {
+        &self.pulse.parts[self.part]
+    }
+
     fn stop_waiting(&self) -> bool {
         let waited =
             self.waits.load(Ordering::Relaxed) && self.waits.swap(false, Ordering::Relaxed);
         if waited {
-            self.pulse.waiting.fetch_sub(1, Ordering::Relaxed);
+            self.part().waiting.fetch_sub(1, Ordering::Relaxed);
         }
         waited
     }
@@ -178,7 +213,7 @@ impl Stay {
 impl Drop for Stay {
     fn drop(&mut self) {
         self.stop_waiting();
-        self.pulse.inside.fetch_sub(1, Ordering::Relaxed);
+        self.part().inside.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
@@ -210,6 +245,30 @@ mod tests {
         visit.waits();
         drop(visit);
         assert_eq!(counts(&pulse), (0, 0, 2));
+    }
+
+    #[test]
+    fn requests_of_many_threads_are_counted_together_wherever_they_end() {
+        let pulse = Arc::new(Pulse::default());
+        let visits: Vec<_> = (0..3 * PARTS)
+            .map(|_| {
+                let pulse = Arc::clone(&pulse);
+                let begun = std::thread::spawn(move || Visit::begin(pulse));
+                begun.join().expect("it does not panic")
+            })
+            .collect();
+        for visit in &visits {
+            visit.waits();
+        }
+        assert_eq!(counts(&pulse), (24, 24, 0));
+        visits[0].hears();
+        assert_eq!(counts(&pulse), (24, 23, 1));
+        drop(visits);
+        assert_eq!(counts(&pulse), (0, 0, 1));
+        // As it may be seen in the moment in which two threads are about it.
+        pulse.parts[0].waiting.fetch_sub(1, Ordering::Relaxed);
+        pulse.parts[1].waiting.fetch_add(3, Ordering::Relaxed);
+        assert_eq!(counts(&pulse).1, 2);
     }
 
     #[test]

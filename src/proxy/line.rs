@@ -23,8 +23,8 @@ use tokio_util::sync::{CancellationToken, DropGuard, WaitForCancellationFutureOw
 use tracing::debug;
 
 use super::answer::{Answer, Failed};
-use super::home::Home;
 use super::upload::{self, RequestBody};
+use crate::gate::Home;
 use crate::telemetry;
 
 /// How long an answer may take from the end of its line to whoever waits for it.

@@ -16,7 +16,6 @@ pub mod fuzzing;
 mod headers;
 mod heartbeat;
 mod held;
-mod home;
 mod http1;
 mod ids;
 mod limit;

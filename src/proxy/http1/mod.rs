@@ -36,8 +36,8 @@ pub(super) use self::head::Lines;
 use self::io::{Reader, Writer};
 pub(super) use self::upload::Upload;
 use super::answer::{self, Failed};
-use super::home::Home;
 use crate::control::Stream;
+use crate::gate::Home;
 use crate::telemetry;
 
 /// Room for what is read at once; for heads too, which seldom are larger.
@@ -262,8 +262,11 @@ impl State {
 
     /// Reads what is there. Zero: the worker says no more.
     fn poll_read(&mut self, cx: &mut Context<'_>) -> Poll<Result<usize, Error>> {
+        // From the beginning again if nobody has what was there, so that one place is
+        // written to again and again, which is in the cache.
+        let has_room = self.buffer.is_empty() && self.buffer.try_reclaim(self.room);
         let free = self.buffer.capacity() - self.buffer.len();
-        if free < self.room / 2 {
+        if !has_room && free < self.room / 2 {
             self.buffer.reserve(self.room);
         }
         let free = self.buffer.capacity() - self.buffer.len();
