@@ -13,6 +13,7 @@ mod inputs;
 mod keeper;
 mod lanes;
 mod listen;
+mod parts;
 mod reload;
 mod sockets;
 mod supervisor;

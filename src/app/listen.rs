@@ -14,6 +14,7 @@ use hyper::header::{
 };
 use hyper::{Method, Request, Response, StatusCode, Version};
 use hyper_util::rt::TokioIo;
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::watch;
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::rustls::ServerConfig;
@@ -24,6 +25,7 @@ use tracing::{debug, warn};
 use super::connection::{self, HEAD_TIMEOUT};
 use super::entrance::{self, Entrance, Rules};
 use super::lanes::Lanes;
+use super::parts::Parts;
 use super::reload::proxy_settings;
 use super::sockets::{Listener, Scope};
 use super::upgrade::{named_peer, pass};
@@ -242,12 +244,12 @@ impl Server {
 
     async fn serve_any(self: &Arc<Self>, stream: Stream, at: At) {
         let (stream, peer) = match (stream, at.origin) {
-            (Stream::Unix(stream), _) => return self.serve(TokioIo::new(stream), at).await,
+            (Stream::Unix(stream), _) => return self.serve_plain(stream, at).await,
             (Stream::Tcp(stream), Origin::Client(peer)) => (stream, peer),
-            (Stream::Tcp(stream), _) => return self.serve(TokioIo::new(stream), at).await,
+            (Stream::Tcp(stream), _) => return self.serve_plain(stream, at).await,
         };
         let Some(config) = self.tls.load_full() else {
-            return self.serve(TokioIo::new(stream), at).await;
+            return self.serve_plain(stream, at).await;
         };
         let shaken = TlsAcceptor::from(config).accept(stream);
         let shaken = tokio::select! {
@@ -261,6 +263,13 @@ impl Server {
             Ok(Err(error)) => debug!(%error, "a client does not speak TLS as it should"),
             Err(_) => debug!("a client took too long to begin TLS"),
         }
+    }
+
+    async fn serve_plain<I>(self: &Arc<Self>, stream: I, at: At)
+    where
+        I: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    {
+        self.serve(TokioIo::new(Parts(stream)), at).await;
     }
 
     async fn serve<I>(self: &Arc<Self>, io: TokioIo<I>, at: At)
