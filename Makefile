@@ -1,4 +1,5 @@
-# What each target does is in README.md. None but `vm` needs anything but a Rust toolchain and Python 3.
+# What each target does is in README.md. None but `vm`, `dist` and `bench` needs anything but
+# a Rust toolchain and Python 3; the latter two need rustup.
 .PHONY: run dist test real demo bench laws fuzz chaos accept gpu vm
 
 RESIDENTD := target/release/residentd

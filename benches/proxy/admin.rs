@@ -15,6 +15,8 @@ use crate::wire::{Waiting, get};
 
 pub(crate) const MODELS: usize = 100;
 const CONNECTIONS: usize = 64;
+/// How long lists are asked for under load: so that there are hundreds.
+const VISIT: Duration = Duration::from_secs(1);
 /// Between two lists.
 const GAP: Duration = Duration::from_millis(2);
 /// Lists of an idle residentd, for comparison.
@@ -37,7 +39,7 @@ pub(crate) fn visit(target: &Target) -> io::Result<Visit> {
     let over = AtomicBool::new(false);
     let (busy, load) = std::thread::scope(|scope| {
         let asking = scope.spawn(|| lists(target, |_| !over.load(Ordering::Relaxed)));
-        let load = closed(target, CONNECTIONS);
+        let load = closed(target, CONNECTIONS, VISIT);
         over.store(true, Ordering::Relaxed);
         (asking.join().expect("it does not panic"), load)
     });

@@ -1,6 +1,7 @@
 //! The least that hyper needs to pass HTTP/2 on: its server on one side, its
 //! client with one connection for each of the client's on the other, on as many
-//! threads as residentd has. What residentd costs more is residentd.
+//! threads as residentd has. What residentd costs more is residentd, less what its training
+//! (`scripts/dist`) brings it: this has none.
 //!
 //! This same program, started as `proxy bare --listen ADDR --upstream ADDR`.
 

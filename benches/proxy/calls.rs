@@ -22,7 +22,7 @@ use crate::{BEFORE, Options, before};
 const CONNECTIONS: usize = 4;
 /// Calls that are on their way on each.
 const CALLS: usize = 8;
-const VISIT: Duration = Duration::from_millis(300);
+const VISIT: Duration = Duration::from_millis(500);
 /// Most calls of one after the other in a visit.
 const MOST: usize = 100_000;
 /// The goal is 40 µs where hyper to hyper takes 35.

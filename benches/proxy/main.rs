@@ -109,7 +109,7 @@ impl Options {
 
 /// All that answer small requests, one worker behind them all.
 #[derive(Debug)]
-struct Stage(Vec<Target>);
+struct Stage(pub(crate) Vec<Target>);
 
 impl Stage {
     /// Starts every target; `server` are lines of residentd's configuration.

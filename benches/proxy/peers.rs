@@ -4,10 +4,10 @@
 
 use std::ffi::OsStr;
 use std::fs;
-use std::io::{BufRead, BufReader};
+use std::io::{self, BufRead, BufReader};
 use std::net::{Ipv4Addr, TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
@@ -32,16 +32,24 @@ pub(crate) struct Program {
     folder: Option<tempfile::TempDir>,
 }
 
-impl Drop for Program {
-    fn drop(&mut self) {
+impl Program {
+    /// Ends it. Returns how it ended, unless it had to be killed.
+    fn end(&mut self) -> Option<ExitStatus> {
         let pid = Pid::from_raw(i32::try_from(self.child.id()).expect("a pid fits"));
         // It may be gone already.
         let _ = kill(pid, Signal::SIGTERM);
-        let ended = until(|| matches!(self.child.try_wait(), Ok(Some(_)) | Err(_)).then_some(()));
+        let ended = until(|| self.child.try_wait().transpose());
         if ended.is_none() {
             let _ = self.child.kill();
             let _ = self.child.wait();
         }
+        ended.and_then(Result::ok)
+    }
+}
+
+impl Drop for Program {
+    fn drop(&mut self) {
+        self.end();
     }
 }
 
@@ -76,6 +84,15 @@ impl Target {
             address,
             processes: None,
             program: None,
+        }
+    }
+
+    /// Ends it, which it has to do by itself and well.
+    pub(crate) fn end(mut self) -> io::Result<()> {
+        let ended = self.program.as_mut().and_then(Program::end);
+        match ended.is_some_and(|status| status.success()) {
+            true => Ok(()),
+            false => Err(io::Error::other(format!("{} ended badly", self.name))),
         }
     }
 
@@ -165,6 +182,20 @@ fn can_be_tied() -> bool {
         let tried = command.stderr(Stdio::null()).status();
         tried.is_ok_and(|status| status.success())
     })
+}
+
+/// Waits until nobody runs this program.
+pub(crate) fn nobody_runs(program: &Path) -> io::Result<()> {
+    let program = program.canonicalize()?;
+    let runs = |process: &fs::DirEntry| {
+        let runs = fs::read_link(process.path().join("exe"));
+        runs.is_ok_and(|runs| runs == program)
+    };
+    let ended = until(|| {
+        let mut processes = fs::read_dir("/proc").ok()?.flatten();
+        (!processes.any(|process| runs(&process))).then_some(())
+    });
+    ended.ok_or_else(|| io::Error::other(format!("{} runs still", program.display())))
 }
 
 fn free_port() -> u16 {

@@ -18,7 +18,7 @@ pub(crate) const PASSES: usize = 4;
 /// What one visit to one target gave, by name.
 pub(crate) type Visit = BTreeMap<&'static str, f64>;
 
-/// Rounds of one row: each has a visit to every target.
+/// Rounds of one row: each has visits to every target.
 #[derive(Debug, Default)]
 pub(crate) struct Rounds(Vec<BTreeMap<String, Visit>>);
 

@@ -23,7 +23,7 @@ use crate::{Options, Stage};
 /// Connections of the row that fills all targets.
 const MANY: usize = 64;
 /// How long a visit lasts.
-const VISIT: Duration = Duration::from_millis(300);
+pub(crate) const VISIT: Duration = Duration::from_millis(500);
 /// Most requests of one connection in a visit.
 const MOST: usize = 100_000;
 /// Requests a second of the open loop, and connections that take turns with them.
@@ -36,7 +36,7 @@ pub(crate) fn run(options: &Options, report: &mut Report) -> io::Result<()> {
     // Nobody gets in the way of a target that has a core to itself.
     if peers::pin() {
         let stage = Stage::new(options, report, "");
-        let rounds = stage.rounds(options, |target| closed(target, MANY));
+        let rounds = stage.rounds(options, |target| closed(target, MANY, VISIT));
         peers::unpin();
         let rounds = rounds?;
         report.table("S01-pinned", &rounds);
@@ -51,8 +51,8 @@ pub(crate) fn run(options: &Options, report: &mut Report) -> io::Result<()> {
 
 fn closed_and_open(options: &Options, report: &mut Report) -> io::Result<()> {
     let stage = Stage::new(options, report, "");
-    let one = stage.rounds(options, |target| closed(target, 1))?;
-    let many = stage.rounds(options, |target| closed(target, MANY))?;
+    let one = stage.rounds(options, |target| closed(target, 1, VISIT))?;
+    let many = stage.rounds(options, |target| closed(target, MANY, VISIT))?;
     let open = stage.rounds(options, open)?;
     report.table("S02-1", &one);
     report.table("S01-64", &many);
@@ -82,8 +82,9 @@ fn closed_and_open(options: &Options, report: &mut Report) -> io::Result<()> {
     Ok(())
 }
 
-/// Small requests on so many connections, each as soon as the last is answered.
-pub(crate) fn closed(target: &Target, connections: usize) -> io::Result<Visit> {
+/// Small requests on so many connections, each as soon as the last is answered, for so
+/// long.
+pub(crate) fn closed(target: &Target, connections: usize, time: Duration) -> io::Result<Visit> {
     crate::driver().block_on(async {
         let small = request("", "", load::small());
         let mut opened = Vec::new();
@@ -94,7 +95,7 @@ pub(crate) fn closed(target: &Target, connections: usize) -> io::Result<Visit> {
             opened.push(connection);
         }
         let before = Used::now(target);
-        let end = load::now() + u64::try_from(VISIT.as_nanos()).expect("it is short");
+        let end = load::now() + u64::try_from(time.as_nanos()).expect("it is short");
         let mut asking = JoinSet::new();
         for connection in opened {
             asking.spawn(ask_until(connection, small.clone(), end));

@@ -9,20 +9,20 @@ use tokio::task::JoinSet;
 
 use crate::load::{self, EVENT, STAMP, float, float_of};
 use crate::peers::Target;
-use crate::report::{Goal, Report, Visit, percentile};
+use crate::report::{Goal, Report, Rounds, Visit, percentile};
 use crate::requests::Used;
 use crate::wire::{Connection, request};
 use crate::{Options, Stage};
 
 const STREAMS: usize = 32;
 /// Events of a stream, one each [`GAP_MS`].
-const EVENTS: usize = 60;
+const EVENTS: usize = 200;
 const GAP_MS: usize = 5;
 
 /// Runs the row.
 pub(crate) fn run(options: &Options, report: &mut Report) -> io::Result<()> {
     let stage = Stage::new(options, report, "");
-    let rounds = stage.rounds(options, visit)?;
+    let rounds = Rounds::run((options.rounds, 2), &stage.0, |target| &target.name, visit)?;
     report.table("S03", &rounds);
     let (ours, nginx) = ("residentd", "nginx");
     let pair = (rounds.of(ours, "cpu_us"), rounds.of(nginx, "cpu_us"));

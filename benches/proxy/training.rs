@@ -20,9 +20,13 @@ use tokio_rustls::rustls::{ClientConfig, RootCertStore};
 
 use crate::load::{self, ASK, MODEL};
 use crate::peers::{self, Target};
+use crate::requests::{self, VISIT};
 use crate::wire::{Connection, Waiting, get};
-use crate::{admin, calls, requests, streams, uploads};
+use crate::{admin, calls, streams, uploads};
 
+/// Visits of each row; of streams twice as many, since most of what clients wait for
+/// are events.
+const VISITS: usize = 10;
 /// Requests of each kind that no row has.
 const TIMES: usize = 2000;
 /// Models that take turns, and how often each is loaded.
@@ -54,24 +58,28 @@ pub(crate) fn run(binary: &Path) -> io::Result<()> {
     let many = peers::residentd(binary, "", admin::MODELS, false);
     peers::whoami(&many.address, MODEL);
     admin::visit(&many)?;
-    Ok(())
+    many.end()?;
+    // What it had to count is written at its end.
+    peers::nobody_runs(binary)
 }
 
 /// What the rows send.
 fn plain(binary: &Path) -> io::Result<()> {
     let target = peers::residentd(binary, uploads::PREFIX, 1, false);
     peers::whoami(&target.address, MODEL);
-    for _ in 0..6 {
-        requests::closed(&target, 1)?;
-        requests::closed(&target, 64)?;
+    for _ in 0..VISITS {
+        requests::closed(&target, 1, VISIT)?;
+        requests::closed(&target, 64, VISIT)?;
         requests::open(&target)?;
+        streams::visit(&target)?;
         streams::visit(&target)?;
         calls::visit(&target)?;
     }
     for ask in ["first", "last"] {
         uploads::visit(&target, ask)?;
     }
-    browser(&target)
+    browser(&target)?;
+    target.end()
 }
 
 /// Small requests over HTTP/2 to a worker that speaks HTTP/1.1.
@@ -122,7 +130,7 @@ fn changed(binary: &Path) -> io::Result<()> {
             peers::whoami(&target.address, &format!("other-{other}"));
         }
     }
-    Ok(())
+    target.end()
 }
 
 /// Returns a request to whose body, whatever it is when it comes, the worker gives
@@ -162,7 +170,8 @@ fn encrypted(binary: &Path) -> io::Result<()> {
             ask_over_tls(&connector, &target, 1).await?;
         }
         ask_over_tls(&connector, &target, TIMES).await
-    })
+    })?;
+    target.end()
 }
 
 async fn ask_over_tls(connector: &TlsConnector, target: &Target, times: usize) -> io::Result<()> {
