@@ -1,9 +1,10 @@
 //! A slice of a recorded trace, fifty times as fast, against real workers; and
-//! the same slice simulated.
+//! what was served then, simulated.
 
 use std::sync::Arc;
 use std::time::Duration;
 
+use nix::sys::signal::Signal;
 use residentd::clock::Timestamp;
 use residentd::model::{Bytes, EvictionPolicy};
 use residentd::simulate::{self, Demand, Memory, Mode, ModelFacts, Rules, Workload};
@@ -65,21 +66,17 @@ fn config(models: &[ModelFacts]) -> String {
 #[test]
 fn a21_a_replay_with_real_workers_loads_as_often_as_the_simulation() {
     let (models, demands) = slice();
-    let residentd = Residentd::start(&config(&models));
+    let log = [("RESIDENTD_ACCESS_LOG", "true")];
+    let mut residentd = Residentd::start_with(&config(&models), &log);
     let address: Arc<str> = residentd.address().into();
     let start = now();
     let mut clients = Vec::new();
-    // When each was really sent, which a busy machine puts off.
-    let mut sent = Vec::new();
     for demand in demands {
         pause((start + demand.at.since_start()).saturating_duration_since(now()));
-        sent.push(Demand {
-            at: Timestamp::from_start(now() - start),
-            ..demand.clone()
-        });
         let address = Arc::clone(&address);
         clients.push(std::thread::spawn(move || ask(&address, &demand)));
     }
+    let asked = clients.len();
     for client in clients {
         client.join().expect("every request is answered");
     }
@@ -95,7 +92,19 @@ fn a21_a_replay_with_real_workers_loads_as_often_as_the_simulation() {
         .iter()
         .filter_map(|view| view["memory"]["file"].as_u64());
     let shared = Bytes(shared.min().expect("a worker is resident"));
-    let simulated = simulate(models, sent, shared);
+    // A busy machine puts requests and loads off and draws them out: what is simulated
+    // is when each really came and how long it and the loads really took.
+    residentd.signal(Signal::SIGTERM);
+    assert!(residentd.wait().success());
+    let served = simulate::read_log([&*residentd.folder().join("state/access.jsonl")]);
+    let served = served.expect("a good log");
+    assert_eq!(served.len(), asked, "every request is in the log");
+    let models = models.into_iter().zip(&views).map(|(facts, view)| {
+        let took = view["last_load_seconds"].as_f64();
+        let load = took.map_or(facts.load, Duration::from_secs_f64);
+        ModelFacts { load, ..facts }
+    });
+    let simulated = simulate(models.collect(), served, shared);
     println!("FIGURE A21 {real} loads with real workers, {simulated} simulated");
     assert_eq!(real, simulated, "by model: {loads:?}, shared: {shared}");
 }
