@@ -15,7 +15,7 @@ use tokio::task::JoinSet;
 
 use crate::load::{self, MODEL};
 use crate::peers::{self, Target};
-use crate::report::{Goal, PASSES, Report, Rounds, Visit};
+use crate::report::{Goal, Report, Rounds, Visit};
 use crate::requests::Used;
 use crate::{BEFORE, Options, before};
 
@@ -39,7 +39,7 @@ pub(crate) fn run(options: &Options, report: &mut Report) -> io::Result<()> {
     targets.extend(before(options, ""));
     targets.push(Target::direct(worker));
     let rounds = Rounds::run(
-        (options.rounds, PASSES),
+        (options.rounds, options.passes),
         &targets,
         |target| &target.name,
         visit,

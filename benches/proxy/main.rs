@@ -31,7 +31,7 @@ use serde_json::json;
 
 use crate::load::MODEL;
 use crate::peers::Target;
-use crate::report::{PASSES, Report, Rounds, Visit, say};
+use crate::report::{Report, Rounds, Visit, say};
 
 type Row = fn(&Options, &mut Report) -> io::Result<()>;
 /// What is measured, by the names of its goals.
@@ -60,6 +60,10 @@ pub(crate) struct Options {
     /// Rounds of every row.
     #[arg(long, default_value_t = 7)]
     rounds: usize,
+    /// Passes of a round over visits that are short, half as many over streams: the
+    /// more, the less what else runs on the machine matters.
+    #[arg(long, default_value_t = 4)]
+    passes: usize,
     /// Adds all that is measured to this file, as JSON lines.
     #[arg(long)]
     json: Option<PathBuf>,
@@ -141,7 +145,7 @@ impl Stage {
         visit: impl FnMut(&Target) -> io::Result<Visit>,
     ) -> io::Result<Rounds> {
         Rounds::run(
-            (options.rounds, PASSES),
+            (options.rounds, options.passes),
             &self.0,
             |target| &target.name,
             visit,
@@ -259,6 +263,7 @@ fn tell_machine(options: &Options, report: &mut Report) {
         "haproxy": peers::version("haproxy"),
         "threads_of_each_proxy": peers::threads(),
         "rounds": options.rounds,
+        "passes": options.passes,
         "goals_times": if options.short { 2 } else { 1 },
     });
     say(&format!("# {run}"));

@@ -12,9 +12,6 @@ use crate::load::float_of;
 /// More spread between rounds than this says nothing about a goal.
 const NOISY: f64 = 0.25;
 
-/// Passes of a round over visits that are short: see [`Rounds::run`].
-pub(crate) const PASSES: usize = 4;
-
 /// What one visit to one target gave, by name.
 pub(crate) type Visit = BTreeMap<&'static str, f64>;
 

@@ -22,7 +22,12 @@ const GAP_MS: usize = 5;
 /// Runs the row.
 pub(crate) fn run(options: &Options, report: &mut Report) -> io::Result<()> {
     let stage = Stage::new(options, report, "");
-    let rounds = Rounds::run((options.rounds, 2), &stage.0, |target| &target.name, visit)?;
+    let rounds = Rounds::run(
+        (options.rounds, options.passes.div_ceil(2)),
+        &stage.0,
+        |target| &target.name,
+        visit,
+    )?;
     report.table("S03", &rounds);
     let (ours, nginx) = ("residentd", "nginx");
     let pair = (rounds.of(ours, "cpu_us"), rounds.of(nginx, "cpu_us"));
