@@ -36,7 +36,7 @@ use crate::report::{Report, Rounds, Visit, say};
 type Row = fn(&Options, &mut Report) -> io::Result<()>;
 /// What is measured, by the names of its goals.
 const ROWS: [(&[&str], Row); 6] = [
-    (&["S01", "S02"], requests::run),
+    (&requests::ROWS, requests::run),
     (&["S03"], streams::run),
     (&["S04"], memory::run),
     (&["S05"], uploads::run),
@@ -52,7 +52,8 @@ const BEFORE: &str = "before";
 pub(crate) struct Options {
     #[command(subcommand)]
     role: Option<Role>,
-    /// Rows to run, such as S03; all without any.
+    /// Rows to run, such as S03, or one part of S01 and S02, such as S01-64; all without
+    /// any.
     rows: Vec<String>,
     /// Three rounds and goals twice as wide: whether it works, on any machine.
     #[arg(long)]
@@ -103,6 +104,10 @@ enum Role {
 }
 
 impl Options {
+    fn wants(&self, row: &str) -> bool {
+        self.rows.is_empty() || self.rows.iter().any(|wanted| wanted == row)
+    }
+
     /// Returns the names of the peers that were given.
     fn peers(&self) -> Vec<String> {
         let given = self.peer.iter().map(|peer| peers::name(peer));
@@ -221,8 +226,7 @@ fn measure(mut options: Options) -> ExitCode {
     let mut report = Report::new(file, if options.short { 2.0 } else { 1.0 });
     tell_machine(&options, &mut report);
     for (names, row) in ROWS {
-        let is_wanted = |name: &&str| options.rows.iter().any(|row| row == name);
-        let is_run = options.rows.is_empty() || names.iter().any(is_wanted);
+        let is_run = names.iter().any(|name| options.wants(name));
         if is_run && let Err(error) = row(&options, &mut report) {
             report.void(&names.join("+"), &error.to_string());
         }

@@ -30,11 +30,17 @@ const MOST: usize = 100_000;
 const RATE: u64 = 1000;
 const TURNS: u64 = 16;
 
-/// Runs the three rows.
+/// Names by which all rows are run, and each.
+pub(crate) const ROWS: [&str; 6] = ["S01", "S02", "S02-1", "S01-64", "S02-open", "S01-pinned"];
+
+/// Runs the rows.
 pub(crate) fn run(options: &Options, report: &mut Report) -> io::Result<()> {
-    closed_and_open(options, report)?;
+    let wants = |row| [row, "S01", "S02"].iter().any(|name| options.wants(name));
+    if ["S02-1", "S01-64", "S02-open"].into_iter().any(wants) {
+        closed_and_open(options, report, wants)?;
+    }
     // Nobody gets in the way of a target that has a core to itself.
-    if peers::pin() {
+    if wants("S01-pinned") && peers::pin() {
         let stage = Stage::new(options, report, "");
         let rounds = stage.rounds(options, |target| closed(target, MANY, VISIT));
         peers::unpin();
@@ -49,37 +55,54 @@ pub(crate) fn run(options: &Options, report: &mut Report) -> io::Result<()> {
     Ok(())
 }
 
-fn closed_and_open(options: &Options, report: &mut Report) -> io::Result<()> {
+fn closed_and_open(
+    options: &Options,
+    report: &mut Report,
+    wants: impl Fn(&'static str) -> bool,
+) -> io::Result<()> {
     let stage = Stage::new(options, report, "");
-    let one = stage.rounds(options, |target| closed(target, 1, VISIT))?;
-    let many = stage.rounds(options, |target| closed(target, MANY, VISIT))?;
-    let open = stage.rounds(options, open)?;
-    report.table("S02-1", &one);
-    report.table("S01-64", &many);
-    report.table("S02-open", &open);
-    report.prove_driver("S01-64", &many);
-    let against = ("us", "nginx");
-    let cpu =
-        |rounds: &Rounds, figure| (rounds.of("residentd", figure), rounds.of("nginx", figure));
-    let goal = Goal::at_most(1.15);
-    report.ratio("S01-cpu", against, cpu(&many, "cpu_us"), goal);
-    report.ratio("S01-cpu-1", against, cpu(&one, "cpu_us"), goal);
-    for peer in options.peers() {
-        let name = format!("S01-cpu-{peer}");
-        let pair = (many.of("residentd", "cpu_us"), many.of(&peer, "cpu_us"));
-        report.ratio(&name, ("us", &peer), pair, goal);
-    }
-    for (row, rounds) in [("1", &one), ("64", &many), ("open", &open)] {
-        let added = (
-            rounds.added("residentd", "p50_us"),
-            rounds.added("nginx", "p50_us"),
-        );
-        let name = format!("S02-added-p50-{row}");
-        report.ratio(&name, against, added, Goal::at_most(1.2));
-        let name = format!("S02-p99-{row}");
-        report.ratio(&name, against, cpu(rounds, "p99_us"), Goal::at_most(1.5));
+    type Visiting = fn(&Target) -> io::Result<Visit>;
+    let rows: [(&str, &str, Visiting); 3] = [
+        ("S02-1", "1", |target| closed(target, 1, VISIT)),
+        ("S01-64", "64", |target| closed(target, MANY, VISIT)),
+        ("S02-open", "open", open),
+    ];
+    for (row, short, visit) in rows.into_iter().filter(|(row, ..)| wants(row)) {
+        let rounds = stage.rounds(options, visit)?;
+        report.table(row, &rounds);
+        if row == "S01-64" {
+            report.prove_driver(row, &rounds);
+        }
+        compare(options, report, short, &rounds);
     }
     Ok(())
+}
+
+/// Tells what a row says of the goals.
+fn compare(options: &Options, report: &mut Report, row: &str, rounds: &Rounds) {
+    let against = ("us", "nginx");
+    let pair = |figure| (rounds.of("residentd", figure), rounds.of("nginx", figure));
+    let goal = Goal::at_most(1.15);
+    match row {
+        "1" => report.ratio("S01-cpu-1", against, pair("cpu_us"), goal),
+        "64" => {
+            report.ratio("S01-cpu", against, pair("cpu_us"), goal);
+            for peer in options.peers() {
+                let name = format!("S01-cpu-{peer}");
+                let pair = (rounds.of("residentd", "cpu_us"), rounds.of(&peer, "cpu_us"));
+                report.ratio(&name, ("us", &peer), pair, goal);
+            }
+        }
+        _ => {}
+    }
+    let added = (
+        rounds.added("residentd", "p50_us"),
+        rounds.added("nginx", "p50_us"),
+    );
+    let name = format!("S02-added-p50-{row}");
+    report.ratio(&name, against, added, Goal::at_most(1.2));
+    let name = format!("S02-p99-{row}");
+    report.ratio(&name, against, pair("p99_us"), Goal::at_most(1.5));
 }
 
 /// Small requests on so many connections, each as soon as the last is answered, for so
