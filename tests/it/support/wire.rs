@@ -74,14 +74,15 @@ impl Wire {
         self.stream.write_all(bytes.as_ref())
     }
 
-    /// Sends a request with a body of known length.
+    /// Sends a request with a body of known length, both at once: who is answered
+    /// before the body came may find the connection closed.
     pub(crate) fn ask(&mut self, line: &str, headers: &str, body: impl AsRef<[u8]>) {
         let body = body.as_ref();
         let length = body.len();
-        self.put(format!(
+        let head = format!(
             "{line} HTTP/1.1\r\nhost: models.test\r\n{headers}content-length: {length}\r\n\r\n"
-        ));
-        self.put(body);
+        );
+        self.put([head.as_bytes(), body].concat());
     }
 
     /// Sends one chunk of a chunked body; an empty one is the last.
