@@ -38,12 +38,7 @@ pub(crate) fn run(options: &Options, report: &mut Report) -> io::Result<()> {
     let mut targets = vec![residentd, bare];
     targets.extend(before(options, ""));
     targets.push(Target::direct(worker));
-    let rounds = Rounds::run(
-        (options.rounds, options.passes),
-        &targets,
-        |target| &target.name,
-        visit,
-    )?;
+    let rounds = Rounds::run(options.rounds(), &targets, |target| &target.name, visit)?;
     report.table("S06", &rounds);
     report.prove_driver("S06", &rounds);
     let pair = (
@@ -66,11 +61,7 @@ pub(crate) fn visit(target: &Target) -> io::Result<Visit> {
         let mut connections = JoinSet::new();
         let mut senders = Vec::new();
         for _ in 0..CONNECTIONS {
-            let stream = TcpStream::connect(&target.address).await?;
-            stream.set_nodelay(true)?;
-            let io = TokioIo::new(stream);
-            let opened = http2::handshake(TokioExecutor::new(), io).await;
-            let (mut sender, connection) = opened.map_err(io::Error::other)?;
+            let (mut sender, connection) = open(&target.address).await?;
             connections.spawn(connection);
             call(&mut sender, &target.address).await?;
             senders.extend(std::iter::repeat_n(sender, CALLS));
@@ -95,6 +86,17 @@ pub(crate) fn visit(target: &Target) -> io::Result<Visit> {
         }
         Ok(before.until_now(target, count))
     })
+}
+
+/// Opens a connection on which HTTP/2 is spoken unasked; it is to be polled.
+pub(crate) async fn open(
+    address: &str,
+) -> io::Result<(Sender, impl Future<Output = hyper::Result<()>> + use<>)> {
+    let stream = TcpStream::connect(address).await?;
+    stream.set_nodelay(true)?;
+    let io = TokioIo::new(stream);
+    let opened = http2::handshake(TokioExecutor::new(), io).await;
+    opened.map_err(io::Error::other)
 }
 
 async fn call(sender: &mut Sender, address: &str) -> io::Result<()> {

@@ -108,6 +108,11 @@ impl Options {
         self.rows.is_empty() || self.rows.iter().any(|wanted| wanted == row)
     }
 
+    /// Returns how many rounds there are of visits that are short, and their passes.
+    fn rounds(&self) -> (usize, usize) {
+        (self.rounds, self.passes)
+    }
+
     /// Returns the names of the peers that were given.
     fn peers(&self) -> Vec<String> {
         let given = self.peer.iter().map(|peer| peers::name(peer));
@@ -118,7 +123,7 @@ impl Options {
 
 /// All that answer small requests, one worker behind them all.
 #[derive(Debug)]
-struct Stage(pub(crate) Vec<Target>);
+struct Stage(Vec<Target>);
 
 impl Stage {
     /// Starts every target; `server` are lines of residentd's configuration.
@@ -146,15 +151,10 @@ impl Stage {
 
     fn rounds(
         &self,
-        options: &Options,
+        rounds: (usize, usize),
         visit: impl FnMut(&Target) -> io::Result<Visit>,
     ) -> io::Result<Rounds> {
-        Rounds::run(
-            (options.rounds, options.passes),
-            &self.0,
-            |target| &target.name,
-            visit,
-        )
+        Rounds::run(rounds, &self.0, |target| &target.name, visit)
     }
 }
 

@@ -42,7 +42,7 @@ pub(crate) fn run(options: &Options, report: &mut Report) -> io::Result<()> {
     // Nobody gets in the way of a target that has a core to itself.
     if wants("S01-pinned") && peers::pin() {
         let stage = Stage::new(options, report, "");
-        let rounds = stage.rounds(options, |target| closed(target, MANY, VISIT));
+        let rounds = stage.rounds(options.rounds(), |target| closed(target, MANY, VISIT));
         peers::unpin();
         let rounds = rounds?;
         report.table("S01-pinned", &rounds);
@@ -68,7 +68,7 @@ fn closed_and_open(
         ("S02-open", "open", open),
     ];
     for (row, short, visit) in rows.into_iter().filter(|(row, ..)| wants(row)) {
-        let rounds = stage.rounds(options, visit)?;
+        let rounds = stage.rounds(options.rounds(), visit)?;
         report.table(row, &rounds);
         if row == "S01-64" {
             report.prove_driver(row, &rounds);

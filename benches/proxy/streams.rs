@@ -9,7 +9,7 @@ use tokio::task::JoinSet;
 
 use crate::load::{self, EVENT, STAMP, float, float_of};
 use crate::peers::Target;
-use crate::report::{Goal, Report, Rounds, Visit, percentile};
+use crate::report::{Goal, Report, Visit, percentile};
 use crate::requests::Used;
 use crate::wire::{Connection, request};
 use crate::{Options, Stage};
@@ -22,12 +22,8 @@ const GAP_MS: usize = 5;
 /// Runs the row.
 pub(crate) fn run(options: &Options, report: &mut Report) -> io::Result<()> {
     let stage = Stage::new(options, report, "");
-    let rounds = Rounds::run(
-        (options.rounds, options.passes.div_ceil(2)),
-        &stage.0,
-        |target| &target.name,
-        visit,
-    )?;
+    let passes = options.passes.div_ceil(2);
+    let rounds = stage.rounds((options.rounds, passes), visit)?;
     report.table("S03", &rounds);
     let (ours, nginx) = ("residentd", "nginx");
     let pair = (rounds.of(ours, "cpu_us"), rounds.of(nginx, "cpu_us"));

@@ -10,18 +10,15 @@ use std::sync::Arc;
 use bytes::Bytes;
 use http_body_util::{BodyExt, Full};
 use hyper::Request;
-use hyper::client::conn::http2;
-use hyper_util::rt::{TokioExecutor, TokioIo};
-use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
 use tokio::task::JoinSet;
 use tokio_rustls::TlsConnector;
 use tokio_rustls::rustls::{ClientConfig, RootCertStore};
 
-use crate::load::{self, ASK, MODEL};
+use crate::load::{self, MODEL};
 use crate::peers::{self, Target};
 use crate::requests::{self, VISIT};
-use crate::wire::{Connection, Waiting, get};
+use crate::wire::{self, Connection, Waiting, get, request};
 use crate::{admin, calls, streams, uploads};
 
 /// Visits of each row; of streams twice as many, since most of what clients wait for
@@ -85,19 +82,15 @@ fn plain(binary: &Path) -> io::Result<()> {
 /// Small requests over HTTP/2 to a worker that speaks HTTP/1.1.
 fn browser(target: &Target) -> io::Result<()> {
     crate::driver().block_on(async {
-        let stream = TcpStream::connect(&target.address).await?;
-        stream.set_nodelay(true)?;
-        let io = TokioIo::new(stream);
-        let opened = http2::handshake(TokioExecutor::new(), io).await;
-        let (mut sender, connection) = opened.map_err(io::Error::other)?;
+        let (mut sender, connection) = calls::open(&target.address).await?;
         let mut connections = JoinSet::new();
         connections.spawn(connection);
         for _ in 0..TIMES {
-            let request = Request::post(format!("http://{}/v1/completions", target.address))
+            let asked = Request::post(format!("http://{}/v1/completions", target.address))
                 .header("content-type", "application/json")
                 .body(Full::new(Bytes::from_static(load::small())));
-            let request = request.map_err(io::Error::other)?;
-            let answer = sender.send_request(request).await;
+            let asked = asked.map_err(io::Error::other)?;
+            let answer = sender.send_request(asked).await;
             let body = answer.map_err(io::Error::other)?.into_body().collect();
             let body = body.await.map_err(io::Error::other)?.to_bytes();
             if body != load::answer() {
@@ -136,11 +129,9 @@ fn changed(binary: &Path) -> io::Result<()> {
 /// Returns a request to whose body, whatever it is when it comes, the worker gives
 /// the small answer.
 fn post(path: &str, kind: &str, body: &str) -> Vec<u8> {
-    let length = body.len();
-    format!(
-        "POST {path} HTTP/1.1\r\nhost: {MODEL}\r\ncontent-type: {kind}\r\n{ASK}: any\r\ncontent-length: {length}\r\n\r\n{body}"
-    )
-    .into_bytes()
+    let mut text = wire::post((path, kind), "any", "", body.len());
+    text.extend(body.as_bytes());
+    text
 }
 
 /// Small requests and a stream over TLS.
@@ -179,19 +170,13 @@ async fn ask_over_tls(connector: &TlsConnector, target: &Target, times: usize) -
     stream.set_nodelay(true)?;
     let name = "localhost".try_into().map_err(io::Error::other)?;
     let mut connection = Connection::over(connector.connect(name, stream).await?);
-    ask(&mut connection, times).await
-}
-
-async fn ask<S>(connection: &mut Connection<S>, times: usize) -> io::Result<()>
-where
-    S: AsyncRead + AsyncWrite + Unpin,
-{
-    let small = crate::wire::request("", "", load::small());
+    let small = request("", "", load::small());
     for _ in 0..times {
         connection.ask(&small).await?;
         connection.answer.is_small()?;
     }
     let events = format!("x-count: {}\r\nx-gap-ms: 0\r\n", times.min(500));
-    let events = crate::wire::request("stream", &events, load::small());
-    connection.ask(&events).await
+    connection
+        .ask(&request("stream", &events, load::small()))
+        .await
 }

@@ -22,7 +22,7 @@ pub(crate) const PREFIX: &str = "model_prefix = \"16MiB\"";
 pub(crate) fn run(options: &Options, report: &mut Report) -> io::Result<()> {
     for (row, ask, server, goal) in [("first", "first", "", 1.01), ("last", "last", PREFIX, 1.08)] {
         let stage = Stage::new(options, report, server);
-        let rounds = stage.rounds(options, |target| visit(target, ask))?;
+        let rounds = stage.rounds(options.rounds(), |target| visit(target, ask))?;
         report.table(&format!("S05-{row}"), &rounds);
         let pair = (
             rounds.of("residentd", "end_ms"),

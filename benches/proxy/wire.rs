@@ -19,8 +19,13 @@ pub(crate) fn request(ask: &str, more: &str, body: &[u8]) -> Vec<u8> {
 
 /// Returns the head of such a request.
 pub(crate) fn head(ask: &str, more: &str, length: usize) -> Vec<u8> {
+    post(("/v1/completions", "application/json"), ask, more, length)
+}
+
+/// Returns the head of a request with a body of this kind to this path.
+pub(crate) fn post((path, kind): (&str, &str), ask: &str, more: &str, length: usize) -> Vec<u8> {
     format!(
-        "POST /v1/completions HTTP/1.1\r\nhost: {MODEL}\r\ncontent-type: application/json\r\n{ASK}: {ask}\r\n{more}content-length: {length}\r\n\r\n"
+        "POST {path} HTTP/1.1\r\nhost: {MODEL}\r\ncontent-type: {kind}\r\n{ASK}: {ask}\r\n{more}content-length: {length}\r\n\r\n"
     )
     .into_bytes()
 }
